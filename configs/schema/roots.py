@@ -1,0 +1,136 @@
+"""The root of each command's config. Keys that people type most are the same in every command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from configs.errors import ConfigError
+from configs.schema.dataset import DatasetConfig
+from configs.schema.device import DeviceConfig
+from configs.schema.model import ModelConfig
+from configs.schema.objective import ObjectiveConfig
+from configs.schema.optim import OptimConfig, ScheduleConfig
+from configs.schema.outputs import CheckpointConfig, EvalConfig, ExportConfig
+from configs.schema.sharding import ShardingConfig
+from configs.schema.template import TemplateConfig
+from configs.schema.tuning import TuningConfig
+
+
+class Packing(Enum):
+    """Whether several samples share a row, each seeing only itself."""
+
+    auto = "auto"
+    """On where it is proven exact for the model's family; else one sample a row, and the log says so."""
+    on = "on"
+    """Stop if the family is not proven."""
+    off = "off"
+    """Rows padded to the longest of their micro-batch."""
+
+
+@dataclass
+class PrepConfig:
+    """`crosstune prep`: raw records -> prepared data."""
+
+    name: str = "crosstune"
+    """Name of the job; part of folder names."""
+    seed: int = 0
+    cache_dir: str = "~/.cache/crosstune"
+    """Where converted models and prepared data are kept."""
+    max_length: int = 1024
+    """Tokens; a longer sample is rejected, and the manifest counts it."""
+    out: str | None = None
+    """prep: folder of the prepared data (null: in cache_dir, by content). export: folder of the export."""
+    overwrite: bool = False
+    """Replace `out` if it holds something else."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError("max_length", str(self.max_length), allowed="2 or more tokens")
+
+
+@dataclass
+class TrainConfig(PrepConfig):
+    """`crosstune train`: prepares the data if needed, then prepared data -> checkpoints."""
+
+    run_dir: str | None = None
+    """Folder of the run; null: ``runs/<name>-<date>-<time>``."""
+    nproc: int = 1
+    """Processes, one per device, started with torchrun underneath when more than one."""
+    max_steps: int = 0
+    """Global steps; 0: as many as `epochs` gives."""
+    epochs: float = 1.0
+    batch_tokens: int = 4096
+    """Tokens of a global step over all ranks; whole samples are taken while they fit."""
+    micro_batch_tokens: int = 2048
+    """Tokens, padding included, of one forward pass on one rank; only memory depends on it, not the gradients."""
+    packing: Packing = Packing.auto
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: int = 0
+    """Steps between measurements of the validation loss; 0: never."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("nproc", "batch_tokens", "micro_batch_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, str(getattr(self, key)), allowed="1 or more")
+        for key in ("max_steps", "eval_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, str(getattr(self, key)), allowed="0 or more")
+        if self.epochs <= 0:
+            raise ConfigError("epochs", str(self.epochs), allowed="above 0")
+        if self.max_length > self.micro_batch_tokens:
+            raise ConfigError(
+                "max_length",
+                f"{self.max_length} tokens, above micro_batch_tokens={self.micro_batch_tokens}: such a sample fits no forward pass",
+                remedy="lower max_length or raise micro_batch_tokens",
+            )
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """`crosstune run`: the whole road, prep, train, export and eval."""
+
+    export: ExportConfig = field(default_factory=ExportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass
+class ExportJobConfig:
+    """`crosstune export`: checkpoint of a run -> adapter and merged model."""
+
+    run_dir: str = "???"
+    checkpoint: str = "latest"
+    """``latest``, a step number, or a folder."""
+    out: str | None = None
+    """Null: ``<run_dir>/export``."""
+    overwrite: bool = False
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass
+class EvalJobConfig:
+    """`crosstune eval`: figures of a run's checkpoint, or of any model folder, on prepared data."""
+
+    run_dir: str | None = None
+    """Measure this run's tuned model (and its base) on the data it was trained from."""
+    checkpoint: str = "latest"
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
+    """Measure this model instead of a run's; needs `data`."""
+    data: str | None = None
+    """Folder of prepared data; null: the run's own."""
+    out: str | None = None
+    """Folder for the figures; null: ``<run_dir>``."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)

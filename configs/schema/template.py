@@ -1,0 +1,13 @@
+"""The template group: how a conversation becomes text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TemplateConfig:
+    """The chat template; by default the tokenizer's own."""
+
+    path: str | None = None
+    """Jinja file that replaces the tokenizer's template; needed where the tokenizer has none."""

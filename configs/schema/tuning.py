@@ -1,0 +1,47 @@
+"""The tuning group: which parameters train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from configs.errors import ConfigError
+
+
+@dataclass
+class TuningConfig:
+    """What every tuning method has."""
+
+    _target_: str = MISSING
+    """A subclass of ``train.tuning.base.Tuning``."""
+
+
+@dataclass
+class FullConfig(TuningConfig):
+    """All parameters train."""
+
+    _target_: str = "train.tuning.full.FullTuning"
+
+
+@dataclass
+class LoraConfig(TuningConfig):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) through peft."""
+
+    _target_: str = "train.tuning.lora.LoraTuning"
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear modules to adapt; empty: the attention and MLP projections of the model's family."""
+    first_layer: int = 0
+    """Layers below this one stay as they are, which also saves their backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError("tuning.rank", str(self.rank), allowed="1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("tuning.dropout", str(self.dropout), allowed="0 up to, not including, 1")
+        if self.first_layer < 0:
+            raise ConfigError("tuning.first_layer", str(self.first_layer), allowed="0 or more")
