@@ -1,0 +1,58 @@
+"""Plain CPUs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from train.devices.base import Availability, Device, usable_cores
+
+
+class CpuDevice(Device):
+    """The host's processor, collectives by gloo."""
+
+    name = "cpu"
+    torch_type = "cpu"
+    backend = "gloo"
+    deepspeed_accelerator = "cpu"
+    visible_devices_variable = None
+
+    def availability(self) -> Availability:
+        """Always there."""
+        return Availability(True, f"{usable_cores()} cores")
+
+    def count(self) -> int:
+        """Any number of processes may share the cores; one per core is the sensible limit."""
+        return usable_cores()
+
+    def fast_dtypes(self) -> tuple[torch.dtype, ...]:
+        """bf16 only with the instructions for it: without them it ran at a quarter of fp32's speed."""
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return (torch.bfloat16, torch.float32)
+        return (torch.float32,)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """bf16 is emulated where it is not native, slowly but correctly."""
+        return dtype in (torch.float32, torch.bfloat16)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest resident set of the process; Linux counts in KiB, macOS in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The CPU has no index."""
+        return torch.device("cpu")
+
+    def environment(self) -> dict[str, str]:
+        """DeepSpeed on CPU asks for the number of processes on this machine under this name."""
+        import os
+
+        return {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
+
+    def _activate(self, local_rank: int) -> None:
+        if self.cfg.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,115 @@
+"""The layout of a run folder, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was made from: `run.json`."""
+
+    model_dir: str
+    model_sha256: dict[str, str]
+    """File name -> SHA-256 of the base's weights, config and tokenizer."""
+    prepared: str
+    manifest_sha256: str
+    precision: str
+    """``fp32`` or ``bf16``: the working weights."""
+    engine: str
+    world_size: int
+    tuning: str
+    """``lora`` or ``full``."""
+    code_version: str
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def resolved(self) -> Path:
+        """The whole config as it ran."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, relevant variables."""
+        return self.path / "environment.json"
+
+    @property
+    def record(self) -> Path:
+        """`RunRecord`."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of exports: adapter/, merged/."""
+        return self.path / "export"
+
+    @property
+    def eval(self) -> Path:
+        """Folder of answers: base.jsonl, tuned.jsonl."""
+        return self.path / "eval"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows it all."""
+        return self.path / "report.html"
+
+    @property
+    def summary(self) -> Path:
+        """Figures of base and tuned model."""
+        return self.path / "summary.json"
+
+    @property
+    def logs(self) -> Path:
+        """Output of worker processes and error files."""
+        return self.path / "logs"
+
+    def read_record(self) -> RunRecord:
+        """Reads `run.json`.
+
+        Raises:
+            CheckpointError: the folder is not that of a run, or the file is damaged.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(self.record.read_text())
+            return RunRecord(**fields)
+        except FileNotFoundError:
+            raise CheckpointError(
+                str(self.path), "not the folder of a run (no run.json)", remedy="name a folder made by `crosstune train`"
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(str(self.record), f"damaged: {error}") from None
+
+    def write_record(self, record: RunRecord) -> None:
+        """Writes `run.json`, whole or not at all."""
+        partial = self.record.with_suffix(".tmp")
+        partial.write_text(json.dumps(asdict(record), indent=2, sort_keys=True) + "\n")
+        partial.replace(self.record)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
