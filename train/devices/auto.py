@@ -16,15 +16,17 @@ ORDER: tuple[type[Device], ...] = (AscendDevice, CudaDevice, CpuDevice)
 """An accelerator before the host; an NPU first, since a machine that has torch_npu installed is meant for it."""
 
 
-def AutoDevice(cfg: DeviceConfig) -> Device:  # noqa: N802 - named like the classes that a config may name
-    """The first available backend of `ORDER`; the log says what the others lacked."""
-    passed_over = []
-    for backend in ORDER:
-        device = backend(cfg)
-        found = device.availability()
-        if found.ok:
-            why = "".join(f"; {reason}" for reason in passed_over)
-            logger.info("device=auto took %s (%s)%s", device.name, found.reason, why)
-            return device
-        passed_over.append(f"{device.name}: {found.reason}")
-    raise AssertionError("the CPU is always available")
+class AutoDevice(Device):
+    """Stands for the first available backend of `ORDER`: making one gives that backend's object."""
+
+    def __new__(cls, cfg: DeviceConfig) -> Device:  # type: ignore[misc]  # gives another class on purpose
+        """Logs what was taken and what the others lacked."""
+        passed_over = []
+        for backend in ORDER:
+            device = backend(cfg)
+            found = device.availability()
+            if found.ok:
+                logger.info("device=auto took %s (%s)", device.name, "; ".join([found.reason, *passed_over]))
+                return device
+            passed_over.append(f"{device.name}: {found.reason}")
+        raise AssertionError("the CPU is always available")

@@ -1,0 +1,31 @@
+"""What each model family needs. A family that is not listed gets the safe path and is told so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one `config.model_type`."""
+
+    model_type: str
+    packing_exact: bool
+    """Proven by test: logits and gradients of a packed row equal those of its samples alone."""
+    lora_targets: tuple[str, ...] | None
+    """Names of the projections that LoRA adapts by default; None: every linear module but the head."""
+
+
+_PROVEN = ("llama", "mistral", "qwen2", "qwen3")
+"""Softmax attention through transformers' attention interface only: `tests/unit/test_packing.py` runs over these."""
+
+FAMILIES = {name: Family(name, packing_exact=True, lora_targets=ATTENTION_AND_MLP) for name in _PROVEN}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config; an unknown one gets the safe path: no packing, LoRA on all linear modules."""
+    model_type = str(config.model_type)
+    return FAMILIES.get(model_type, Family(model_type, packing_exact=False, lora_targets=None))

