@@ -1,0 +1,101 @@
+"""No leak: a packed row gives each sample the logits and gradients that it has alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import TINY_CONFIGS, samples_of, tiny_model
+
+from configs.schema.objective import CausalLMConfig
+from train.data.collate import collate
+from train.data.plan import RowKind
+from train.models.families import FAMILIES, family_of
+from train.objectives.causal_lm import CausalLM
+from train.ops.packed_attention import PACKED_ATTENTION, register
+
+register()
+CPU = torch.device("cpu")
+LENGTHS = (37, 2, 75, 20)
+
+
+def packed(model, samples):
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return collate((tuple(range(len(samples))),), samples.__getitem__, kind=RowKind.packed, device=CPU)
+
+
+def test_every_family_that_is_called_exact_is_tested_here():
+    assert set(FAMILIES) == set(TINY_CONFIGS)
+
+
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+def test_packed_logits_equal_those_of_the_samples_alone(family):
+    model = tiny_model(family)
+    assert family_of(model.config).packing_exact
+    samples = samples_of(LENGTHS, vocab_size=model.config.vocab_size)
+    with torch.no_grad():
+        batch = packed(model, samples)
+        inputs = batch.model_inputs() | {"logits_to_keep": 0}
+        rows = model(**inputs).logits[0].split(LENGTHS)
+        model.set_attn_implementation("sdpa")
+        for sample, row in zip(samples, rows, strict=True):
+            alone = model(input_ids=torch.from_numpy(sample.input_ids.astype(np.int64))[None]).logits[0]
+            torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+def test_another_sample_in_the_row_changes_nothing(family):
+    """Immune to rounding: same shapes, same kernels, so the difference must be exactly 0."""
+    model = tiny_model(family)
+    a, b = (samples_of(LENGTHS, vocab_size=model.config.vocab_size, seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        first = model_logits(model, a)
+        second = model_logits(model, [b[0], a[1], b[2], a[3]])
+    for i, (x, y) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(x, y) == (i in (1, 3))
+
+
+def model_logits(model, samples):
+    inputs = packed(model, samples).model_inputs() | {"logits_to_keep": 0}
+    return model(**inputs).logits[0].split(LENGTHS)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_packed_padded_and_single_rows_are_equal(checkpointing):
+    gradients = {}
+    for kind in RowKind:
+        model = tiny_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        samples = samples_of(LENGTHS, vocab_size=model.config.vocab_size)
+        model.set_attn_implementation(PACKED_ATTENTION if kind is RowKind.packed else "sdpa")
+        rows = {
+            RowKind.packed: [((0, 1, 2, 3),)],
+            RowKind.padded: [((2,), (0,), (3,), (1,))],
+            RowKind.single: [((i,),) for i in range(4)],
+        }[kind]
+        objective = CausalLM(CausalLMConfig())
+        for micro_batch in rows:
+            batch = collate(micro_batch, samples.__getitem__, kind=kind, device=CPU)
+            objective.loss_sum(model, batch).backward()
+        gradients[kind] = {n: p.grad for n, p in model.named_parameters()}
+    for kind in (RowKind.padded, RowKind.single):
+        for name, gradient in gradients[RowKind.packed].items():
+            error = (gradients[kind][name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, (kind, name, error)
+
+
+def test_a_filler_gives_zero_loss_and_zero_gradients():
+    model = tiny_model("llama").train()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    loss = CausalLM(CausalLMConfig()).loss_sum(model, collate((), [].__getitem__, kind=RowKind.packed, device=CPU))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_supervised_positions_are_those_before_the_spans():
+    [sample] = samples_of((10,), vocab_size=50, spans=[[[2, 4], [7, 10]]])
+    batch = collate(((0,),), [sample].__getitem__, kind=RowKind.padded, device=CPU)
+    assert batch.predicts_BT[0].nonzero().flatten().tolist() == [1, 2, 6, 7, 8]
+    assert batch.targets_N.tolist() == sample.input_ids[[2, 3, 7, 8, 9]].tolist()

@@ -1,0 +1,92 @@
+"""Joins a split with the plan: what each rank computes in a global step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from train.data.collate import Batch, collate
+from train.data.plan import BatchPlan, MicroBatch, RowKind, layout
+from train.data.prepared import PreparedSplit
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How samples become rows on one rank of many; nothing here changes which samples a step holds."""
+
+    rank: int
+    world_size: int
+    micro_batch_tokens: int
+    kind: RowKind
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class GlobalStep:
+    """The figures of a step over all ranks, and this rank's share of it."""
+
+    samples: np.ndarray
+    num_tokens: int
+    num_targets: int
+    """Supervised tokens over all ranks and micro-batches: what the loss sum is divided by."""
+    micro_batches: list[MicroBatch]
+
+
+class StepSampler:
+    """The global steps of training."""
+
+    def __init__(self, split: PreparedSplit, plan: BatchPlan, rows: RowLayout) -> None:
+        self.split, self.plan, self.rows = split, plan, rows
+
+    def step(self, step: int) -> GlobalStep:
+        """What a global step consists of; pure, so that resuming at any step costs nothing."""
+        return share_of(self.split, self.plan.samples(step), self.rows)
+
+    def batches(self, step: GlobalStep) -> Iterator[Batch]:
+        """This rank's tensors, built one at a time."""
+        return batches_of(self.split, step, self.rows)
+
+    def data_hash(self, step: GlobalStep) -> str:
+        """Hash over the ids of all samples of the step in order: equal hashes, equal data."""
+        digest = hashlib.blake2b(digest_size=8)
+        for index in step.samples:
+            digest.update(np.ascontiguousarray(self.split[int(index)].input_ids).tobytes())
+        return digest.hexdigest()
+
+
+def share_of(split: PreparedSplit, samples: np.ndarray, rows: RowLayout) -> GlobalStep:
+    """This rank's share of a set of samples."""
+    ranks = layout(
+        samples,
+        split.lengths,
+        world_size=rows.world_size,
+        micro_batch_tokens=rows.micro_batch_tokens,
+        kind=rows.kind,
+    )
+    return GlobalStep(
+        samples=samples,
+        num_tokens=int(split.lengths[samples].sum()),
+        num_targets=int(split.supervised[samples].sum()),
+        micro_batches=ranks[rows.rank],
+    )
+
+
+def batches_of(split: PreparedSplit, step: GlobalStep, rows: RowLayout) -> Iterator[Batch]:
+    """Tensors of this rank's micro-batches."""
+    for micro_batch in step.micro_batches:
+        yield collate(micro_batch, split.__getitem__, kind=rows.kind, device=rows.device)
+
+
+def chunks(split: PreparedSplit, batch_tokens: int) -> Iterator[np.ndarray]:
+    """The whole split in order, in sets of at most `batch_tokens` tokens (at least one sample): for evaluation."""
+    ends = np.cumsum(split.lengths, dtype=np.int64)
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
+        yield np.arange(start, stop)
+        start = stop

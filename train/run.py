@@ -1,0 +1,211 @@
+"""Assembly of a training run, in one worker process. Reads as the story of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.compose import build, save_resolved
+from configs.errors import ConfigError, DataError
+from configs.schema.roots import Packing, TrainConfig
+from train.checkpoint.layout import TrainerState
+from train.checkpoint.restore import restore
+from train.checkpoint.retention import latest
+from train.data.plan import BatchPlan, RowKind
+from train.data.prepared import PreparedData, PreparedSplit
+from train.data.sampler import RowLayout, StepSampler
+from train.devices.base import Device
+from train.engine.base import Engine, World
+from train.engine.world import init_world
+from train.loop import Hook, Loop
+from train.models.families import Family, family_of
+from train.models.load import dtype_name, load_model, resolve_precision
+from train.objectives.base import Objective
+from train.observe.environment import code_version, write_environment
+from train.observe.metrics import MetricsHook
+from train.observe.progress import Progress
+from train.ops.packed_attention import PACKED_ATTENTION, register
+from train.run_folder import RunFolder, RunRecord, sha256_of
+from train.schedule import Schedule
+from train.tuning.base import Tuning, count_parameters
+
+logger = logging.getLogger(__name__)
+Note = Callable[[str], None]
+
+
+def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, resume: bool = False) -> None:
+    """Trains on prepared data; called in each worker process.
+
+    Args:
+        cfg: the whole config.
+        model_dir: folder of the base model.
+        prepared: folder of the prepared data.
+        run_dir: folder of the run; must exist.
+        resume: go on from the latest complete checkpoint.
+
+    Raises:
+        CrosstuneError: of the kind that says what the user can mend.
+    """
+    device = build(cfg.device, Device)
+    device.activate(int(os.environ.get("LOCAL_RANK", "0")))
+    world = init_world(device)
+    note: Note = print if world.rank == 0 else lambda text: None
+    try:
+        run = RunFolder(run_dir)
+        data = PreparedData.open(prepared)
+        split = data.split("train")
+        check_lengths(split, cfg, prepared)
+        engine, family = make_engine(cfg, model_dir, device, world, note)
+        kind = row_kind(cfg.packing, family, note)
+        plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens)
+        rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
+        total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
+        fresh = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed, extra={})
+        state = restore(engine, latest(run.checkpoints), world) if resume else fresh
+        if world.rank == 0 and not resume:
+            record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
+        Loop(
+            engine=engine,
+            objective=build(cfg.objective, Objective),
+            sampler=StepSampler(split, plan, rows),
+            schedule=build(cfg.schedule, Schedule, total_steps),
+            device=device,
+            world=world,
+            peak_lr=cfg.optim.lr,
+            total_steps=total_steps,
+            checkpoints=run.checkpoints,
+            checkpoint_every=cfg.checkpoint.every,
+            keep_last=cfg.checkpoint.keep_last,
+            validation=validation_split(data, cfg),
+            eval_every=cfg.eval_every,
+            hooks=hooks_of(run, world, first_step=state.step),
+        ).run(state)
+    finally:
+        world.close()
+
+
+def make_engine(
+    cfg: TrainConfig, model_dir: Path, device: Device, world: World, note: Note
+) -> tuple[Engine, Family]:
+    """Model, tuning method and engine.
+
+    Raises:
+        DeviceError: the precision does not work on the device.
+        ModelError: the folder does not open.
+        ConfigError: the tuning method does not fit the model.
+    """
+    dtype = resolve_precision(cfg.model.precision, device, on_note=note)
+    register()
+    device.seed(cfg.seed)
+    model = load_model(model_dir, dtype=dtype, trust_remote_code=cfg.model.trust_remote_code)
+    family = family_of(model.config)
+    if cfg.packing is not Packing.off and family.packing_exact:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    tuning = build(cfg.tuning, Tuning)
+    module = tuning.apply(model, family)
+    if cfg.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trained, total = count_parameters(module)
+    note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
+    module.to(device.torch_device)
+    engine = build(
+        cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype
+    )
+    # Every rank draws its own dropout masks from here on.
+    device.seed(cfg.seed + 1 + world.rank)
+    return engine, family
+
+
+def row_kind(packing: Packing, family: Family, note: Note) -> RowKind:
+    """What rows hold.
+
+    Raises:
+        ConfigError: packing was asked for by name on a family for which it is not proven exact.
+    """
+    if packing is Packing.off:
+        return RowKind.padded
+    if family.packing_exact:
+        return RowKind.packed
+    if packing is Packing.on:
+        raise ConfigError(
+            "packing",
+            f"on, but family '{family.model_type}' is not proven to keep packed samples apart",
+            allowed="auto (one sample a row, exact by construction), off (padded rows)",
+        )
+    note(f"packing: family '{family.model_type}' is not proven exact, so each row holds one sample")
+    return RowKind.single
+
+
+def check_lengths(split: PreparedSplit, cfg: TrainConfig, prepared: Path) -> None:
+    """Refuses data of which a sample fits no forward pass.
+
+    Raises:
+        DataError: the split is empty, or its longest sample exceeds `micro_batch_tokens`.
+    """
+    if len(split) == 0:
+        raise DataError(str(prepared), "the train split is empty")
+    longest = int(split.lengths.max())
+    if longest > cfg.micro_batch_tokens:
+        raise DataError(
+            "micro_batch_tokens",
+            f"{cfg.micro_batch_tokens}, but the longest sample of {prepared} has {longest} tokens",
+            remedy=f"micro_batch_tokens={longest} or more, or prepare with a smaller max_length",
+        )
+
+
+def validation_split(data: PreparedData, cfg: TrainConfig) -> PreparedSplit | None:
+    """The split that `eval_every` measures.
+
+    Raises:
+        ConfigError: measuring was asked for and there is nothing to measure.
+    """
+    if not cfg.eval_every:
+        return None
+    if "validation" not in data.split_names():
+        raise ConfigError(
+            "eval_every",
+            f"{cfg.eval_every}, but the data has no validation split",
+            remedy="dataset.validation_path=FILE or dataset.validation_fraction=0.02",
+        )
+    return data.split("validation")
+
+
+def record_run(
+    run: RunFolder,
+    cfg: TrainConfig,
+    engine: Engine,
+    device: Device,
+    world: World,
+    model_dir: Path,
+    prepared: Path,
+    total_steps: int,
+) -> None:
+    """Writes what the run was made from."""
+    base_files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json"), *model_dir.glob("*.jinja")])
+    save_resolved(cfg, run.resolved)
+    write_environment(run.environment, device)
+    run.write_record(
+        RunRecord(
+            model_dir=str(model_dir.resolve()),
+            model_sha256={path.name: sha256_of(path) for path in base_files},
+            prepared=str(prepared.resolve()),
+            manifest_sha256=sha256_of(prepared / "manifest.json"),
+            precision=dtype_name(engine.working_dtype),
+            engine=type(engine).__name__,
+            world_size=world.size,
+            tuning=build(cfg.tuning, Tuning).name,
+            code_version=code_version(),
+            total_steps=total_steps,
+        )
+    )
+
+
+def hooks_of(run: RunFolder, world: World, *, first_step: int) -> list[Hook]:
+    """What watches the loop; rank 0 writes and shows."""
+    if world.rank != 0:
+        return []
+    return [MetricsHook(run.metrics, keep_until=first_step), Progress()]
