@@ -1,0 +1,1 @@
+"""What can be chosen, its types and its faults."""

@@ -44,6 +44,26 @@ class AdamWConfig(OptimConfig):
 
 
 @dataclass
+class SGDConfig(OptimConfig):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013)."""
+
+    _target_: str = "torch.optim.SGD"
+    momentum: float = 0.9
+    """Share of the last update carried into the next one. 0: none."""
+    nesterov: bool = False
+    """Looks ahead along the momentum; needs a momentum above 0."""
+    weight_decay: float = 0.0
+    """Applied to parameters of two or more dimensions only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("optim.momentum", str(self.momentum), allowed="0 up to, not including, 1")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("optim.nesterov", "true with optim.momentum=0", remedy="set optim.momentum above 0")
+
+
+@dataclass
 class ScheduleConfig:
     """What every learning-rate schedule has."""
 

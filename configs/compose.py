@@ -1,0 +1,250 @@
+"""Overrides and YAML -> the typed config of a command; every fault of it listed at once.
+
+    cfg = compose("train", ["model.path=/models/m", "dataset.path=data.jsonl", "tuning=full"])
+    save_resolved(cfg, run_dir / "resolved.yaml");  cfg == load_resolved(run_dir / "resolved.yaml")
+
+Nothing behind this module sees a DictConfig.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.check import apply
+from configs.construct import construct
+from configs.docs import field_docs
+from configs.errors import ConfigError, CrosstuneError, ErrorGroup, StorageError
+from configs.groups import EXPERIMENT, ROOTS, SCHEMAS, groups_of
+from configs.layers import Layer, Typed, check_choices, layers, parse_overrides
+
+T = TypeVar("T")
+
+
+def compose(command: str, overrides: Sequence[str], *, config_dir: Path | None = None) -> Any:
+    """The typed config of a command.
+
+    Args:
+        command: a key of `configs.groups.ROOTS`.
+        overrides: in Hydra's grammar: ``group=option``, ``key.sub=value``, ``+dict.key=value``, ``~dict.key``.
+        config_dir: folder with experiments and group options of the user's own.
+
+    Returns:
+        An instance of the command's root dataclass (`configs.schema.roots`).
+
+    Raises:
+        ConfigError: one fault.
+        ErrorGroup: several faults.
+    """
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(
+            "--config-dir", f"no folder '{config_dir}'", remedy="name a folder with experiment/<name>.yaml"
+        )
+    typed, faults = parse_overrides(command, overrides)
+    choices, more = check_choices(command, [item for item in typed if item.is_group], config_dir)
+    faults += more
+    stack = layers(command, choices, config_dir)
+    whole = "run" if any(item.key == EXPERIMENT for item in choices) else command
+    config = OmegaConf.structured(ROOTS[whole])
+    for layer in stack:
+        faults += _merge(config, layer)
+    config = _cut(config, ROOTS[command])
+    for item in typed:
+        if not item.is_group:
+            faults += _override(config, item, command)
+    lost = len(choices) < sum(item.is_group for item in typed)
+    return _finish(config, faults, command, ask_for_missing=not lost)
+
+
+def amend(cfg: T, overrides: Sequence[str], *, config_dir: Path | None = None) -> T:
+    """A copy of a typed config with overrides on top; ``group=option`` replaces the whole group.
+
+    Raises:
+        ConfigError: one fault.
+        ErrorGroup: several faults.
+    """
+    command = command_of(cfg)
+    typed, faults = parse_overrides(command, overrides)
+    choices, more = check_choices(command, [item for item in typed if item.is_group], config_dir)
+    faults += more
+    config: DictConfig = OmegaConf.structured(cfg)
+    chosen = {item.key for item in choices}
+    for layer in layers(command, choices, config_dir) if choices else []:
+        if layer.package in chosen:
+            faults += _merge(config, layer)
+    for item in typed:
+        if not item.is_group:
+            faults += _override(config, item, command)
+    amended: T = _finish(config, faults, command)
+    return amended
+
+
+def command_of(cfg: object) -> str:
+    """The command whose root a typed config is."""
+    return next(command for command, root in ROOTS.items() if type(cfg) is root)
+
+
+def _merge(config: DictConfig, layer: Layer) -> list[ConfigError]:
+    if layer.schema is None:
+        return apply(config, layer.values, layer.source, layer.package)
+    if layer.package:
+        config[layer.package] = OmegaConf.structured(layer.schema)
+    return []
+
+
+def _cut(config: DictConfig, root: type[Any]) -> DictConfig:
+    """The part of a run's config that a smaller command knows."""
+    if OmegaConf.get_type(config) is root:
+        return config
+    part: DictConfig = OmegaConf.structured(root)
+    for f in fields(root):
+        part[f.name] = config._get_node(f.name)
+    return part
+
+
+def _override(config: DictConfig, item: Typed, command: str) -> list[CrosstuneError]:
+    if item.deletes:
+        return _delete(config, item.key)
+    if item.key in (*SCHEMAS, EXPERIMENT) and item.key not in groups_of(command):
+        if item.key not in config:
+            return [
+                ConfigError(item.key, f"`crosstune {command}` has no such group", allowed=", ".join(groups_of(command)))
+            ]
+    parts = item.key.split(".")
+    for length in range(1, len(parts)):  # a key inside a free dictionary, whose own names may hold dots no further
+        node = OmegaConf.select(config, ".".join(parts[:length]), throw_on_missing=False)
+        if isinstance(node, DictConfig) and not is_dataclass(OmegaConf.get_type(node)):
+            return _set_in_dict(node, item)
+    nested: Any = item.value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return list(apply(config, nested, None))
+
+
+def _set_in_dict(node: DictConfig, item: Typed) -> list[CrosstuneError]:
+    inner = item.key[len(str(node._get_full_key(None))) + 1 :]
+    try:
+        OmegaConf.update(node, inner, item.value, merge=True, force_add=True)
+    except OmegaConfBaseException as error:
+        return [ConfigError(item.key, str(error).splitlines()[0])]
+    return []
+
+
+def _delete(config: DictConfig, key: str) -> list[CrosstuneError]:
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else None
+    if not isinstance(node, DictConfig) or is_dataclass(OmegaConf.get_type(node)):
+        return [ConfigError(f"~{key}", "only entries of a dictionary can be taken out", remedy=f"set it: {key}=...")]
+    if last not in node:
+        return [ConfigError(f"~{key}", "is not there", allowed=", ".join(str(name) for name in node) or "nothing")]
+    del node[last]
+    return []
+
+
+def _finish(config: DictConfig, faults: Sequence[CrosstuneError], command: str, *, ask_for_missing: bool = True) -> Any:
+    """Missing values, the schemas' own checks, and the typed object, or everything that is wrong.
+
+    `ask_for_missing` is off where an option was at fault: it may well have set what is missing now.
+    """
+    found = list(faults)
+    named = {fault.where.rpartition(" ")[2] for fault in found}
+    for key in sorted(OmegaConf.missing_keys(config)) if ask_for_missing else ():
+        if key not in named:
+            found.append(_missing(config, key, command))
+    cfg = construct(config, found)
+    if found:
+        raise found[0] if len(found) == 1 else ErrorGroup(found)
+    return cfg
+
+
+def _missing(config: DictConfig, key: str, command: str) -> ConfigError:
+    parent, _, name = key.rpartition(".")
+    owner = OmegaConf.get_type(OmegaConf.select(config, parent) if parent else config)
+    assert isinstance(owner, type)
+    doc = field_docs(owner).get(name)
+    remedy = f"add it: crosstune {command} {key}=..."
+    return ConfigError(key, "not set, and there is no default", allowed=doc, remedy=remedy)
+
+
+def save_resolved(cfg: object, path: Path) -> None:
+    """Writes a typed config as readable YAML with every key; `load_resolved` gives an equal object.
+
+    Raises:
+        StorageError: the path cannot be written.
+    """
+    command = command_of(cfg)
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(values, dict)
+    content = {"command": command, **values}
+    text = "# Every setting of this run, as `crosstune` resolved it.\n"
+    text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(str(path), f"cannot be written: {error.strerror}") from None
+
+
+def load_resolved(path: Path) -> Any:
+    """The typed config that `save_resolved` wrote.
+
+    Raises:
+        ConfigError: the file is not there, is no such file, or was edited into something that does not fit.
+        ErrorGroup: several such faults.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file", remedy="name a file resolved.yaml of a run") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(str(path), f"not readable: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("command") not in ROOTS:
+        found = content.get("command") if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"{path}: command", f"'{found}'", allowed=", ".join(ROOTS))
+    command = content.pop("command")
+    config = OmegaConf.structured(ROOTS[command])
+    for group, schemas in SCHEMAS.items():
+        if isinstance(values := content.get(group), dict) and group in config:
+            config[group] = OmegaConf.structured(_schema_of(values, list(schemas.values()), config[group]))
+    return _finish(config, list(apply(config, content, str(path))), command)
+
+
+def _schema_of(values: dict[Any, Any], schemas: Sequence[type[Any]], default: DictConfig) -> type[Any]:
+    """The schema of a saved group: the one with its `_target_`, or, under a class of the user's, with all its keys."""
+    for schema in schemas:
+        if getattr(schema, "_target_", None) == values.get("_target_"):
+            return schema
+    covering = [schema for schema in schemas if {f.name for f in fields(schema)} >= set(values)]
+    return covering[0] if covering else type(OmegaConf.to_object(default))
+
+
+def build(node: Any, base: type[T], *args: Any, **kwargs: Any) -> T:
+    """An instance of the class that a group's `_target_` names: ``cls(node, *args, **kwargs)``.
+
+    Raises:
+        ConfigError: there is no such class, or it is not a subclass of `base`.
+    """
+    from hydra.utils import get_class
+
+    target = node._target_
+    try:
+        cls = get_class(target)
+    except Exception as error:  # hydra wraps whatever the import raised
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise ConfigError(
+            "_target_", f"cannot load '{target}': {reason}", remedy="a dotted class on the Python path"
+        ) from error
+    if not issubclass(cls, base):
+        raise ConfigError(
+            "_target_", f"'{target}' is no {base.__name__}", allowed=f"subclasses of {base.__module__}.{base.__name__}"
+        )
+    instance: T = cls(node, *args, **kwargs)
+    return instance

@@ -1,0 +1,74 @@
+"""What can be chosen: the root of each command, the groups below it, and the schema behind every option."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig
+from configs.schema.device import DeviceConfig
+from configs.schema.model import ModelConfig
+from configs.schema.objective import CausalLMConfig
+from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
+from configs.schema.outputs import CheckpointConfig, ExportConfig
+from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
+from configs.schema.sharding import PlainConfig, ZeroConfig
+from configs.schema.template import TemplateConfig
+from configs.schema.tuning import FullConfig, LoraConfig
+
+CONFIG_ROOT = Path(__file__).parent
+
+ROOTS: dict[str, type[Any]] = {
+    "prep": PrepConfig,
+    "train": TrainConfig,
+    "run": RunConfig,
+    "export": ExportJobConfig,
+    "eval": EvalJobConfig,
+}
+
+# group -> schema name, as an option's YAML file lists it under `defaults:` -> dataclass
+SCHEMAS: dict[str, dict[str, type[Any]]] = {
+    "model": {"model_schema": ModelConfig},
+    "dataset": {"files_schema": FilesDatasetConfig, "licenses_schema": LicensesDatasetConfig},
+    "template": {"template_schema": TemplateConfig},
+    "tuning": {"lora_schema": LoraConfig, "full_schema": FullConfig},
+    "objective": {"causal_lm_schema": CausalLMConfig},
+    "optim": {"adamw_schema": AdamWConfig, "sgd_schema": SGDConfig},
+    "schedule": {"constant_schema": ConstantConfig, "linear_schema": LinearConfig, "cosine_schema": CosineConfig},
+    "sharding": {"plain_schema": PlainConfig, "zero_schema": ZeroConfig},
+    "device": {"device_schema": DeviceConfig},
+    "checkpoint": {"checkpoint_schema": CheckpointConfig},
+    "export": {"export_schema": ExportConfig},
+}
+
+# Experiments are whole runs. They are composed as a `run`, and a smaller command then takes the part it knows.
+EXPERIMENT = "experiment"
+EXPERIMENT_COMMANDS = ("prep", "train", "run")
+
+
+@cache
+def register_schemas() -> None:
+    """Puts every schema into Hydra's ConfigStore, once per process."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for command, root in ROOTS.items():
+        store.store(name=f"{command}_schema", node=root)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=group, name=name, node=schema)
+
+
+def groups_of(command: str) -> list[str]:
+    """The groups that `command` lets the user choose from, `experiment` last."""
+    names = {f.name: str(f.type) for f in fields(ROOTS[command])}
+    found = [group for group in SCHEMAS if names.get(group, "").endswith("Config")]
+    return [*found, EXPERIMENT] if command in EXPERIMENT_COMMANDS else found
+
+
+def options_of(group: str, config_dir: Path | None = None) -> list[str]:
+    """The options of a group: ours, and those in the user's `config_dir`."""
+    folders = [CONFIG_ROOT / group] + ([config_dir / group] if config_dir else [])
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})

@@ -1,0 +1,238 @@
+"""Hydra's part: override grammar, and the YAML files and schemas that make up a config, in order.
+
+Hydra merges these layers itself and stops at the first fault; `configs.compose` merges them one by one, so that it can
+name every fault and the file it is in. A test holds both results equal for every shipped option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.errors import ConfigError, CrosstuneError, nearest
+from configs.groups import (
+    CONFIG_ROOT,
+    EXPERIMENT,
+    ROOTS,
+    SCHEMAS,
+    groups_of,
+    options_of,
+    register_schemas,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values for one place of the config.
+
+    Attributes:
+        package: dotted key the values belong to; empty for the root.
+        schema: dataclass that this place takes on; None if the layer has only values.
+        values: plain nested values.
+        source: file they come from; None for a schema.
+    """
+
+    package: str
+    schema: type[Any] | None
+    values: dict[str, Any]
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One override, parsed: ``group=option`` (`is_group`), or a key with its value."""
+
+    text: str
+    key: str
+    value: Any
+    is_group: bool
+    deletes: bool
+
+
+def parse_overrides(command: str, texts: Sequence[str]) -> tuple[list[Typed], list[CrosstuneError]]:
+    """Reads overrides in Hydra's grammar; a text that does not parse becomes a fault."""
+    parser = OverridesParser.create()
+    groups = groups_of(command)
+    typed: list[Typed] = []
+    faults: list[CrosstuneError] = []
+    for text in texts:
+        try:
+            parsed = parser.parse_overrides([text])[0]
+        except HydraException:
+            faults.append(_syntax_fault(text))
+            continue
+        if parsed.is_sweep_override():
+            faults.append(_sweep_fault(text))
+            continue
+        is_group = parsed.key_or_group in groups and not isinstance(parsed.value(), dict)
+        typed.append(Typed(text, parsed.key_or_group, parsed.value(), is_group, parsed.is_delete()))
+        faults += _package_fault(parsed)
+    return typed, faults
+
+
+def _syntax_fault(text: str) -> ConfigError:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return ConfigError(text, "not an override", allowed="key=value, group=option, +key=value, ~key")
+    quoted = value.replace("'", "\\'")
+    return ConfigError(key, f"cannot read the value {value}", remedy=f"quote it twice: \"{key}='{quoted}'\"")
+
+
+def _sweep_fault(text: str) -> ConfigError:
+    key, _, value = text.partition("=")
+    return ConfigError(
+        key,
+        f"several values: {value}",
+        remedy=f"for a list type '{key}=[{value}]', for a text with a comma \"{key}='{value}'\"",
+    )
+
+
+def _package_fault(parsed: Override) -> list[CrosstuneError]:
+    if parsed.package is None:
+        return []
+    return [
+        ConfigError(str(parsed.input_line), "an option cannot be moved to another place with @", allowed="group=option")
+    ]
+
+
+def check_choices(
+    command: str, typed: Sequence[Typed], config_dir: Path | None
+) -> tuple[list[Typed], list[CrosstuneError]]:
+    """Splits off the group choices that name an option there is.
+
+    Returns:
+        The sound choices and a fault for each other.
+    """
+    sound, faults = [], []
+    for item in typed:
+        fault = (
+            ConfigError(item.key, "a group cannot be taken out", remedy=f"choose another option: {item.key}=...")
+            if item.deletes
+            else _option_fault(item.key, item.value, item.key, config_dir)
+        )
+        if fault is None and item.key == EXPERIMENT and item.value is not None:
+            file = _file_of(f"{EXPERIMENT}/{item.value}", config_dir)
+            broken = _experiment_faults(file, config_dir)
+            faults += broken
+            if broken:
+                continue
+        if fault:
+            faults.append(fault)
+        else:
+            sound.append(item)
+    return sound, faults
+
+
+def _option_fault(group: str, option: Any, place: str, config_dir: Path | None) -> CrosstuneError | None:
+    options = options_of(group, config_dir)
+    if option in options or (option is None and group == EXPERIMENT):
+        return None
+    meant = nearest(str(option), options)
+    remedy = f"did you mean {group}={meant}?" if meant else None
+    if "/" in str(option) and group in ("model", "dataset"):
+        remedy = f"name a folder or file with {group}.path={option}"
+    return ConfigError(place, f"no option '{option}'", allowed=", ".join(options), remedy=remedy)
+
+
+def _experiment_faults(file: Path, config_dir: Path | None) -> list[CrosstuneError]:
+    """Faults of an experiment's `defaults:` list, all of them; Hydra would stop at the first."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        return [_yaml_fault(file, error)]
+    if not isinstance(content, dict):
+        return [ConfigError(str(file), "holds no keys", allowed="`defaults:` and keys of a run")]
+    faults: list[CrosstuneError] = []
+    for entry in content.get("defaults", []):
+        pair = next(iter(entry.items())) if isinstance(entry, dict) and entry else (None, None)
+        group = str(pair[0]).removeprefix("override ").removeprefix("/")
+        if pair[0] is None:
+            continue
+        place = f"{file}: defaults: {group}"
+        if group not in SCHEMAS:
+            meant = nearest(group, SCHEMAS)
+            remedy = f"did you mean /{meant}?" if meant else None
+            faults.append(ConfigError(place, "no such group", allowed=", ".join(SCHEMAS), remedy=remedy))
+        elif fault := _option_fault(group, pair[1], place, config_dir):
+            faults.append(fault)
+    return faults
+
+
+def _yaml_fault(file: Path | str, error: Exception) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    place = f"{file}:{mark.line + 1}" if mark else str(file)
+    reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return ConfigError(place, f"not readable as YAML: {reason}")
+
+
+def layers(command: str, choices: Sequence[Typed], config_dir: Path | None) -> list[Layer]:
+    """The layers of a config in the order in which later ones win.
+
+    Args:
+        command: name of a root.
+        choices: checked group choices.
+        config_dir: the user's folder of experiments and options.
+
+    Raises:
+        ConfigError: a file's defaults list or YAML is at fault.
+    """
+    register_schemas()
+    composed_as = "run" if any(item.key == EXPERIMENT for item in choices) else command
+    texts = [f"{item.key}={'null' if item.value is None else item.value}" for item in choices]
+    if config_dir is not None:
+        escaped = str(config_dir.resolve()).replace("'", "\\'")
+        texts.append(f"hydra.searchpath=['file://{escaped}']")
+    with initialize_config_dir(str(CONFIG_ROOT), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            entries = loader.compute_defaults_list(composed_as, texts, RunMode.RUN).defaults
+        except yaml.YAMLError as error:
+            raise _yaml_fault(getattr(getattr(error, "problem_mark", None), "name", "config"), error) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(
+                "defaults", " ".join(str(error).split()), remedy="mend the file's `defaults:` list"
+            ) from None
+    return [
+        _load(str(entry.config_path), entry.package or "", config_dir)
+        for entry in entries
+        if entry.config_path and not entry.config_path.startswith("hydra")
+    ]
+
+
+def _load(config_path: str, package: str, config_dir: Path | None) -> Layer:
+    group, _, name = config_path.rpartition("/")
+    schema = SCHEMAS.get(group, {}).get(name) or ROOTS.get(config_path.removesuffix("_schema"))
+    if schema is not None and config_path.endswith("_schema"):
+        return Layer(package, schema, {}, None)
+    file = _file_of(config_path, config_dir)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise _yaml_fault(file, error) from None
+    if not isinstance(content, dict):
+        raise ConfigError(str(file), "holds no keys")
+    content.pop("defaults", None)
+    return Layer(package, None, {str(key): value for key, value in content.items()}, str(file))
+
+
+def _file_of(config_path: str, config_dir: Path | None) -> Path:
+    """The file of an option; one name in both folders is refused, as it is unclear which was meant."""
+    ours = CONFIG_ROOT / f"{config_path}.yaml"
+    theirs = config_dir / f"{config_path}.yaml" if config_dir else None
+    if theirs is None or not theirs.is_file() or "/" not in config_path:
+        return ours
+    if ours.is_file():
+        raise ConfigError(str(theirs), "crosstune ships an option of this name", remedy="rename the file")
+    return theirs
