@@ -85,14 +85,15 @@ def _file_faults(shown: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    raw: BinaryIO = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[assignment]
-    stream = io.BufferedReader(raw, 2**20)  # type: ignore[type-var]
+    """The file's bytes, unpacked, after its byte-order mark."""
+    gzipped = path.name.lower().endswith(".gz")
+    stream: Any = gzip.open(path, "rb") if gzipped else path.open("rb", buffering=2**20)
     start = stream.peek(3)[:3]
     if start[:2] in _UTF16_MARKS:
         raise DataError(str(path), "the file is UTF-16", allowed="UTF-8", remedy=f"iconv -f UTF-16 -t UTF-8 {path}")
     if start == b"\xef\xbb\xbf":
         stream.read(3)
-    return stream  # type: ignore[return-value]
+    return stream  # type: ignore[no-any-return]
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | RowFault]]:
