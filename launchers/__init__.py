@@ -1,0 +1,1 @@
+"""Starts any step somewhere; the `crosstune` command."""

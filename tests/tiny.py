@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from train.data.prepared import Sample
 
@@ -57,3 +62,50 @@ def samples_of(
         )
         for i, length in enumerate(lengths)
     ]
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_TEXT = "the quick brown fox jumps over a lazy dog. which licence is this? apache mit bsd gpl 0123456789 :,-\n"
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:
+    """A folder as a user has it: config, safetensors, byte-level BPE tokenizer with a ChatML template, pad == eos."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator([_TEXT] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+    tiny_model(family, seed=seed, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_prepared(folder: Path, splits: dict[str, list[Sample]]) -> Path:
+    """A folder of prepared data with exactly these samples."""
+    entries = {}
+    for name, samples in splits.items():
+        shard = folder / name / "shard-00000.arrow"
+        shard.parent.mkdir(parents=True)
+        table = pa.table(
+            {
+                "input_ids": pa.array([s.input_ids for s in samples], pa.list_(pa.int32())),
+                "spans": pa.array([s.spans.ravel() for s in samples], pa.list_(pa.int32())),
+                "id": pa.array([s.id for s in samples], pa.string()),
+            }
+        )
+        with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+        entries[name] = {"rows": len(samples), "shards": [{"file": f"{name}/{shard.name}", "rows": len(samples)}]}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "splits": entries}))
+    return folder

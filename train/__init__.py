@@ -1,0 +1,1 @@
+"""Prepared data -> checkpoints -> exports and figures."""

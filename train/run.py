@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.compose import build, save_resolved
 from configs.errors import ConfigError, DataError
@@ -88,9 +86,7 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         world.close()
 
 
-def make_engine(
-    cfg: TrainConfig, model_dir: Path, device: Device, world: World, note: Note
-) -> tuple[Engine, Family]:
+def make_engine(cfg: TrainConfig, model_dir: Path, device: Device, world: World, note: Note) -> tuple[Engine, Family]:
     """Model, tuning method and engine.
 
     Raises:
@@ -108,13 +104,11 @@ def make_engine(
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family)
     if cfg.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained, total = count_parameters(module)
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)
-    engine = build(
-        cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype
-    )
+    engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)
     return engine, family

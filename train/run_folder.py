@@ -97,7 +97,9 @@ class RunFolder:
             return RunRecord(**fields)
         except FileNotFoundError:
             raise CheckpointError(
-                str(self.path), "not the folder of a run (no run.json)", remedy="name a folder made by `crosstune train`"
+                str(self.path),
+                "not the folder of a run (no run.json)",
+                remedy="name a folder made by `crosstune train`",
             ) from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(str(self.record), f"damaged: {error}") from None

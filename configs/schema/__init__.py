@@ -1,0 +1,1 @@
+"""One file of dataclasses per config group: types, defaults, units, checks."""

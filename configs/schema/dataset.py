@@ -93,6 +93,8 @@ class LicensesDatasetConfig(DatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.near_duplicate_jaccard <= 1:
-            raise ConfigError("dataset.near_duplicate_jaccard", str(self.near_duplicate_jaccard), allowed="above 0 up to 1")
+            raise ConfigError(
+                "dataset.near_duplicate_jaccard", str(self.near_duplicate_jaccard), allowed="above 0 up to 1"
+            )
         if self.min_chars > self.max_chars:
             raise ConfigError("dataset.min_chars", f"{self.min_chars} > dataset.max_chars={self.max_chars}")

@@ -39,4 +39,6 @@ class ZeroConfig(ShardingConfig):
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
-            raise ConfigError("sharding.stage", str(self.stage), allowed="1, 2 or 3", remedy="sharding=plain is stage 0")
+            raise ConfigError(
+                "sharding.stage", str(self.stage), allowed="1, 2 or 3", remedy="sharding=plain is stage 0"
+            )

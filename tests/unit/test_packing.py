@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.tiny import TINY_CONFIGS, samples_of, tiny_model
 
 from configs.schema.objective import CausalLMConfig
+from tests.tiny import TINY_CONFIGS, samples_of, tiny_model
 from train.data.collate import collate
 from train.data.plan import RowKind
 from train.models.families import FAMILIES, family_of
@@ -66,7 +66,7 @@ def test_gradients_of_packed_padded_and_single_rows_are_equal(checkpointing):
     for kind in RowKind:
         model = tiny_model("llama").train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         samples = samples_of(LENGTHS, vocab_size=model.config.vocab_size)
         model.set_attn_implementation(PACKED_ATTENTION if kind is RowKind.packed else "sdpa")
         rows = {

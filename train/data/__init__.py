@@ -1,0 +1,1 @@
+"""Prepared data, the batch plan and its tensors."""

@@ -82,11 +82,17 @@ class PreparedData:
             manifest = json.loads((path / "manifest.json").read_text())
             version, splits = manifest["format_version"], manifest["splits"]
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(str(path), "no manifest.json: not a folder of prepared data", remedy="crosstune prep") from None
+            raise DataError(
+                str(path), "no manifest.json: not a folder of prepared data", remedy="crosstune prep"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(str(path / "manifest.json"), f"damaged: {error!r}", remedy="prepare the data again") from None
+            raise DataError(
+                str(path / "manifest.json"), f"damaged: {error!r}", remedy="prepare the data again"
+            ) from None
         if version != FORMAT_VERSION:
-            raise DataError(str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy="prepare the data again")
+            raise DataError(
+                str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy="prepare the data again"
+            )
         assert isinstance(splits, dict)
         return cls(path, manifest)
 

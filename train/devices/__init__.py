@@ -1,0 +1,1 @@
+"""The device layer; the only place in this room that names a vendor."""

@@ -54,7 +54,7 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def environment(self) -> dict[str, str]:
-        """cuBLAS is deterministic only with a fixed workspace."""
+        """CuBLAS is deterministic only with a fixed workspace."""
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if self.cfg.deterministic else {}
 
     def _activate(self, local_rank: int) -> None:

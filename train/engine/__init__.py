@@ -1,0 +1,1 @@
+"""Who holds parameters, gradients and optimizer state, and how they are spread over ranks."""

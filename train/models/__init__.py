@@ -1,0 +1,1 @@
+"""From a model config to a model, and what each family needs."""

