@@ -1,0 +1,246 @@
+"""What an engine is: it holds the trained weights and their optimizer state, and turns losses into steps.
+
+The step loop and the checkpoint know only what stands here. Names, shapes and state are those of the whole model,
+however an engine spreads them: a `Fragment` says which piece of which parameter lies where.
+
+Not covered here: tensor and pipeline parallelism; fp16 (its loss scaling makes the step sequence depend on luck).
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs.errors import CheckpointError
+from configs.schema.optim import OptimConfig
+from configs.schema.sharding import ShardingConfig
+from train.devices.base import Device
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+"""After so long without an answer from its peers a rank gives up."""
+
+MASTER = "master"
+"""The kind of tensor that the optimizer steps: the fp32 weight."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, as seen by one of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Rank among the processes of this machine."""
+    control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    """Group for host tensors; None where the default group serves."""
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks in fp64, the same bits on each; `values` themselves at size 1."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return [float(value) for value in total.tolist()]
+
+    def close(self) -> None:
+        """Leaves the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_world(device: Device) -> World:
+    """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone where they are unset.
+
+    Host values travel over gloo in a group of their own where the device has another backend: that backend may
+    know neither host tensors nor fp64.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if size == 1:
+        return World(local_rank=local_rank)
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    if not dist.is_initialized():
+        dist.init_process_group(device.backend, timeout=timeout)
+    control = None if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), size, local_rank, control)
+
+
+class Scalar(TypedDict):
+    """One number of an optimizer's state, such as Adam's step count."""
+
+    value: float
+    tensor: bool
+    """Whether the optimizer keeps it as a 0-d tensor."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one trained parameter, and of its optimizer state, that this rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    offset: int
+    """Where the piece begins in the flattened parameter, in elements."""
+    numel: int
+    flat: torch.Tensor
+    """The fp32 tensor that the optimizer steps; it may hold pieces of several parameters."""
+    at: int
+    """Where the piece begins in `flat`, in elements."""
+    optimizer: torch.optim.Optimizer
+
+    def view(self, kind: str) -> torch.Tensor:
+        """The live values [numel] of one kind: ``master`` or a state tensor's name."""
+        whole = self.flat if kind == MASTER else self._state[kind]
+        return whole.detach().view(-1).narrow(0, self.at, self.numel)
+
+    @property
+    def kinds(self) -> list[str]:
+        """``master``, and the state tensors that exist (none before the first step).
+
+        Raises:
+            CheckpointError: the optimizer keeps something that is neither a number nor fp32 per element.
+        """
+        kinds = [MASTER]
+        for key, value in self._state.items():
+            if self._is_scalar(key):
+                continue
+            if not torch.is_tensor(value) or value.shape != self.flat.shape or value.dtype != torch.float32:
+                what = f"{tuple(value.shape)} {value.dtype}" if torch.is_tensor(value) else type(value).__name__
+                raise CheckpointError(
+                    "optim._target_",
+                    f"{type(self.optimizer).__name__} keeps '{key}' as {what}, which has no place in a checkpoint",
+                    allowed="optimizers whose state is numbers and one fp32 value per element, such as AdamW or SGD",
+                )
+            kinds.append(key)
+        return kinds
+
+    @property
+    def scalars(self) -> dict[str, Scalar]:
+        """The numbers of the optimizer's state."""
+        return {
+            key: Scalar(value=float(value), tensor=torch.is_tensor(value))
+            for key, value in self._state.items()
+            if self._is_scalar(key)
+        }
+
+    def make_state(self, kinds: Sequence[str], scalars: Mapping[str, Scalar]) -> None:
+        """Gives the optimizer exactly this state, its tensors to be filled through `view`."""
+        state = self.optimizer.state[self.flat]
+        wanted = {kind for kind in kinds if kind != MASTER}
+        for key in set(state) - wanted:
+            del state[key]
+        for key in sorted(wanted - set(state)):
+            state[key] = torch.zeros_like(self.flat, requires_grad=False)
+        # torch keeps counters on the host, save where a fused or capturable kernel reads them.
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        place = self.flat.device if on_device else torch.device("cpu")
+        for key, scalar in scalars.items():
+            value = scalar["value"]
+            state[key] = torch.tensor(value, dtype=torch.float32, device=place) if scalar["tensor"] else value
+
+    @property
+    def _state(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self.optimizer.state.get(self.flat, {})
+        return state
+
+    def _is_scalar(self, key: str) -> bool:
+        value = self._state[key]
+        if torch.is_tensor(value):
+            return key == "step" or (value.dim() == 0 and self.flat.dim() > 0)
+        return isinstance(value, (int, float))
+
+
+class Engine(ABC):
+    """Weights in `working_dtype` for the forward pass; masters and optimizer state in fp32.
+
+    Trained parameters are those that require gradients. Every rank calls `forward` and `backward` equally often per
+    step, since some engines communicate in both.
+
+    Args:
+        config: the sharding group.
+        module: the model, equal on all ranks; it is moved to the device and cast in place.
+        optim: the optim group.
+        device: activated.
+        world: from `init_world`.
+        working_dtype: of all parameters, fp32 or bf16. Buffers keep theirs.
+    """
+
+    def __init__(
+        self,
+        config: ShardingConfig,
+        module: nn.Module,
+        *,
+        optim: OptimConfig,
+        device: Device,
+        world: World,
+        working_dtype: torch.dtype,
+    ) -> None:
+        assert working_dtype in (torch.float32, torch.bfloat16), working_dtype
+        self.config, self.module, self.optim = config, module, optim
+        self.device, self.world, self.working_dtype = device, world, working_dtype
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(device.torch_device, working_dtype).contiguous()
+        module.to(device.torch_device)
+        self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        """By name; a tied parameter once."""
+        assert self.trained, "no parameter requires gradients"
+
+    @abstractmethod
+    def forward(self, **batch: Any) -> Any:
+        """Calls the model with `batch` as it is; returns the model's output."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss` to those of the step.
+
+        Args:
+            loss: scalar whose gradients, summed over ranks and micro-batches, are the wanted gradient.
+            last: this is the last micro-batch of the global step.
+        """
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clips to ``optim.max_grad_norm``, steps the masters, refreshes the working weights, drops the gradients.
+
+        Returns:
+            L2 norm of the gradient over all parameters before clipping. If it is not finite (inf or nan), nothing
+            was stepped and weights and optimizer state are as before, on every rank.
+        """
+
+    @abstractmethod
+    def fragments(self, owned: bool) -> list[Fragment]:
+        """The pieces on this rank.
+
+        Args:
+            owned: only those that this rank answers for: over all ranks they cover every parameter exactly once.
+                Else all that it holds.
+        """
+
+    @abstractmethod
+    def prepare_restore(self) -> None:
+        """Before the masters are overwritten through the fragments. Called on all ranks."""
+
+    @abstractmethod
+    def finish_restore(self, step: int) -> None:
+        """After the masters are overwritten: brings the working weights up to date. Called on all ranks.
+
+        Args:
+            step: global steps done.
+        """
+
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing that the garbage collector does not see
+        """Lets go of hooks and buffers; the module stays usable where it is whole on this rank."""

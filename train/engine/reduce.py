@@ -1,0 +1,123 @@
+"""Gradients of a step: accumulated in fp32 and summed over the ranks, in buckets that never move.
+
+torch's DistributedDataParallel would do for fp32, but three promises need more than it gives:
+
+- With bf16 weights it accumulates and reduces in bf16; here both happen in fp32.
+- It rebuilds its buckets after the first step. Rings of three and more ranks then add in another order, so that a
+  resumed run, one bucket order behind, would differ from the uninterrupted one in the last bit.
+- It averages; here the sum is the sum, exact for any number of ranks.
+
+The buckets are one flat fp32 tensor each, whose views are the gradients that the optimizer reads (as `main_grad` of
+Megatron-LM, Narayanan et al. 2021, arXiv:2104.04473). A bucket is sent while the backward pass still works on the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from train.engine.base import World
+
+BUCKET_NUMEL = 16 * 2**20
+"""Elements of a bucket (64 MiB): long enough for the network, short enough to overlap with the backward pass."""
+
+
+class _Bucket:
+    """A run of parameters whose gradients share one tensor."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self.count = self.waiting = len(parameters)
+        """Parameters, and those whose gradient of the last micro-batch is still to come."""
+        numels = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(numels), dtype=torch.float32, device=parameters[0].device)
+        pieces = torch.split(self.flat, numels)
+        self.views = [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
+
+
+class GradientReducer:
+    """Owns the gradients of `working` and presents them, summed, as the ``.grad`` of `masters`.
+
+    Args:
+        working: parameters that the backward pass writes to.
+        masters: the fp32 tensors that the optimizer steps; the same objects where training is in fp32.
+        world: ranks to sum over.
+    """
+
+    def __init__(self, working: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], world: World) -> None:
+        self._world = world
+        self._buckets: list[_Bucket] = []
+        self._sent: list[dist.Work | None] = []
+        self._armed = False
+        self._hooks = []
+        for members in _chunks(list(zip(working, masters, strict=True))[::-1]):
+            bucket = _Bucket([parameter for parameter, _ in members])
+            self._buckets.append(bucket)
+            for (parameter, master), view in zip(members, bucket.views, strict=True):
+                master.grad = view
+                if parameter is not master or world.size > 1:
+                    self._hooks.append(self._watch(parameter, view, bucket))
+
+    def _watch(self, parameter: torch.Tensor, view: torch.Tensor, bucket: _Bucket) -> torch.utils.hooks.RemovableHandle:
+        """Moves each new gradient of `parameter` into its view; fp32 ones are added there by autograd itself."""
+
+        def on_gradient(parameter: torch.Tensor) -> None:
+            if parameter.grad is not view:
+                assert parameter.grad is not None
+                view.add_(parameter.grad)
+                parameter.grad = None
+            if self._armed:
+                assert bucket.waiting > 0, "a second gradient in one backward pass: reentrant activation checkpointing"
+                bucket.waiting -= 1
+                self._send_ready()
+
+        handle: torch.utils.hooks.RemovableHandle = parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+        return handle
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss`; after the last micro-batch the sums over all ranks are in place."""
+        self._armed = last and self._world.size > 1
+        for bucket in self._buckets:
+            bucket.waiting = bucket.count
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._armed:
+            self._send_ready(all_of_them=True)
+            for work in self._sent:
+                if work is not None:
+                    work.wait()
+            self._sent.clear()
+            self._armed = False
+
+    def _send_ready(self, all_of_them: bool = False) -> None:
+        """Starts the sums of finished buckets, always in the same order, which all ranks must share."""
+        while len(self._sent) < len(self._buckets):
+            bucket = self._buckets[len(self._sent)]
+            if bucket.waiting > 0 and not all_of_them:
+                return
+            self._sent.append(dist.all_reduce(bucket.flat, async_op=True))
+
+    def zero(self) -> None:
+        """Forgets the step's gradients; the buckets stay."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _chunks(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    chunk: list[tuple[torch.Tensor, torch.Tensor]] = []
+    numel = 0
+    for pair in pairs:
+        if chunk and numel + pair[0].numel() > BUCKET_NUMEL:
+            yield chunk
+            chunk, numel = [], 0
+        chunk.append(pair)
+        numel += pair[0].numel()
+    if chunk:
+        yield chunk
