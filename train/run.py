@@ -17,8 +17,7 @@ from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
 from train.devices.base import Device
-from train.engine.base import Engine, World
-from train.engine.world import init_world
+from train.engine.base import Engine, World, init_world
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import dtype_name, load_model, resolve_precision

@@ -54,7 +54,7 @@ class FilesDatasetConfig(DatasetConfig):
     columns: dict[str, str] = field(default_factory=dict)
     """Our column name -> theirs, e.g. ``{prompt: question, completion: answer}``."""
     validation_fraction: float = 0.0
-    """Share of the records of `path`, chosen by a hash of their content, held out when no `validation_path` is given."""
+    """Share of the records of `path`, chosen by a hash of their content, held out without a `validation_path`."""
     test_fraction: float = 0.0
     """As `validation_fraction`, for the test split."""
 

@@ -93,7 +93,7 @@ class TrainConfig(PrepConfig):
         if self.max_length > self.micro_batch_tokens:
             raise ConfigError(
                 "max_length",
-                f"{self.max_length} tokens, above micro_batch_tokens={self.micro_batch_tokens}: such a sample fits no forward pass",
+                f"{self.max_length}, above micro_batch_tokens={self.micro_batch_tokens}: such a sample fits no pass",
                 remedy="lower max_length or raise micro_batch_tokens",
             )
 

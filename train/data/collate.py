@@ -80,13 +80,12 @@ def collate(batch: MicroBatch, sample: Callable[[int], Sample], *, kind: RowKind
             at = end
     targets_N = np.concatenate(targets).astype(np.int64)
     assert len(targets_N) == predicts.sum(), "spans must be disjoint, sorted and leave out the first token"
-    to = {"device": device}
     return Batch(
-        input_ids_BT=torch.from_numpy(ids).to(**to),
-        position_ids_BT=torch.from_numpy(positions).to(**to),
-        attention_mask_BT=None if filled.all() else torch.from_numpy(filled).to(**to),
-        predicts_BT=torch.from_numpy(predicts).to(**to),
-        targets_N=torch.from_numpy(targets_N).to(**to),
+        input_ids_BT=torch.from_numpy(ids).to(device),
+        position_ids_BT=torch.from_numpy(positions).to(device),
+        attention_mask_BT=None if filled.all() else torch.from_numpy(filled).to(device),
+        predicts_BT=torch.from_numpy(predicts).to(device),
+        targets_N=torch.from_numpy(targets_N).to(device),
         pack=_boundaries(rows) if kind is RowKind.packed else None,
         num_targets=len(targets_N),
         num_tokens=int(filled.sum()),

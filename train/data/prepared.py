@@ -18,6 +18,7 @@ import pyarrow.ipc
 from configs.errors import DataError
 
 FORMAT_VERSION = 1
+PREPARE_AGAIN = "prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,9 @@ class PreparedData:
                 str(path), "no manifest.json: not a folder of prepared data", remedy="crosstune prep"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                str(path / "manifest.json"), f"damaged: {error!r}", remedy="prepare the data again"
-            ) from None
+            raise DataError(str(path / "manifest.json"), f"damaged: {error!r}", remedy=PREPARE_AGAIN) from None
         if version != FORMAT_VERSION:
-            raise DataError(
-                str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy="prepare the data again"
-            )
+            raise DataError(str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy=PREPARE_AGAIN)
         assert isinstance(splits, dict)
         return cls(path, manifest)
 
@@ -116,7 +113,7 @@ def _map_shard(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(str(path), f"does not open: {error}", remedy="prepare the data again") from None
+        raise DataError(str(path), f"does not open: {error}", remedy=PREPARE_AGAIN) from None
 
 
 def _row(column: pa.ChunkedArray, row: int) -> np.ndarray:

@@ -30,7 +30,7 @@ class AscendDevice(Device):
         """`torch.npu`, which exists once torch_npu is imported. Imported here only, since it patches torch."""
         if self._npu is None:
             importlib.import_module("torch_npu")
-            self._npu = torch.npu
+            self._npu = getattr(torch, "npu")  # noqa: B009 - an attribute that the import adds
         return self._npu
 
     def availability(self) -> Availability:

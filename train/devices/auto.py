@@ -21,7 +21,7 @@ class AutoDevice(Device):
 
     def __new__(cls, cfg: DeviceConfig) -> Device:  # type: ignore[misc]  # gives another class on purpose
         """Logs what was taken and what the others lacked."""
-        passed_over = []
+        passed_over: list[str] = []
         for backend in ORDER:
             device = backend(cfg)
             found = device.availability()

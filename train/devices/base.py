@@ -114,7 +114,9 @@ class Device(ABC):
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Puts back what `rng_state` gave."""
+        raise NotImplementedError(f"{self.name} has no generator of its own")
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Waits until all queued work is done."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
@@ -42,6 +43,9 @@ class CpuDevice(Device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def synchronize(self) -> None:
+        """Nothing is queued on the host."""
+
     @property
     def torch_device(self) -> torch.device:
         """The CPU has no index."""
@@ -49,8 +53,6 @@ class CpuDevice(Device):
 
     def environment(self) -> dict[str, str]:
         """DeepSpeed on CPU asks for the number of processes on this machine under this name."""
-        import os
-
         return {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
 
     def _activate(self, local_rank: int) -> None:

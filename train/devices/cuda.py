@@ -19,7 +19,7 @@ class CudaDevice(Device):
 
     def availability(self) -> Availability:
         """Needs a CUDA build of torch and a card that the driver shows."""
-        if not torch.backends.cuda.is_built():
+        if torch.version.cuda is None:
             return Availability(
                 False, f"torch {torch.__version__} is built without CUDA; install a CUDA build of the same version"
             )

@@ -26,6 +26,6 @@ FAMILIES = {name: Family(name, packing_exact=True, lora_targets=ATTENTION_AND_ML
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config; an unknown one gets the safe path: no packing, LoRA on all linear modules."""
+    """The family of a transformers config; an unknown one is not packed and LoRA adapts all its linear modules."""
     model_type = str(config.model_type)
     return FAMILIES.get(model_type, Family(model_type, packing_exact=False, lora_targets=None))

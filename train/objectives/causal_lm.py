@@ -21,7 +21,7 @@ class CausalLM(Objective):
 
     def loss_sum(self, forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """The head runs at the positions that predict a supervised token only; see `Batch.predicts_BT`."""
-        logits_NV = forward(**batch.model_inputs()).logits.flatten(0, -2)
+        logits_NV: torch.Tensor = forward(**batch.model_inputs()).logits.flatten(0, -2)
         if batch.num_targets == 0:
             # A filler so that every rank runs the same passes: nothing to learn, but a graph to go back through.
             return logits_NV.float().sum() * 0.0

@@ -64,7 +64,7 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     rows = []
     for row, lengths in enumerate(pack.lengths):
-        pieces = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        pieces = zip(*(torch.split(x[row : row + 1], list(lengths), dim=2) for x in (query, key, value)), strict=True)
         outs = [_attend(q, k, v, dropout, scaling, sliding_window) for q, k, v in pieces]
         rows.append(torch.cat(outs, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
