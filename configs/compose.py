@@ -173,18 +173,21 @@ def _missing(config: DictConfig, key: str, command: str) -> ConfigError:
     return ConfigError(key, "not set, and there is no default", allowed=doc, remedy=remedy)
 
 
+def to_yaml(cfg: object) -> str:
+    """A typed config as YAML, its command first."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(values, dict)
+    content = {"command": command_of(cfg), **values}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
 def save_resolved(cfg: object, path: Path) -> None:
     """Writes a typed config as readable YAML with every key; `load_resolved` gives an equal object.
 
     Raises:
         StorageError: the path cannot be written.
     """
-    command = command_of(cfg)
-    values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    assert isinstance(values, dict)
-    content = {"command": command, **values}
-    text = "# Every setting of this run, as `crosstune` resolved it.\n"
-    text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    text = "# Every setting of this run, as `crosstune` resolved it.\n" + to_yaml(cfg)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

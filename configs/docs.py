@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from functools import cache
 from typing import Any
 
 
-@cache
 def field_docs(schema: type[Any]) -> dict[str, str]:
     """Field name -> its docstring on one line, inherited fields included. Fields without a docstring are left out."""
     docs: dict[str, str] = {}

@@ -1,0 +1,289 @@
+"""The `crosstune` command: reads the command line, starts a step, turns faults into messages and exit codes.
+
+Imports a step only when it is asked for, so that ``crosstune --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from configs.errors import EXIT_DONE, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from configs.errors import CrosstuneError
+
+COMPOSED = {
+    "prep": "raw records -> prepared data",
+    "train": "prepared data -> checkpoints",
+    "export": "checkpoint of a run -> adapter and merged model",
+    "eval": "figures of a run, or of any model, on the held-out split",
+    "run": "the whole road: prep, train, export, eval",
+}
+"""Commands with a config of their own."""
+WITH_PATH = {
+    "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
+    "report": "where an export came from, or a run's report.html anew: crosstune report PATH",
+}
+"""Commands that work on a folder."""
+COMMANDS = {**COMPOSED, **WITH_PATH}
+
+EXIT_INTERRUPTED = 130
+
+TOP_HELP = """crosstune: fine-tunes open-weight language models on the accelerators a team really has.
+
+usage: crosstune COMMAND [group=option ...] [key=value ...]
+
+commands:
+{commands}
+
+  crosstune run experiment=licenses                                      the demo
+  crosstune run model.path=/models/m dataset.path=data.jsonl max_steps=100
+  crosstune COMMAND --help                                               its groups, options and keys
+
+options of every command:
+  --cfg job         print the config that would run, and stop
+  --config-dir DIR  YAML of your own: DIR/experiment/mine.yaml, DIR/tuning/wide.yaml, ...
+  --resolved FILE   take the config from a run's resolved.yaml
+  --json            print the result, or the faults, as JSON on standard output
+
+exit codes: 0 done, 2 something to mend in what was asked, 3 the run failed, 75 stopped early and can be resumed"""
+
+
+@dataclass
+class Request:
+    """The command line, read."""
+
+    command: str = ""
+    words: list[str] = field(default_factory=list)
+    """Overrides; for `resume` and `report` the path comes first."""
+    help: bool = False
+    json: bool = False
+    cfg: bool = False
+    resume: bool = False
+    """Set for workers that go on from a checkpoint."""
+    config_dir: Path | None = None
+    resolved: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    out = _json_channel() if "--json" in arguments else sys.stdout
+    request: Request | None = None
+    try:
+        request = parse(arguments)
+        result = _dispatch(request)
+        if request.json and result is not None:
+            _print_json(result, out)
+        sys.stdout.flush()
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception as error:
+        return _fail(error, request, out)
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Reads the command line.
+
+    Raises:
+        ConfigError: an unknown command or option, or one without its value.
+    """
+    request = Request(help=not arguments)
+    rest = iter(arguments)
+    for word in rest:
+        if word in ("--help", "-h"):
+            request.help = True
+        elif word == "--json":
+            request.json = True
+        elif word == "--resume":
+            request.resume = True
+        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved"):
+            _set_option(request, word, rest)
+        elif word.startswith("-"):
+            options = ("--help", "--cfg", "--config-dir", "--resolved", "--json")
+            meant = nearest(word, options)
+            raise ConfigError(
+                word, "unknown option", allowed=", ".join(options), remedy=meant and f"did you mean {meant}?"
+            )
+        elif not request.command:
+            request.command = _command(word)
+        else:
+            request.words.append(word)
+    if not request.command and not request.help:
+        raise ConfigError("crosstune", "no command", allowed=", ".join(COMMANDS))
+    return request
+
+
+def _set_option(request: Request, word: str, rest: Any) -> None:
+    option, _, value = word.partition("=")
+    value = value or next(rest, "")
+    if option == "--cfg":
+        if value != "job":
+            raise ConfigError("--cfg", f"'{value}'", allowed="job")
+        request.cfg = True
+    elif not value:
+        raise ConfigError(option, "needs a value", remedy=f"{option} {'FILE' if option == '--resolved' else 'DIR'}")
+    elif option == "--config-dir":
+        request.config_dir = Path(value).expanduser()
+    else:
+        request.resolved = Path(value).expanduser()
+
+
+def _command(word: str) -> str:
+    if word in COMMANDS:
+        return word
+    meant = nearest(word, COMMANDS)
+    remedy = f"did you mean crosstune {meant}?" if meant else "crosstune --help"
+    raise ConfigError(word, "unknown command", allowed=", ".join(COMMANDS), remedy=remedy)
+
+
+def _dispatch(request: Request) -> dict[str, Any] | None:
+    """Runs what was asked for; the result is for ``--json``."""
+    if request.help:
+        _print_help(request)
+        return None
+    if request.command in WITH_PATH:
+        return _with_path(request)
+    cfg = _config(request)
+    if request.cfg:
+        from configs.compose import to_yaml
+
+        print(to_yaml(cfg), end="")
+        return None
+    _prepare_process(cfg)
+    from launchers import steps
+    from launchers.failure import ERROR_DIR
+
+    if request.command == "train":
+        return steps.train(cfg, worker=ERROR_DIR in os.environ, resume=request.resume)
+    commands: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "prep": steps.prep,
+        "run": steps.run,
+        "export": steps.export,
+        "eval": steps.evaluate,
+    }
+    return commands[request.command](cfg)
+
+
+def _with_path(request: Request) -> dict[str, Any]:
+    if not request.words:
+        raise ConfigError(f"crosstune {request.command}", "needs a folder", remedy=WITH_PATH[request.command])
+    path, overrides = Path(request.words[0]).expanduser(), request.words[1:]
+    from launchers import steps
+
+    if request.command == "report":
+        if overrides:
+            raise ConfigError(overrides[0], "`crosstune report` takes one path")
+        _prepare_process(None)
+        return steps.report(path)
+    from configs.compose import load_resolved
+    from launchers.run_dir import existing_run
+
+    _prepare_process(load_resolved(existing_run(path) / "resolved.yaml"))
+    return steps.resume(path, overrides, config_dir=request.config_dir)
+
+
+def _config(request: Request) -> Any:
+    from configs.compose import amend, command_of, compose, load_resolved
+
+    if request.resolved is None:
+        return compose(request.command, request.words, config_dir=request.config_dir)
+    cfg = load_resolved(request.resolved)
+    fitting = {"run": ("run", "train"), "train": ("train",)}.get(command_of(cfg), (command_of(cfg),))
+    if request.command not in fitting:
+        raise ConfigError(
+            "--resolved",
+            f"'{request.resolved}' is the config of `crosstune {command_of(cfg)}`",
+            remedy=" or ".join(f"crosstune {name} --resolved ..." for name in fitting),
+        )
+    return amend(cfg, request.words, config_dir=request.config_dir) if request.words else cfg
+
+
+def _prepare_process(cfg: object) -> None:
+    """What must stand before a library is imported."""
+    import logging
+
+    from launchers.environment import prepare_environment
+    from launchers.stages import is_first_rank
+
+    prepare_environment(cfg)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    ours = logging.StreamHandler(sys.stdout)
+    ours.setFormatter(logging.Formatter("      %(message)s"))
+    for name in ("train", "data_prep"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [ours], False
+        logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+
+
+def _print_help(request: Request) -> None:
+    if not request.command:
+        width = max(len(name) for name in COMMANDS)
+        print(TOP_HELP.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
+    elif request.command in WITH_PATH:
+        from launchers.help import path_command_help
+
+        print(path_command_help(request.command, WITH_PATH[request.command]))
+    else:
+        from launchers.help import command_help
+
+        print(command_help(request.command, COMPOSED[request.command], request.config_dir))
+
+
+def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
+    """Shows a fault, or leaves it for the parent process."""
+    from launchers.failure import DEBUG, ERROR_DIR, as_crosstune_error, as_json, leave_error
+
+    fault: CrosstuneError = as_crosstune_error(error, _logs_of(request))
+    if ERROR_DIR in os.environ:
+        leave_error(fault)
+    elif request is not None and request.json or out is not sys.stdout:
+        _print_json(as_json(fault), out)
+    elif os.environ.get("RANK", "0") == "0":
+        print(fault.render(), file=sys.stderr)
+    if os.environ.get(DEBUG):
+        import traceback
+
+        traceback.print_exception(error)
+    return fault.exit_code
+
+
+def _logs_of(request: Request | None) -> Path | None:
+    """The run's folder of logs, if the command line tells it and the run has begun."""
+    if request is None:
+        return None
+    named = [word.removeprefix("run_dir=") for word in request.words if word.startswith("run_dir=")]
+    if request.command == "resume":
+        named = request.words[:1]
+    elif request.resolved is not None and request.resolved.parent.name == "logs":
+        return request.resolved.parent
+    folder = Path(named[-1].strip("'\"")).expanduser() if named else None
+    return folder / "logs" if folder is not None and folder.is_dir() else None
+
+
+def _json_channel() -> TextIO:
+    """Standard output for the result alone: whatever else prints, libraries included, goes to standard error."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    return channel
+
+
+def _print_json(content: dict[str, Any], out: TextIO) -> None:
+    import json
+
+    print(json.dumps(content, ensure_ascii=False), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

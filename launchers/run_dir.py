@@ -1,0 +1,90 @@
+"""The folder of a run: made for a new one, found again for `resume`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from configs.errors import CheckpointError, ConfigError, StorageError
+from configs.schema.roots import TrainConfig
+from launchers.stages import is_first_rank
+
+C = TypeVar("C", bound=TrainConfig)
+
+SIGNS_OF_A_RUN = ("run.json", "metrics.jsonl", "checkpoints")
+
+
+def with_run_dir(cfg: C) -> C:
+    """The config with the run's folder filled in, as an absolute path.
+
+    Raises:
+        ConfigError: ranks of an outer launcher would each choose a folder of their own.
+    """
+    if cfg.run_dir is not None:
+        return replace(cfg, run_dir=str(Path(cfg.run_dir).expanduser().resolve()))
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "run_dir",
+            "not set, while an outer torchrun starts several processes that must share one folder",
+            remedy="add run_dir=FOLDER",
+        )
+    return replace(cfg, run_dir=str(Path("runs", f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()))
+
+
+@contextmanager
+def new_run(folder: Path) -> Iterator[None]:
+    """Makes the folder before anything slow starts; takes it away again if it is still empty after a fault.
+
+    Raises:
+        ConfigError: it holds a run already.
+        StorageError: it cannot be made or written.
+    """
+    if is_first_rank() and any((folder / name).exists() for name in SIGNS_OF_A_RUN):
+        raise ConfigError(
+            "run_dir", f"'{folder}' holds a run already", remedy=f"crosstune resume {folder}, or name another run_dir"
+        )
+    make_writable(folder, "run_dir")
+    try:
+        yield
+    finally:
+        try:
+            folder.rmdir()
+        except OSError:  # not empty: there is a run in it
+            pass
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """Makes a folder and tries it with a file.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            key, f"cannot write '{folder}': {reason}", remedy=f"name another folder with {key}=..."
+        ) from None
+
+
+def existing_run(folder: Path) -> Path:
+    """The absolute path of a run's folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is not that of a run.
+    """
+    remedy = "name a folder made by `crosstune train` or `crosstune run`"
+    if not folder.is_dir():
+        raise CheckpointError(str(folder), "no such folder", remedy=remedy)
+    if not (folder / "resolved.yaml").is_file():
+        raise CheckpointError(str(folder), "not the folder of a run (no resolved.yaml)", remedy=remedy)
+    return folder.resolve()

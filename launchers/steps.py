@@ -1,0 +1,272 @@
+"""The story of each command in the calling process. Each returns its result as plain values, for ``--json``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.compose import amend, build, load_resolved, save_resolved
+from configs.errors import CheckpointError, ConfigError, DataError, DeviceError
+from configs.schema.device import DeviceConfig
+from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
+from launchers.run_dir import existing_run, make_writable, new_run, with_run_dir
+from launchers.stages import Stages, is_first_rank
+from launchers.torchrun import run_workers
+
+if TYPE_CHECKING:
+    from train.devices.base import Device
+    from train.run_folder import RunFolder
+
+Result = dict[str, Any]
+
+MAY_CHANGE_ON_RESUME = (
+    *("nproc", "sharding", "device", "packing", "micro_batch_tokens", "activation_checkpointing"),
+    *("checkpoint", "eval_every", "export", "eval", "cache_dir"),
+)
+"""How a run is computed may change on the way; what it computes may not."""
+
+
+def prep(cfg: PrepConfig) -> Result:
+    """`crosstune prep`: raw records -> prepared data."""
+    stages = Stages(2)
+    model_dir = _model(cfg, stages)
+    prepared, reused = _data(cfg, model_dir, stages, out=Path(cfg.out).expanduser() if cfg.out else None)
+    stages.end(f"prepared data: {prepared}")
+    return {"prepared": str(prepared), "reused": reused}
+
+
+def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Result:
+    """`crosstune train`: records or prepared data -> checkpoints.
+
+    Args:
+        cfg: the whole config.
+        worker: this process is one of several that we started ourselves; their parent has made the folder and talks.
+        resume: go on from the latest checkpoint.
+    """
+    cfg = with_run_dir(cfg)
+    folder = Path(str(cfg.run_dir))
+    stages = Stages(3, quiet=worker)
+    if worker or resume:
+        _train(cfg, folder, stages, resume=resume)
+    else:
+        with new_run(folder):
+            _train(cfg, folder, stages, resume=False)
+    stages.end(f"run: {folder}")
+    return {"run_dir": str(folder)}
+
+
+def run(cfg: RunConfig, *, resume: bool = False) -> Result:
+    """`crosstune run`: records -> checkpoints -> exported model and figures."""
+    cfg = with_run_dir(cfg)
+    folder = Path(str(cfg.run_dir))
+    stages = Stages(5)
+    if resume:
+        _train(cfg, folder, stages, resume=True)
+    else:
+        with new_run(folder):
+            _train(cfg, folder, stages, resume=False)
+    if not is_first_rank():  # under an outer torchrun the other ranks are done here
+        return {"run_dir": str(folder)}
+    exported = _export(_run_folder(folder), ExportJobConfig(str(folder), overwrite=resume, export=cfg.export), stages)
+    figures = _evaluate(EvalJobConfig(run_dir=str(folder), eval=cfg.eval, device=cfg.device), stages)
+    stages.end(f"run: {folder}")
+    return {"run_dir": str(folder), **exported, "summary": figures}
+
+
+def resume(folder: Path, overrides: list[str], *, config_dir: Path | None = None) -> Result:
+    """`crosstune resume RUN`: goes on with the command that made the run.
+
+    Raises:
+        CheckpointError: not a run, or one without a complete checkpoint.
+        ConfigError: an override would change what the run computes.
+    """
+    folder = existing_run(folder)
+    cfg = load_resolved(folder / "resolved.yaml")
+    if not isinstance(cfg, TrainConfig):
+        raise CheckpointError(str(folder / "resolved.yaml"), f"a {type(cfg).__name__}, nothing that trains")
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key not in MAY_CHANGE_ON_RESUME:
+            raise ConfigError(
+                text,
+                "would change what the run computes",
+                allowed=", ".join(MAY_CHANGE_ON_RESUME),
+                remedy="start a new run",
+            )
+    cfg = amend(cfg, overrides, config_dir=config_dir) if overrides else cfg
+    _latest_checkpoint(folder)
+    cfg = replace(cfg, run_dir=str(folder))
+    return run(cfg, resume=True) if isinstance(cfg, RunConfig) else train(cfg, resume=True)
+
+
+def export(cfg: ExportJobConfig) -> Result:
+    """`crosstune export`: checkpoint of a run -> adapter and merged model."""
+    stages = Stages(1)
+    return _export(_run_folder(existing_run(Path(cfg.run_dir).expanduser())), cfg, stages)
+
+
+def evaluate(cfg: EvalJobConfig) -> Result:
+    """`crosstune eval`: figures of a run's checkpoint, or of any model folder.
+
+    Raises:
+        ConfigError: it is not said what to measure.
+    """
+    if cfg.run_dir is None and not (cfg.model.path and cfg.data):
+        raise ConfigError(
+            "run_dir", "nothing to measure", remedy="run_dir=RUN, or model.path=FOLDER with data=PREPARED_FOLDER"
+        )
+    return _evaluate(cfg, Stages(1))
+
+
+def report(path: Path) -> Result:
+    """`crosstune report PATH`: an export's provenance, or a run's report.html written anew.
+
+    Raises:
+        CheckpointError: the path is neither.
+    """
+    from train.export.provenance import read_chain
+    from train.observe.report import write_report
+
+    found = next((p for p in (path, path.parent) if (p / "provenance.json").is_file()), None)
+    if found is not None:
+        chain = read_chain(found)
+        print(chain)
+        return {"export": str(found), "chain": str(chain)}
+    if (path / "run.json").is_file():
+        page = write_report(_run_folder(path.resolve()))
+        print(f"report: {page}")
+        return {"report": str(page)}
+    raise CheckpointError(
+        str(path),
+        "neither an export (no provenance.json) nor a run (no run.json)",
+        remedy="name RUN, or RUN/export/merged",
+    )
+
+
+def _model(cfg: PrepConfig, stages: Stages) -> Path:
+    from train.models.load import ensure_model
+
+    with stages.stage("model"):
+        model_dir = ensure_model(cfg.model, _cache_dir(cfg), on_note=stages.note)
+        stages.note(str(model_dir))
+    return model_dir
+
+
+def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None = None) -> tuple[Path, bool]:
+    from data_prep.prepare import prepare
+
+    with stages.stage("data"):
+        prepared = prepare(cfg, model_dir, out=out)
+        splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
+        rejected = prepared.manifest["rejects"]["total"]
+        stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
+        stages.note(f"samples: {splits}" + (f"; {rejected:,} rejected, see rejects.jsonl there" if rejected else ""))
+    return prepared.path, prepared.reused
+
+
+def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
+    """Model, data and training; in this process, or in `nproc` workers."""
+    _check_processes(cfg)
+    model_dir = _model(cfg, stages)
+    prepared, _ = _data(cfg, model_dir, stages)
+    if resume:
+        _same_data(folder, prepared)
+    with stages.stage("train"):
+        if cfg.nproc == 1 or "RANK" in os.environ:
+            from train.run import train as train_here
+
+            train_here(cfg, model_dir=model_dir, prepared=prepared, run_dir=folder, resume=resume)
+        else:
+            # What the workers compute is in a file: the run's own is only written once training has begun.
+            request = folder / "logs" / "request.yaml"
+            make_writable(request.parent, "run_dir")
+            save_resolved(cfg, request)
+            arguments = ["train", "--resolved", str(request), *(["--resume"] if resume else [])]
+            run_workers(cfg.nproc, arguments, folder / "logs", threads=cfg.device.threads)
+
+
+def _check_processes(cfg: TrainConfig) -> None:
+    """Refuses a device that is not there, or fewer of them than processes, before anything slow starts."""
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None and cfg.nproc not in (1, int(world)):
+        raise ConfigError(
+            "nproc", f"{cfg.nproc}, but the outer launcher started {world} processes", remedy="leave it out"
+        )
+    device = _device(cfg.device)
+    if device.torch_type != "cpu" and cfg.nproc > device.count():
+        raise DeviceError("nproc", f"{cfg.nproc} processes, but {device.count()} {device.name} devices are visible")
+
+
+def _device(cfg: DeviceConfig) -> Device:
+    from train.devices.base import Device
+
+    device = build(cfg, Device)
+    found = device.availability()
+    if not found.ok:
+        raise DeviceError(f"device={device.name}", found.reason, remedy="device=auto takes what is there")
+    return device
+
+
+def _same_data(folder: Path, prepared: Path) -> None:
+    """Refuses to go on with data that differs from what the run began with."""
+    from train.run_folder import sha256_of
+
+    if sha256_of(prepared / "manifest.json") != _run_folder(folder).read_record().manifest_sha256:
+        raise DataError(
+            str(prepared),
+            "differs from the data that the run began with",
+            remedy="bring back the original records, or start a new run",
+        )
+
+
+def _latest_checkpoint(folder: Path) -> Path:
+    from train.checkpoint.retention import latest
+
+    return latest(_run_folder(folder).checkpoints)
+
+
+def _export(folder: RunFolder, cfg: ExportJobConfig, stages: Stages) -> Result:
+    from train.export.run import export as export_run
+
+    out = Path(cfg.out).expanduser() if cfg.out else None
+    with stages.stage("export"):
+        done = export_run(
+            folder, cfg.export, checkpoint=cfg.checkpoint, out=out, overwrite=cfg.overwrite, on_note=stages.note
+        )
+    return {"adapter": done.adapter and str(done.adapter), "merged": done.merged and str(done.merged)}
+
+
+def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
+    from train.evaluate.run import evaluate_model, evaluate_run
+    from train.observe.report import write_report
+
+    from train.models.load import ensure_model
+
+    device = _device(cfg.device)
+    data = Path(cfg.data).expanduser() if cfg.data else None
+    out = Path(cfg.out).expanduser() if cfg.out else None
+    with stages.stage("eval"):
+        device.activate(0)
+        if cfg.run_dir is None:
+            assert data is not None
+            model_dir = ensure_model(cfg.model, Path(PrepConfig.cache_dir).expanduser(), on_note=stages.note)
+            figures = evaluate_model(model_dir, data, cfg.eval, device, out or Path.cwd())
+        else:
+            folder = _run_folder(existing_run(Path(cfg.run_dir).expanduser()))
+            figures = evaluate_run(
+                folder, cfg.eval, device, checkpoint=cfg.checkpoint, data=data, out=out, on_note=stages.note
+            )
+            stages.note(f"report: {write_report(folder)}")
+    return figures
+
+
+def _run_folder(path: Path) -> RunFolder:
+    from train.run_folder import RunFolder
+
+    return RunFolder(path)
+
+
+def _cache_dir(cfg: PrepConfig) -> Path:
+    return Path(cfg.cache_dir).expanduser()

@@ -1,0 +1,140 @@
+"""Several processes on this machine, one per device, through torch's own torchrun.
+
+Static rendezvous on the loopback address and no restarts inside torchrun: a failed run goes on from its checkpoint with
+`crosstune resume`. Rank 0 writes to our terminal, so its progress is seen live; the other ranks, and torchrun's own
+messages, go to files under ``RUN/logs/<attempt>/``. Does not cover several machines.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import EXIT_DONE, RunFailedError
+from launchers.failure import ERROR_DIR, earliest_error
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SHUTDOWN_SECONDS = 120
+"""Time that workers have to save and leave after a stop signal."""
+
+
+def run_workers(nproc: int, arguments: Sequence[str], logs: Path, *, threads: int = 0) -> None:
+    """Runs ``crosstune <arguments>`` in `nproc` processes and waits for them.
+
+    Args:
+        nproc: processes to start.
+        arguments: of the `crosstune` command.
+        logs: folder of the run's logs; a subfolder is made for this attempt.
+        threads: CPU threads per process; 0: the cores divided by `nproc`.
+
+    Raises:
+        CrosstuneError: the earliest fault of a worker, with its exit code.
+        RunFailedError: workers ended without leaving a fault.
+        KeyboardInterrupt: the user stopped the run.
+    """
+    attempt = new_attempt(logs)
+    command = torchrun_command(nproc, arguments, attempt, free_port())
+    environment = worker_environment(os.environ, attempt, nproc, threads)
+    with (attempt / "torchrun.log").open("wb") as log:
+        # A session of its own: Ctrl-C reaches torchrun once, through us, and not each worker on its own.
+        process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+        stopped_by = _wait(process)
+    if process.returncode == EXIT_DONE:
+        return
+    if (error := earliest_error(attempt / "errors")) is not None:
+        raise error
+    if stopped_by is not None:
+        raise KeyboardInterrupt if stopped_by == signal.SIGINT else SystemExit(128 + stopped_by)
+    raise _silent_death(attempt)
+
+
+def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: int) -> list[str]:
+    """The command line."""
+    quiet_ranks = ",".join(f"{rank}:3" for rank in range(1, nproc))
+    return [
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--nnodes", "1", "--nproc-per-node", str(nproc), "--node-rank", "0"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
+        *("--log-dir", str(attempt / "workers"), *(("--redirects", quiet_ranks) if quiet_ranks else ())),
+        *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
+        *("-m", "launchers.cli", *arguments),
+    ]
+
+
+def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threads: int) -> dict[str, str]:
+    """What the workers see: our environment and a few variables of theirs. A user's own value wins."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = dict(base)
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores // nproc)))
+    # gloo would otherwise look up the host's name, which fails on a machine without a network.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    # torchrun starts workers without -P: a file train.py in the working folder must not shadow ours.
+    environment["PYTHONSAFEPATH"] = "1"
+    environment[ERROR_DIR] = str((attempt / "errors").resolve())
+    return environment
+
+
+def new_attempt(logs: Path) -> Path:
+    """A fresh folder ``logs/<attempt>``."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1000):
+        attempt = logs / (stamp if number == 0 else f"{stamp}-{number}")
+        try:
+            attempt.mkdir(parents=True)
+            return attempt
+        except FileExistsError:
+            continue
+    raise AssertionError("a thousand attempts within a second")
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback address now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Waits for the end; passes stop signals on to torchrun. A second signal ends everything at once.
+
+    Returns:
+        The first stop signal that came, None if there was none.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process.poll() is None:
+            if len(received) == 1:
+                process.send_signal(number)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return received[0] if received else None
+
+
+def _silent_death(attempt: Path) -> RunFailedError:
+    """The fault of workers that left no error file: killed, most often for want of memory."""
+    text = (attempt / "torchrun.log").read_text(encoding="utf-8", errors="replace")
+    match = re.search(r"exitcode\s*:\s*(-?\d+)", text)
+    code = int(match.group(1)) if match else None
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the kernel kills with SIGKILL when memory runs out" if -code == signal.SIGKILL else ""
+        return RunFailedError("worker", f"ended by signal {name}{hint}", remedy=f"the logs are in {attempt}")
+    ending = f"ended with code {code}" if code is not None else "torchrun ended early"
+    return RunFailedError("worker", f"{ending} without a message", remedy=f"the logs are in {attempt}")
