@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -47,9 +50,10 @@ class ZeroEngine(Engine):
         _ensure_group(device)
         optimizer = build_optimizer(optim, self.trained.items())
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
-        self._deepspeed, self._zero, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(self.trained.values()), optimizer=optimizer, config=settings
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory reports, asked or not
+            self._deepspeed, self._zero, *_ = deepspeed.initialize(
+                model=module, model_parameters=list(self.trained.values()), optimizer=optimizer, config=settings
+            )
         self._layout = layout_of(self._zero, names)
 
     def forward(self, **batch: Any) -> Any:
@@ -94,6 +98,8 @@ def _import_deepspeed() -> ModuleType:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # A host kernel that serves inference only, yet would be compiled for over a minute when the group is made.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
@@ -102,5 +108,6 @@ def _import_deepspeed() -> ModuleType:
 
 def _ensure_group(device: Device) -> None:
     """A process that runs alone needs a group of one; an in-memory store needs no port."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index))  # DeepSpeed refuses to start without it
     if not dist.is_initialized():
         dist.init_process_group(device.backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,53 @@
+"""States of the random generators of one rank, as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.devices.base import Device
+
+
+def rng_states(device: Device) -> dict[str, torch.Tensor]:
+    """Python's, numpy's, torch's and, where it has one, the device's generator; uint8 [n] each."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states = {
+        "python": _to_bytes(random.getstate()),
+        "numpy": _to_bytes([np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)]),
+        "torch": torch.get_rng_state(),
+    }
+    own = device.rng_state()
+    return states if own is None else {**states, "device": own.cpu()}
+
+
+def set_rng_states(states: Mapping[str, torch.Tensor], device: Device) -> None:
+    """Puts back what `rng_states` gave; a device state from another kind of device is left out."""
+    version, internal, gauss = _from_bytes(states["python"])
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = _from_bytes(states["numpy"])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    own = device.rng_state()
+    if own is not None:
+        stored = states.get("device")
+        if stored is not None and stored.shape == own.shape:
+            device.set_rng_state(stored)
+
+
+def derived_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for a rank that has no saved state: the same for the same place in the same run, 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1
+
+
+def _to_bytes(value: object) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(data: torch.Tensor) -> Any:
+    return json.loads(bytes(data.numpy()))
