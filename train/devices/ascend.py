@@ -85,5 +85,3 @@ class AscendDevice(Device):
                 remedy="lower nproc or widen ASCEND_RT_VISIBLE_DEVICES",
             )
         self._plugin().set_device(local_rank)
-        if self.cfg.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)

@@ -79,6 +79,10 @@ class Device(ABC):
         self.index = local_rank
         self.set_threads()
         self._activate(local_rank)
+        if self.cfg.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # A debugging aid that comes with it and writes NaN into every new tensor first.
+            torch.utils.deterministic.fill_uninitialized_memory = False
 
     @abstractmethod
     def _activate(self, local_rank: int) -> None:

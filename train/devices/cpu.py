@@ -56,5 +56,4 @@ class CpuDevice(Device):
         return {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
 
     def _activate(self, local_rank: int) -> None:
-        if self.cfg.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        """Nothing to choose."""

@@ -65,5 +65,3 @@ class CudaDevice(Device):
                 remedy="lower nproc or widen CUDA_VISIBLE_DEVICES",
             )
         torch.cuda.set_device(local_rank)
-        if self.cfg.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
