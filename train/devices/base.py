@@ -82,7 +82,7 @@ class Device(ABC):
         if self.cfg.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # A debugging aid that comes with it and writes NaN into every new tensor first.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     @abstractmethod
     def _activate(self, local_rank: int) -> None:
