@@ -162,6 +162,8 @@ def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None 
         splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
         rejected = prepared.manifest["rejects"]["total"]
         stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
+        for note in prepared.notes:
+            stages.note(note)
         stages.note(f"samples: {splits}" + (f"; {rejected:,} rejected, see rejects.jsonl there" if rejected else ""))
     return prepared.path, prepared.reused
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from configs.compose import build, save_resolved
 from configs.errors import ConfigError, DataError
 from configs.schema.roots import Packing, TrainConfig
-from train.checkpoint.layout import TrainerState
+from train.checkpoint.layout import TrainerState, latest
 from train.checkpoint.restore import restore
-from train.checkpoint.retention import latest
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler

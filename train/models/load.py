@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """Writes fp32 safetensors, tokenizer and template to `folder`, whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _quiet()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
@@ -143,6 +145,14 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _quiet() -> None:
+    """Our own display says what is going on; transformers' bars and its notes to library authors would tear it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def resolve_precision(precision: Precision, device: Device, *, on_note: Callable[[str], None]) -> torch.dtype:
@@ -181,6 +191,7 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
     """
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(model_dir),

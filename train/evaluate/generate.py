@@ -1,0 +1,278 @@
+"""Greedy answers and their likelihood, each prompt read once.
+
+For families whose cache is a plain key-value list, a batch goes through the model like this:
+
+1. what all its prompts share at their beginning (the system turn) is read once and its cache repeated;
+2. the rest of the prompts, padded on the left, is read on top of it;
+3. the reference answers are read on top of that. This gives the likelihood, and also most of the greedy answer: as
+   long as the model would itself have chosen the reference's tokens, the next choice is already known;
+4. only rows that left the reference go on, one token at a time, the unused reference tokens masked out.
+
+Other families (recurrent state, sliding windows) take a forward pass for the likelihood, then `generate` over
+prompts of equal length, so that nothing is padded. The answers are the same; it only takes longer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+from train.evaluate.perplexity import forward_nll, head_at, token_nll
+from train.evaluate.samples import Sample
+
+
+@dataclass
+class Measured:
+    """What a model did with one sample."""
+
+    nll: float
+    """Negative log-likelihood (nats) summed over the sample's supervised tokens."""
+    answer_ids: list[int] | None
+    """Greedy answer without the token that ended it; None where nothing was generated."""
+    first_logits_V: torch.Tensor | None = None
+    """fp32 logits of the answer's first token; None unless asked for."""
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether every layer keeps all keys and values, so that cached tokens can be shared and masked out."""
+    supported = getattr(model, "_supports_default_dynamic_cache", None)
+    if supported is None or not supported() or model.get_output_embeddings() is None:
+        return False
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    # A config without layer types gives an empty list here: such a cache makes its (plain) layers on first use.
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens of a batch behind its shared beginning; B rows, P shared, R rest of prompt, T of the answer."""
+
+    shared_P: list[int]
+    rest_BR: torch.Tensor
+    answer_BT: torch.Tensor
+    mask_BL: torch.Tensor
+    """1 where a token is, over shared, rest and answer, ``[B, P + R + T]``."""
+
+
+def _lay_out(samples: Sequence[Sample]) -> _Rows:
+    """Shared beginning, left-padded rest of the prompts, right-padded answers but for their last token."""
+    shared = _shared_length(samples) if len(samples) > 1 else 0
+    rests = [s.prompt[shared:] for s in samples]
+    answers = [s.answer[:-1] for s in samples]  # nothing is read off the last token
+    width, answer_width = max(map(len, rests)), max(map(len, answers))
+    rest_BR = torch.zeros(len(samples), width, dtype=torch.long)
+    answer_BT = torch.zeros(len(samples), answer_width, dtype=torch.long)
+    mask_BL = torch.zeros(len(samples), shared + width + answer_width, dtype=torch.long)
+    mask_BL[:, :shared] = 1
+    for row, (rest, answer) in enumerate(zip(rests, answers, strict=True)):
+        rest_BR[row, width - len(rest) :] = torch.tensor(rest)
+        answer_BT[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
+        mask_BL[row, shared + width - len(rest) : shared + width + len(answer)] = 1
+    return _Rows(samples[0].input_ids[:shared], rest_BR, answer_BT, mask_BL)
+
+
+def _shared_length(samples: Sequence[Sample]) -> int:
+    """Tokens that all prompts begin with, short of the first position whose logits are read."""
+    limit = min(s.spans[0][0] - 1 for s in samples)
+    first = samples[0].input_ids
+    for i in range(limit):
+        if any(s.input_ids[i] != first[i] for s in samples):
+            return i
+    return limit
+
+
+class _Reader:
+    """Feeds a model piece by piece, keeping cache and mask in step."""
+
+    def __init__(self, model: Any, mask_BL: torch.Tensor, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.cache = DynamicCache(config=model.config)
+        self.mask_BL = mask_BL.to(device)
+
+    def read(self, tokens_BS: torch.Tensor, rows_N: Sequence[int], columns_N: Sequence[int]) -> torch.Tensor:
+        """Logits ``[N, V]`` of the positions named, after reading `tokens_BS` behind what was read before."""
+        seen = self.cache.get_seq_length()
+        mask = self.mask_BL[: len(tokens_BS), : seen + tokens_BS.shape[1]]
+        # A token's position counts the real tokens before it, whatever padding lies between.
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        with head_at(self.model, rows_N, columns_N):
+            out = self.model(
+                input_ids=tokens_BS.to(self.device),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all rows but these."""
+        index = torch.tensor(rows, device=self.device)
+        self.cache.batch_select_indices(index)
+        self.mask_BL = self.mask_BL[index]
+
+
+@torch.inference_mode()
+def measure_batch(
+    model: Any,
+    samples: Sequence[Sample],
+    stop: Collection[int],
+    max_new_tokens: int,
+    device: torch.device,
+    keep_logits: bool = False,
+) -> list[Measured]:
+    """Likelihood and greedy answer of each sample, for families with `has_plain_cache`.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        samples: one batch; its size is the caller's care.
+        stop: token ids that end an answer, besides the last token of the sample's own reference.
+        max_new_tokens: longest answer, its end token included; 0: generate nothing.
+        device: where the model is.
+        keep_logits: also give the first token's logits.
+    """
+    rows = _lay_out(samples)
+    reader = _Reader(model, rows.mask_BL, device)
+    if rows.shared_P:
+        reader.read(torch.tensor([rows.shared_P]), [0], [len(rows.shared_P) - 1])
+        reader.cache.batch_repeat_interleave(len(samples))
+    nll, first_BV = _read_prompts(reader, rows, samples)
+    known = [[token] for token in first_BV.argmax(-1).tolist()]
+    if rows.answer_BT.shape[1]:
+        places = [(row, i) for row, s in enumerate(samples) for i in range(len(s.answer) - 1)]
+        logits = reader.read(rows.answer_BT, [p[0] for p in places], [p[1] for p in places])
+        targets = torch.tensor([samples[row].answer[i + 1] for row, i in places], device=device)
+        for (row, _), loss, choice in zip(
+            places, token_nll(logits, targets).tolist(), logits.argmax(-1).tolist(), strict=True
+        ):
+            nll[row] += loss
+            known[row].append(choice)
+    if not max_new_tokens:
+        return [Measured(value, None) for value in nll]
+    answers = _finish_answers(reader, rows, samples, known, set(stop), max_new_tokens)
+    first: Sequence[torch.Tensor | None] = list(first_BV.float().cpu()) if keep_logits else [None] * len(samples)
+    return [Measured(n, a, f) for n, a, f in zip(nll, answers, first, strict=True)]
+
+
+def _read_prompts(reader: _Reader, rows: _Rows, samples: Sequence[Sample]) -> tuple[list[float], torch.Tensor]:
+    """Reads the prompts: likelihood of their supervised tokens and the answer's first; logits of the latter."""
+    width = rows.rest_BR.shape[1]
+    at_row, at_column, targets = [], [], []
+    for row, sample in enumerate(samples):
+        for i in [*sample.prompt_targets, sample.answer_start]:
+            at_row.append(row)
+            at_column.append(width - (sample.answer_start - i) - 1)
+            targets.append(sample.input_ids[i])
+    logits = reader.read(rows.rest_BR, at_row, at_column)
+    losses = token_nll(logits, torch.tensor(targets, device=reader.device)).tolist()
+    nll = [0.0] * len(samples)
+    for row, loss in zip(at_row, losses, strict=True):
+        nll[row] += loss
+    last = [i for i, row in enumerate(at_row) if i + 1 == len(at_row) or at_row[i + 1] != row]
+    return nll, logits[last]
+
+
+def _finish_answers(
+    reader: _Reader,
+    rows: _Rows,
+    samples: Sequence[Sample],
+    known: Sequence[Sequence[int]],
+    stop: set[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy answers: what the pass over the references already tells, then token by token.
+
+    Args:
+        known: per row, the model's choice at each token of the reference, given the reference before it.
+    """
+    answers: list[list[int]] = []
+    going: list[int] = []
+    answer_at = reader.mask_BL.shape[1] - rows.answer_BT.shape[1]
+    for row, (sample, choices) in enumerate(zip(samples, known, strict=True)):
+        answer, ended = _agreed(sample.answer, choices, stop, max_new_tokens)
+        answers.append(answer)
+        if not ended:
+            going.append(row)
+            # The last token of `answer` has left the reference: it is read next, the rest of the reference never.
+            reader.mask_BL[row, answer_at + len(answer) - 1 :] = 0
+    if going:
+        reader.keep(going)
+    while going:
+        reader.mask_BL = torch.nn.functional.pad(reader.mask_BL, (0, 1), value=1)
+        last = torch.tensor([[answers[row][-1]] for row in going])
+        choices = reader.read(last, range(len(going)), [0] * len(going)).argmax(-1).tolist()
+        stay = []
+        for i, (row, token) in enumerate(zip(going, choices, strict=True)):
+            if token in stop or token == samples[row].answer[-1]:
+                continue
+            answers[row].append(token)
+            if len(answers[row]) < max_new_tokens:
+                stay.append(i)
+        if len(stay) < len(going) and stay:
+            reader.keep(stay)
+        going = [going[i] for i in stay]
+    return answers
+
+
+def _agreed(
+    reference: Sequence[int], choices: Sequence[int], stop: set[int], max_new_tokens: int
+) -> tuple[list[int], bool]:
+    """The greedy answer as far as it is known, and whether it has ended."""
+    answer: list[int] = []
+    for wanted, chosen in zip(reference, choices, strict=True):
+        if chosen in stop or chosen == reference[-1]:
+            return answer, True
+        answer.append(chosen)
+        if len(answer) == max_new_tokens:
+            return answer, True
+        if chosen != wanted:
+            return answer, False
+    raise AssertionError("the last token of a reference ends it")
+
+
+@torch.inference_mode()
+def measure_batch_plainly(
+    model: Any,
+    samples: Sequence[Sample],
+    stop: Collection[int],
+    max_new_tokens: int,
+    device: torch.device,
+    keep_logits: bool = False,
+) -> list[Measured]:
+    """As `measure_batch`, for any family: a forward pass, then `generate` over prompts of equal length."""
+    measured = [Measured(nll, None) for nll in forward_nll(model, samples, device)]
+    by_length: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        by_length[sample.answer_start, sample.answer[-1]].append(i)
+    for (_, end), group in by_length.items() if max_new_tokens else ():
+        prompts = torch.tensor([samples[i].prompt for i in group], device=device)
+        ends = sorted({*stop, end})
+        # All spelled out: a model's own generation_config may ask for sampling or penalties.
+        greedy = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=end,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)
+        for row, i in enumerate(group):
+            tokens = out.sequences[row, prompts.shape[1] :].tolist()
+            cut = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+            measured[i].answer_ids = tokens[:cut]
+            if keep_logits:
+                measured[i].first_logits_V = out.logits[0][row].float().cpu()
+    return measured

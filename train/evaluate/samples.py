@@ -1,0 +1,132 @@
+"""The held-out samples as evaluation sees them: a prompt, and the answer that should follow it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from configs.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised sample of a prepared split."""
+
+    id: str
+    """Where it came from, ``file:line`` or the like."""
+    input_ids: list[int]
+    spans: list[tuple[int, int]]
+    """Supervised token ranges ``[start, end)``, sorted and disjoint; index 0 is never supervised."""
+
+    @property
+    def answer_start(self) -> int:
+        """Index of the answer's first token; the answer is the last supervised span."""
+        return self.spans[-1][0]
+
+    @property
+    def prompt(self) -> list[int]:
+        """All tokens before the answer; earlier supervised turns are part of it."""
+        return self.input_ids[: self.answer_start]
+
+    @property
+    def answer(self) -> list[int]:
+        """Tokens of the answer; the last one is the token that ends it."""
+        return self.input_ids[self.answer_start : self.spans[-1][1]]
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there is something to answer: plain text is supervised from its second token on."""
+        return self.answer_start > 1
+
+    @property
+    def prompt_targets(self) -> list[int]:
+        """Indices of the supervised tokens inside the prompt (earlier assistant turns)."""
+        return [i for start, end in self.spans[:-1] for i in range(start, end)]
+
+    @property
+    def targets(self) -> list[int]:
+        """Indices of all supervised tokens; token i is predicted by the logits at i - 1."""
+        return [i for start, end in self.spans for i in range(start, end)]
+
+
+def read_manifest(data: Path) -> dict[str, Any]:
+    """The manifest of a folder of prepared data.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    path = data / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(
+            str(data), "not a folder of prepared data (no manifest.json)", remedy="make it with `crosstune prep`"
+        ) from None
+    except ValueError as error:
+        raise DataError(str(path), f"damaged: {error}", remedy="prepare the data again") from None
+    return manifest
+
+
+def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
+    """Reads a split of prepared data, in its stored order.
+
+    Args:
+        data: folder made by `crosstune prep`.
+        split: ``train``, ``validation`` or ``test``.
+        limit: only the first so many samples; 0: all.
+
+    Raises:
+        DataError: no such split, an empty one, or one without supervised tokens.
+    """
+    splits = read_manifest(data)["splits"]
+    if split not in splits:
+        guess = nearest(split, splits)
+        raise DataError(
+            f"eval.split={split}",
+            f"{data} has no such split",
+            allowed=", ".join(sorted(splits)),
+            remedy=f"did you mean '{guess}'?" if guess else "set dataset.test_fraction or dataset.test_path and prepare again",
+        )
+    samples = []
+    for sample in _rows(data / split, [shard["file"] for shard in splits[split]["shards"]]):
+        if sample.spans:
+            samples.append(sample)
+        if limit and len(samples) == limit:
+            break
+    if not samples:
+        raise DataError(f"{data}/{split}", "no sample with supervised tokens", remedy="prepare data that has answers")
+    return samples
+
+
+def _rows(folder: Path, files: Sequence[str]) -> Iterator[Sample]:
+    for name in files:
+        path = folder / Path(name).name
+        try:
+            with pa.memory_map(str(path)) as source:
+                reader = pa.ipc.open_file(source)
+                for i in range(reader.num_record_batches):
+                    columns = reader.get_batch(i).to_pydict()
+                    for row in zip(columns["id"], columns["input_ids"], columns["spans"], strict=True):
+                        flat = row[2]
+                        yield Sample(str(row[0]), row[1], list(zip(flat[::2], flat[1::2], strict=True)))
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise DataError(str(path), f"cannot be read: {error}", remedy="prepare the data again") from None
+
+
+def batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of samples in batches of like length, longest first, at most `batch_tokens` tokens with padding."""
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].input_ids), i))
+    batch: list[int] = []
+    for i in order:
+        longest = len(samples[batch[0] if batch else i].input_ids)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
