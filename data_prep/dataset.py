@@ -53,7 +53,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, AnyRecord | Reject]]:
-        """Pairs of (split, record or reject), in an order that depends on the content and nothing else; memory stays bounded.
+        """Pairs of (split, record or reject), in an order that depends on the content alone; memory stays bounded.
 
         Raises:
             DataError: a source cannot be read at all.

@@ -1,7 +1,7 @@
 """Data sets of a hub, through the `datasets` library: ``hf://org/name[@revision][/config][:split]``.
 
-The only place of this room that may ask a network, and only for a path written ``hf://``. A folder ``org/name`` below the
-working directory is taken before the hub, as `datasets` has it.
+The only place of this room that may ask a network, and only for a path written ``hf://``. A folder ``org/name`` below
+the working directory is taken before the hub, as `datasets` has it.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class HubDataset:
         try:
             return datasets.load_dataset(self._name, self._config, split=self._split, revision=self._revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 self.shown,
-                f"cannot be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-                remedy="check name, config and split; without a network, download it first and unset nothing: "
-                "the cache of `datasets` is used when HF_HUB_OFFLINE=1",
+                f"cannot be loaded: {first}",
+                remedy="check name, config and split; without a network, name a folder of files instead",
             ) from error
 
     def sha256(self) -> str:

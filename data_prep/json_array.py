@@ -96,5 +96,7 @@ class JsonArrayReader:
 
     def _fault(self, what: str) -> DataError:
         return DataError(
-            f"{self._shown}:{self._line}", what, remedy="mend the file; JSON lines (.jsonl) survive a bad row, a list does not"
+            f"{self._shown}:{self._line}",
+            what,
+            remedy="mend the file; JSON lines (.jsonl) survive a bad row, a list does not",
         )

@@ -1,7 +1,7 @@
 """Licence notices with their licence expressions, out of the rule files of `licensedcode-data`.
 
-A rule file has YAML front matter between ``---`` lines, then the text of a notice as met in real software. The task is a
-compliance team's: given the notice, answer its expression. What is left out, and why, is counted in the notes.
+A rule file has YAML front matter between ``---`` lines, then the text of a notice as met in real software. The task is
+a compliance team's: given the notice, answer its expression. What is left out, and why, is counted in the notes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,7 +42,7 @@ class Notice:
 
 
 class LicensesDataset(Dataset):
-    """See `LicensesDatasetConfig`. It fits into memory (35,000 small files); they are read once, for hash and records."""
+    """See `LicensesDatasetConfig`. The files (35,000 small ones) are read once, for their hash and the records."""
 
     def __init__(self, cfg: LicensesDatasetConfig, *, seed: int = 0) -> None:
         super().__init__(cfg, seed=seed)
@@ -52,7 +52,7 @@ class LicensesDataset(Dataset):
         self._rejects: list[Reject] = []
 
     def settings(self) -> dict[str, Any]:
-        """See `Dataset.settings`. The seed is in it: it decides which notices of a head class are taken and held out."""
+        """See `Dataset.settings`. The seed is in it: it decides which notices are taken and which are held out."""
         cfg, skipped = self._cfg, {"_target_", "name", "license", "path", "max_rejects"}
         return {"seed": self.seed, **{k: v for k, v in vars(cfg).items() if k not in skipped}}
 
@@ -80,7 +80,9 @@ class LicensesDataset(Dataset):
         (source,) = self.sources()
         found = self._kept(self._parsed())
         if not found:
-            raise DataError(source.path, "no notice fits the limits of the config", remedy="widen dataset.min_chars and so on")
+            raise DataError(
+                source.path, "no notice fits the limits of the config", remedy="widen dataset.min_chars and so on"
+            )
         train, validation, test = self._split(found)
         validation, from_validation = self._without_near_duplicates(validation, test)
         train, from_train = self._without_near_duplicates(train, test + validation)
@@ -114,9 +116,9 @@ class LicensesDataset(Dataset):
         kept = {label: self._shuffled(found)[: self._cfg.max_per_label] for label, found in frequent.items()}
         assert self._source is not None
         self.notes.append(
-            f"{self._source.rows} rule files: {len(notices)} notices and texts within the limits, {len(distinct)} distinct, "
-            f"{sum(map(len, frequent.values()))} of labels with {self._cfg.min_per_label} or more, "
-            f"{sum(map(len, kept.values()))} after capping labels at {self._cfg.max_per_label}"
+            f"{self._source.rows} rule files: {len(notices)} notices and texts within the limits, "
+            f"{len(distinct)} distinct, {sum(map(len, frequent.values()))} of labels with "
+            f"{self._cfg.min_per_label} or more, {sum(map(len, kept.values()))} after capping labels at {self._cfg.max_per_label}"
         )
         return kept
 
@@ -191,7 +193,7 @@ def _notice(name: str, data: bytes, min_chars: int, max_chars: int) -> Notice | 
         RowFault: the file is not of the form of a rule.
     """
     try:
-        whole = data.decode("utf-8")
+        whole = data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise RowFault("invalid UTF-8", f"byte {error.start + 1}") from None
     _, _, rest = whole.partition("---\n")

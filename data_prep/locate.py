@@ -46,7 +46,9 @@ def locate(key: str, path: str) -> tuple[list[LocalFile], list[str]]:
         matches = sorted(m for m in glob.glob(str(expanded), recursive=True) if Path(m).is_file())
         files = [LocalFile(Path(m), m) for m in matches if kind_of_file(Path(m)) is not None]
         if not files:
-            raise DataError(f"{key}={path}", f"no file that can be read matches ({len(matches)} match at all)", allowed=_kinds())
+            raise DataError(
+                f"{key}={path}", f"no file that can be read matches ({len(matches)} match at all)", allowed=_kinds()
+            )
         return files, [f"{m}: passed over, its kind is not read" for m in matches if kind_of_file(Path(m)) is None]
     siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
     near = nearest(expanded.name, siblings)
@@ -72,7 +74,7 @@ def _in_folder(key: str, path: str, folder: Path) -> tuple[list[LocalFile], list
 
 
 def _split_of(name: str) -> str | None:
-    """``test.jsonl``, ``test-00000.parquet`` or a folder ``test`` hold the test split; other names none in particular."""
+    """``test.jsonl``, ``test-00000.parquet``, a folder ``test``: the test split; other names are of no split."""
     match = _SPLIT_NAME.match(name)
     return _SPLITS.get(match[1].lower(), "validation") if match else None
 

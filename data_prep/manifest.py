@@ -79,8 +79,8 @@ def summary_lines(manifest: Mapping[str, Any]) -> list[str]:
     lines = []
     for split, entry in manifest["splits"].items():
         lines.append(
-            f"{split}: {entry['rows']:,} rows, {entry['tokens']:,} tokens, {entry['supervised_tokens']:,} of them supervised "
-            f"({entry['supervised_tokens'] / max(1, entry['tokens']):.0%}), longest {entry['max_length']:,}"
+            f"{split}: {entry['rows']:,} rows, {entry['tokens']:,} tokens, "
+            f"{entry['supervised_tokens']:,} of them supervised ({entry['supervised_tokens'] / max(1, entry['tokens']):.0%}), longest {entry['max_length']:,}"
         )
     rejects = manifest["rejects"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejects["by_reason"].items())

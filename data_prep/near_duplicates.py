@@ -1,7 +1,7 @@
 """Texts that are nearly the same, by the Jaccard index of their word shingles, computed exactly.
 
-A. Broder, "On the resemblance and containment of documents" (1997). An inverted index over the smaller side makes it fast
-for thousands of texts; it does not estimate by MinHash, which corpora would need.
+A. Broder, "On the resemblance and containment of documents" (1997). An inverted index makes it fast for thousands
+of texts; it does not estimate by MinHash, which corpora would need.
 """
 
 from __future__ import annotations

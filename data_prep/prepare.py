@@ -1,7 +1,7 @@
 """Raw records -> a folder of prepared data: read, check, render, tokenize, write, report.
 
-The folder is made under a temporary name beside its final one and renamed when whole, so that a name never stands for half
-the data. By default the name carries a hash of all that decides the content, and a second preparation finds the first.
+The folder is made under a temporary name beside its final one and renamed when whole, so that a name never stands for
+half the data. By default the name carries a hash of all that decides the content, and a second preparation finds the first.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _given_prepared(cfg: PrepConfig, model_dir: Path) -> Prepared | None:
     manifest = manifests.read(folder)
     if manifest["tokenizer"]["sha256"] != tokenizer_sha256(model_dir):
         raise DataError(
-            cfg.dataset.path, f"was prepared with another tokenizer than that of {model_dir}", remedy="prepare it for this model"
+            cfg.dataset.path,
+            f"was prepared with another tokenizer than that of {model_dir}",
+            remedy="prepare it for this model",
         )
     longest = max(split["max_length"] for split in manifest["splits"].values())
     if longest > cfg.max_length:
@@ -146,7 +148,9 @@ def _reusable(target: Path, fingerprint: str, *, is_cache: bool, overwrite: bool
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     if not manifests.is_prepared(target):
-        raise DataError(str(target), "holds something that is no prepared data; it is left alone", remedy="choose another out")
+        raise DataError(
+            str(target), "holds something that is no prepared data; it is left alone", remedy="choose another out"
+        )
     try:
         found = manifests.read(target)
     except DataError:
@@ -173,9 +177,7 @@ def _build(
     on_progress: Progress | None,
 ) -> dict[str, Any]:
     """Makes the folder; the caller holds its lock and has made sure that what stands there may go."""
-    tokenizer = load_tokenizer(
-        model_dir, template=_template_path(cfg), trust_remote_code=cfg.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(model_dir, template=_template_path(cfg), trust_remote_code=cfg.model.trust_remote_code)
     renderer = Renderer(tokenizer, max_length=cfg.max_length, model_name=str(model_dir))
     work = target.parent / f".{target.name}.making"
     try:

@@ -1,4 +1,4 @@
-"""The rows left out: each on a line of ``rejects.jsonl``, counted by reason, and too many of them stop the preparation."""
+"""The rows left out: each on a line of ``rejects.jsonl``, counted by reason; too many stop the preparation."""
 
 from __future__ import annotations
 

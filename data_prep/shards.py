@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         pa.field("id", pa.string(), nullable=False),
     ]
 )
-"""`spans` is flat: start, end, start, end ...; token indices that are learned, half-open, sorted, disjoint, none is 0."""
+"""`spans` is flat: start, end, start, end ...; token indices that are learned, half-open, sorted, disjoint, above 0."""
 
 
 class SplitWriter:
@@ -58,8 +58,8 @@ class SplitWriter:
     def close(self) -> dict[str, Any]:
         """Writes what waits; the split's entry of the manifest.
 
-        Its `length_histogram` maps the upper edge of a bin, in tokens and inclusive, to the rows in it; bins are equally
-        wide, and those between the first and the last are there even if empty.
+        Its `length_histogram` maps the upper edge of a bin, in tokens and inclusive, to the rows in it; bins are
+        equally wide, and those between the first and the last are there even if empty.
         """
         self._flush()
         self._end_shard()

@@ -1,7 +1,7 @@
 """Records out of files, globs, folders and hub data sets.
 
-`locate.py` says which files a path means and for which split, `readers.py` and `hub.py` yield raw rows, `formats/` makes
-records of them. Here these are put together, a row at a time.
+`locate.py` says which files a path means and for which split, `readers.py` and `hub.py` yield raw rows, `formats/`
+makes records of them. Here these are put together, a row at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FilesDataset(Dataset):
         self._found: list[_Input] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """See `Dataset.settings`. The seed is not in it: which records are held out must not change with a run's seed."""
+        """See `Dataset.settings`. Without the seed: which records are held out must not change with a run's seed."""
         cfg = self._cfg
         return {
             "splits": [[i.split, i.source.path] for i in self._inputs()],
@@ -103,7 +103,9 @@ class FilesDataset(Dataset):
             identity = where.shown if isinstance(where, HubDataset) else str(where.path.resolve())
             if identity in seen:
                 names = " and ".join(sorted({seen[identity] or "train", split or "train"}))
-                raise DataError(where.shown, f"the same file is read twice, for {names}", remedy="give each split its own")
+                raise DataError(
+                    where.shown, f"the same file is read twice, for {names}", remedy="give each split its own"
+                )
             seen[identity] = split
 
     def _rows_of(self, each: _Input) -> Iterator[tuple[str, AnyRecord | Reject]]:

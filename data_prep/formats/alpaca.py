@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.formats.base import Format
-from data_prep.records import Message, Origin, Record, RowFault, conversation, kind_of, optional_text, text_of, with_system
+from data_prep.records import (
+    Message,
+    Origin,
+    Record,
+    RowFault,
+    conversation,
+    kind_of,
+    optional_text,
+    text_of,
+    with_system,
+)
 
 
 class AlpacaFormat(Format):

@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.formats.base import Format, has_turns, turns_of
-from data_prep.records import Message, Origin, Record, RowFault, conversation, kind_of, optional_text, text_of, with_system
+from data_prep.records import (
+    Message,
+    Origin,
+    Record,
+    RowFault,
+    conversation,
+    kind_of,
+    optional_text,
+    text_of,
+    with_system,
+)
 
 _ROLES = {
     "human": "user",
@@ -28,9 +38,8 @@ _ROLES = {
     "function_response": "tool",
 }
 
-TOOLS_TEXT = (
-    "You may call these functions. To call one, answer only with a JSON object that has its name and arguments.\n{tools}"
-)
+TOOLS_TEXT = """You may call these functions. To call one, answer only with a JSON object of its name and arguments.
+{tools}"""
 
 
 class ShareGptFormat(Format):
