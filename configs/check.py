@@ -124,7 +124,7 @@ def _unknown(config: DictConfig, dotted: str, source: str | None) -> ConfigError
     """The fault of a key that no schema has, with the likeliest key that was meant."""
     group, _, rest = dotted.partition(".")
     known = list(all_keys(config))
-    owners = _options_with(group, rest) if rest else []
+    owners = options_with(group, rest) if rest else []
     if owners:
         chosen = f"{group}={', '.join(owners[:-1])} or {owners[-1]}" if owners[1:] else f"{group}={owners[0]}"
         return ConfigError(_place(dotted, source), "not a key of the chosen option", remedy=f"choose {chosen}")
@@ -140,7 +140,7 @@ def _unknown(config: DictConfig, dotted: str, source: str | None) -> ConfigError
     return ConfigError(_place(dotted, source), "unknown key", remedy=remedy)
 
 
-def _options_with(group: str, key: str) -> list[str]:
+def options_with(group: str, key: str) -> list[str]:
     """The options of a group whose schema has `key`."""
     found = []
     for option in options_of(group) if group in SCHEMAS else []:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.check import apply
+from configs.check import apply, options_with
 from configs.construct import construct
 from configs.docs import field_docs
 from configs.errors import ConfigError, CrosstuneError, ErrorGroup, StorageError
@@ -53,8 +53,9 @@ def compose(command: str, overrides: Sequence[str], *, config_dir: Path | None =
     stack = layers(command, choices, config_dir)
     whole = "run" if any(item.key == EXPERIMENT for item in choices) else command
     config = OmegaConf.structured(ROOTS[whole])
+    replaced = {item.key for item in choices}
     for layer in stack:
-        faults += _merge(config, layer)
+        faults += _merge(config, _without_other_options(config, layer, replaced))
     config = _cut(config, ROOTS[command])
     for item in typed:
         if not item.is_group:
@@ -89,6 +90,20 @@ def amend(cfg: T, overrides: Sequence[str], *, config_dir: Path | None = None) -
 def command_of(cfg: object) -> str:
     """The command whose root a typed config is."""
     return next(command for command, root in ROOTS.items() if type(cfg) is root)
+
+
+def _without_other_options(config: DictConfig, layer: Layer, replaced: set[str]) -> Layer:
+    """An experiment's layer without what it says about an option that the command line replaced by another.
+
+    ``experiment=licenses tuning=full``: the experiment's `tuning.rank` belongs to the LoRA that was not wanted.
+    """
+    if layer.package or layer.source is None:
+        return layer
+    values = dict(layer.values)
+    for group in replaced & values.keys():
+        if isinstance(inner := values[group], dict):
+            values[group] = {k: v for k, v in inner.items() if k in config[group] or not options_with(group, str(k))}
+    return replace(layer, values=values)
 
 
 def _merge(config: DictConfig, layer: Layer) -> list[ConfigError]:
