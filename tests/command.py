@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint.layout import CheckpointReader, latest
+from train.checkpoint.layout import CheckpointReader
+from train.checkpoint.retention import latest
 from train.run_folder import RunFolder
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from configs.compose import build, save_resolved
 from configs.errors import ConfigError, DataError
 from configs.schema.roots import Packing, TrainConfig
-from train.checkpoint.layout import TrainerState, latest
+from train.checkpoint.layout import TrainerState
 from train.checkpoint.restore import restore
+from train.checkpoint.retention import latest
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
@@ -19,7 +20,7 @@ from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
-from train.models.load import dtype_name, load_model, resolve_precision
+from train.models.load import dtype_name, load_config, load_model, resolve_precision
 from train.objectives.base import Objective
 from train.observe.environment import code_version, write_environment
 from train.observe.metrics import MetricsHook
@@ -48,43 +49,43 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
     """
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
-    world = init_world(device)
-    note: Note = print if world.rank == 0 else lambda text: None
-    try:
-        run = RunFolder(run_dir)
-        data = PreparedData.open(prepared)
+    with closing(init_world(device)) as world:
+        note: Note = logger.info if world.rank == 0 else logger.debug
+        run, data = RunFolder(run_dir), PreparedData.open(prepared)
         split = data.split("train")
         check_lengths(split, cfg, prepared)
-        engine, family = make_engine(cfg, model_dir, device, world, note)
+        family = family_of(load_config(model_dir, trust_remote_code=cfg.model.trust_remote_code))
         kind = row_kind(cfg.packing, family, note)
         plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens)
         rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
         total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
-        fresh = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed, extra={})
-        state = restore(engine, latest(run.checkpoints), world) if resume else fresh
-        if world.rank == 0 and not resume:
-            record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
-        Loop(
-            engine=engine,
-            objective=build(cfg.objective, Objective),
-            sampler=StepSampler(split, plan, rows),
-            schedule=build(cfg.schedule, Schedule, total_steps),
-            device=device,
-            world=world,
-            peak_lr=cfg.optim.lr,
-            total_steps=total_steps,
-            checkpoints=run.checkpoints,
-            checkpoint_every=cfg.checkpoint.every,
-            keep_last=cfg.checkpoint.keep_last,
-            validation=validation_split(data, cfg),
-            eval_every=cfg.eval_every,
-            hooks=hooks_of(run, world, first_step=state.step),
-        ).run(state)
-    finally:
-        world.close()
+        with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
+            if resume:
+                state = restore(engine, latest(run.checkpoints), world)
+            else:
+                state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
+                record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
+            Loop(
+                engine=engine,
+                objective=build(cfg.objective, Objective),
+                sampler=StepSampler(split, plan, rows),
+                schedule=build(cfg.schedule, Schedule, total_steps),
+                device=device,
+                world=world,
+                peak_lr=cfg.optim.lr,
+                total_steps=total_steps,
+                checkpoints=run.checkpoints,
+                checkpoint_every=cfg.checkpoint.every,
+                keep_last=cfg.checkpoint.keep_last,
+                validation=validation_split(data, cfg),
+                eval_every=cfg.eval_every,
+                hooks=hooks_of(run, world, first_step=state.step),
+            ).run(state)
 
 
-def make_engine(cfg: TrainConfig, model_dir: Path, device: Device, world: World, note: Note) -> tuple[Engine, Family]:
+def make_engine(
+    cfg: TrainConfig, model_dir: Path, family: Family, kind: RowKind, device: Device, world: World, note: Note
+) -> Engine:
     """Model, tuning method and engine.
 
     Raises:
@@ -95,10 +96,8 @@ def make_engine(cfg: TrainConfig, model_dir: Path, device: Device, world: World,
     dtype = resolve_precision(cfg.model.precision, device, on_note=note)
     register()
     device.seed(cfg.seed)
-    model = load_model(model_dir, dtype=dtype, trust_remote_code=cfg.model.trust_remote_code)
-    family = family_of(model.config)
-    if cfg.packing is not Packing.off and family.packing_exact:
-        model.set_attn_implementation(PACKED_ATTENTION)
+    attention = PACKED_ATTENTION if kind is RowKind.packed else "sdpa"
+    model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family)
     if cfg.activation_checkpointing:
@@ -109,7 +108,7 @@ def make_engine(cfg: TrainConfig, model_dir: Path, device: Device, world: World,
     engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)
-    return engine, family
+    return engine
 
 
 def row_kind(packing: Packing, family: Family, note: Note) -> RowKind:
@@ -176,7 +175,9 @@ def record_run(
     prepared: Path,
     total_steps: int,
 ) -> None:
-    """Writes what the run was made from."""
+    """Writes what the run was made from; rank 0's work."""
+    if world.rank != 0:
+        return
     base_files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json"), *model_dir.glob("*.jinja")])
     save_resolved(cfg, run.resolved)
     write_environment(run.environment, device)

@@ -183,6 +183,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
+def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config.
+
+    Raises:
+        ModelError: config.json is damaged or of an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(str(model_dir / "config.json"), _first_line(error)) from None
+
+
 def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
     """A causal language model in eval mode on the CPU, weights memory-mapped from safetensors.
 
@@ -203,8 +217,7 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError("model.path", f"'{model_dir}' does not open: {first}") from None
+        raise ModelError("model.path", f"'{model_dir}' does not open: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if absent:
         # transformers would go on with random weights in their place.
@@ -215,3 +228,7 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
         )
     model.config.use_cache = False
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
