@@ -1,0 +1,178 @@
+"""The command line: what it reads, prints and exits with; what stands before a library is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError, StorageError
+from configs.schema.roots import TrainConfig
+from launchers import cli, environment, failure, run_dir
+from launchers.torchrun import new_attempt, torchrun_command, worker_environment
+
+
+def test_help_answers_in_under_three_tenths_of_a_second_and_lists_every_command():
+    seconds = []
+    for _ in range(5):  # the best of five: other work on the machine is not ours
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-P", "-m", "launchers.cli", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+    assert done.returncode == 0 and all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+    assert min(seconds) < 0.3, seconds
+
+
+def test_help_and_a_wrong_command_import_no_library():
+    code = (
+        "import sys; from launchers.cli import main; main(['--help']); main(['trian']);"
+        "print(sorted({'torch', 'hydra', 'omegaconf', 'transformers', 'yaml', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "did you mean crosstune train?" in done.stderr
+
+
+def test_composing_and_the_help_of_a_command_import_no_torch():
+    code = (
+        "import sys; from launchers.cli import main; main(['run', '--help']); main(['run', 'experiment=licenses',"
+        "'--cfg', 'job']); print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for text in ("zero3_offload", "model.path", "(required)", "auto|on|off", "dequantised once", "licenses"):
+        assert text in done.stdout
+
+
+def test_cfg_job_prints_the_config_that_runs(capsys):
+    assert cli.main(["train", "model.path=/m", "dataset.path=/d", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    assert "command: train" in printed and "path: /m" in printed and "_target_: torch.optim.AdamW" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--verbose"], "--verbose: unknown option"),
+        (["train", "--config-dri", "x"], "did you mean --config-dir?"),
+        (["train", "--cfg", "all"], "allowed: job"),
+        (["train", "--resolved"], "--resolved: needs a value"),
+        (["resume"], "crosstune resume RUN"),
+        (["report", "a", "b"], "takes one path"),
+        (["--json"], "no command"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(words, told):
+    done = subprocess.run([sys.executable, "-P", "-m", "launchers.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and told.strip("-") in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_json_leaves_standard_output_to_the_result_alone():
+    words = ["train", "--json", "tuning=lorra", "nproc=0"]
+    done = subprocess.run([sys.executable, "-P", "-m", "launchers.cli", *words], capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    assert done.returncode == answer["exit_code"] == 2
+    assert [fault["where"] for fault in answer["errors"]] == ["tuning", "nproc"]
+    assert answer["errors"][0]["remedy"] == "did you mean tuning=lora?"
+
+
+def test_an_unexpected_fault_is_short_and_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    def burst(cfg: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("a fault of ours\nwith a second line")
+
+    monkeypatch.setattr("launchers.steps.train", burst)
+    monkeypatch.setattr(cli, "_prepare_process", lambda cfg: None)
+    assert cli.main(["train", "model.path=/m", "dataset.path=/d", f"run_dir={tmp_path}"]) == EXIT_RUN_FAILED
+    shown = capsys.readouterr().err
+    (kept,) = (tmp_path / "logs").iterdir()
+    assert shown.splitlines() == ["ZeroDivisionError: a fault of ours", f"  remedy:  the traceback is in {kept}"]
+    assert "Traceback" in kept.read_text() and "second line" in kept.read_text()
+
+
+def test_ctrl_c_is_quiet(monkeypatch, capsys):
+    def stop(request: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", stop)
+    assert cli.main(["report", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_leaves_early_is_no_fault():
+    script = f"{sys.executable} -P -m launchers.cli run --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["0"] and done.stderr == ""
+
+
+def test_the_network_is_off_unless_the_config_names_the_hub_and_telemetry_is_always_off():
+    cfg = TrainConfig()
+    at_home: dict[str, str] = {"HF_HUB_OFFLINE": "0"}
+    environment.prepare_environment(cfg, at_home)
+    assert at_home["HF_HUB_OFFLINE"] == at_home["HF_DATASETS_OFFLINE"] == at_home["TRANSFORMERS_OFFLINE"] == "1"
+    cfg.dataset.name = "hf://org/name"
+    hub: dict[str, str] = {}
+    environment.prepare_environment(cfg, hub)
+    assert "HF_HUB_OFFLINE" not in hub
+    for found in (at_home, hub):
+        assert found["HF_HUB_DISABLE_TELEMETRY"] == found["DO_NOT_TRACK"] == "1"
+
+
+def test_the_hub_library_reads_the_variables_that_we_set():
+    code = (
+        "from launchers.environment import prepare_environment; prepare_environment(None);"
+        "import huggingface_hub.constants as c; print(c.HF_HUB_OFFLINE, c.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env={})
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_the_parent_shows_the_earliest_fault_of_its_workers_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.setenv(failure.ERROR_DIR, str(tmp_path / "errors"))
+    faults = [
+        ErrorGroup([DataError("a", "b", allowed="c", remedy="d"), DataError("e", "f")]),
+        RunFailedError("worker", "connection closed by peer"),
+    ]
+    for rank, fault in zip((1, 0), faults, strict=True):
+        monkeypatch.setenv("RANK", str(rank))
+        failure.leave_error(fault)
+        time.sleep(0.01)
+    shown = failure.earliest_error(tmp_path / "errors")
+    assert shown is not None and shown.render() == faults[0].render() and shown.exit_code == 2
+    assert failure.earliest_error(tmp_path / "none") is None
+
+
+def test_the_torchrun_command_and_the_workers_environment(tmp_path):
+    command = torchrun_command(3, ["train", "--resolved", "r.yaml"], tmp_path, 29511)
+    assert command == [
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--nnodes", "1", "--nproc-per-node", "3", "--node-rank", "0"),
+        *("--master-addr", "127.0.0.1", "--master-port", "29511", "--max-restarts", "0"),
+        *("--log-dir", str(tmp_path / "workers"), "--redirects", "1:3,2:3", "--shutdown-timeout", "120"),
+        *("-m", "launchers.cli", "train", "--resolved", "r.yaml"),
+    ]
+    given = worker_environment({"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, 2, 5)
+    assert (given["GLOO_SOCKET_IFNAME"], given["OMP_NUM_THREADS"], given["PYTHONSAFEPATH"]) == ("eth7", "5", "1")
+    assert new_attempt(tmp_path) != new_attempt(tmp_path)
+
+
+def test_a_run_folder_is_made_tried_and_never_overwritten(tmp_path):
+    with pytest.raises(DataError), run_dir.new_run(tmp_path / "a/b"):
+        raise DataError("x", "y")
+    assert not (tmp_path / "a/b").exists(), "an empty folder is taken away after a fault"
+    with run_dir.new_run(tmp_path / "run"):
+        (tmp_path / "run/metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="crosstune resume"), run_dir.new_run(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="name another folder with run_dir="), run_dir.new_run(tmp_path / "file/run"):
+        pass
+
+
+def test_processes_of_an_outer_launcher_need_one_common_folder(monkeypatch):
+    cfg = TrainConfig(name="x")
+    assert Path(str(run_dir.with_run_dir(cfg).run_dir)).parent == Path.cwd() / "runs"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="add run_dir=FOLDER"):
+        run_dir.with_run_dir(cfg)
