@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from configs.compose import build, save_resolved
