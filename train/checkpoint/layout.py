@@ -119,28 +119,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / COMPLETE).is_file()]
 
 
-def latest(folder: Path) -> Path:
-    """The newest complete checkpoint.
-
-    Raises:
-        CheckpointError: there is none; names what is there instead.
-    """
-    complete = checkpoints(folder)
-    if complete:
-        return complete[-1]
-    if not folder.is_dir():
-        found = "no such folder"
-    else:
-        seen = sorted(path.name for path in folder.iterdir())
-        found = f"no complete checkpoint, only {', '.join(seen)}" if seen else "no checkpoint"
-    raise CheckpointError(
-        str(folder),
-        found,
-        allowed=f"folders step-<number> that hold {COMPLETE}",
-        remedy="name the folder of a run that has saved; a save that was cut off cannot be resumed",
-    )
-
-
 class CheckpointReader:
     """Reads any range of any parameter, memory-mapped: as much memory as the range, however large the checkpoint.
 

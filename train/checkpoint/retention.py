@@ -1,11 +1,34 @@
-"""Which checkpoints stay."""
+"""Which checkpoint is the newest, and which stay."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from train.checkpoint.layout import STALE, checkpoints
+from configs.errors import CheckpointError
+from train.checkpoint.layout import COMPLETE, STALE, checkpoints
+
+
+def latest(folder: Path) -> Path:
+    """The newest complete checkpoint.
+
+    Raises:
+        CheckpointError: there is none; names what is there instead.
+    """
+    complete = checkpoints(folder)
+    if complete:
+        return complete[-1]
+    if not folder.is_dir():
+        found = "no such folder"
+    else:
+        seen = sorted(path.name for path in folder.iterdir())
+        found = f"no complete checkpoint, only {', '.join(seen)}" if seen else "no checkpoint"
+    raise CheckpointError(
+        str(folder),
+        found,
+        allowed=f"folders step-<number> that hold {COMPLETE}",
+        remedy="name the folder of a run that has saved; a save that was cut off cannot be resumed",
+    )
 
 
 def prune(folder: Path, keep_last: int) -> list[Path]:
