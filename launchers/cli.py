@@ -244,7 +244,7 @@ def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
     """Shows a fault, or leaves it for the parent process."""
     from launchers.failure import DEBUG, ERROR_DIR, as_crosstune_error, as_json, leave_error
 
-    fault: CrosstuneError = as_crosstune_error(error, _logs_of(request))
+    fault: CrosstuneError = as_crosstune_error(error, None)
     if ERROR_DIR in os.environ:
         leave_error(fault)
     elif request is not None and request.json or out is not sys.stdout:
@@ -256,19 +256,6 @@ def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
 
         traceback.print_exception(error)
     return fault.exit_code
-
-
-def _logs_of(request: Request | None) -> Path | None:
-    """The run's folder of logs, if the command line tells it and the run has begun."""
-    if request is None:
-        return None
-    named = [word.removeprefix("run_dir=") for word in request.words if word.startswith("run_dir=")]
-    if request.command == "resume":
-        named = request.words[:1]
-    elif request.resolved is not None and request.resolved.parent.name == "logs":
-        return request.resolved.parent
-    folder = Path(named[-1].strip("'\"")).expanduser() if named else None
-    return folder / "logs" if folder is not None and folder.is_dir() else None
 
 
 def _json_channel() -> TextIO:

@@ -10,7 +10,8 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def as_crosstune_error(error: BaseException, logs: Path | None) -> CrosstuneErro
             pass
     first = str(error).strip().splitlines()
     return RunFailedError(type(error).__name__, first[0][:300] if first else "no message", remedy=remedy)
+
+
+@contextmanager
+def traceback_kept_in(logs: Path) -> Iterator[None]:
+    """Turns an unexpected exception into a short `RunFailedError`, its traceback kept in the run's logs."""
+    try:
+        yield
+    except Exception as error:
+        raise as_crosstune_error(error, logs) from error
 
 
 def as_json(error: CrosstuneError) -> dict[str, Any]:

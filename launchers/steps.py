@@ -11,6 +11,7 @@ from configs.compose import amend, build, load_resolved, save_resolved
 from configs.errors import CheckpointError, ConfigError, DataError, DeviceError
 from configs.schema.device import DeviceConfig
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
+from launchers.failure import traceback_kept_in
 from launchers.run_dir import existing_run, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
@@ -31,6 +32,7 @@ MAY_CHANGE_ON_RESUME = (
 def prep(cfg: PrepConfig) -> Result:
     """`crosstune prep`: raw records -> prepared data."""
     stages = Stages(2)
+    _choose_accelerator("cpu")
     model_dir = _model(cfg, stages)
     prepared, reused = _data(cfg, model_dir, stages, out=Path(cfg.out).expanduser() if cfg.out else None)
     stages.end(f"prepared data: {prepared}")
@@ -48,11 +50,12 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Re
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
-    if worker or resume:
-        _train(cfg, folder, stages, resume=resume)
-    else:
-        with new_run(folder):
-            _train(cfg, folder, stages, resume=False)
+    with traceback_kept_in(folder / "logs"):
+        if worker or resume:
+            _train(cfg, folder, stages, resume=resume)
+        else:
+            with new_run(folder):
+                _train(cfg, folder, stages, resume=False)
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder)}
 
@@ -62,15 +65,17 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
-    if resume:
-        _train(cfg, folder, stages, resume=True)
-    else:
-        with new_run(folder):
-            _train(cfg, folder, stages, resume=False)
-    if not is_first_rank():  # under an outer torchrun the other ranks are done here
-        return {"run_dir": str(folder)}
-    exported = _export(_run_folder(folder), ExportJobConfig(str(folder), overwrite=resume, export=cfg.export), stages)
-    figures = _evaluate(EvalJobConfig(run_dir=str(folder), eval=cfg.eval, device=cfg.device), stages)
+    with traceback_kept_in(folder / "logs"):
+        if resume:
+            _train(cfg, folder, stages, resume=True)
+        else:
+            with new_run(folder):
+                _train(cfg, folder, stages, resume=False)
+        if not is_first_rank():  # under an outer torchrun the other ranks are done here
+            return {"run_dir": str(folder)}
+        job = ExportJobConfig(str(folder), overwrite=resume, export=cfg.export)
+        exported = _export(_run_folder(folder), job, stages)
+        figures = _evaluate(EvalJobConfig(run_dir=str(folder), eval=cfg.eval, device=cfg.device), stages)
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder), **exported, "summary": figures}
 
@@ -104,7 +109,9 @@ def resume(folder: Path, overrides: list[str], *, config_dir: Path | None = None
 def export(cfg: ExportJobConfig) -> Result:
     """`crosstune export`: checkpoint of a run -> adapter and merged model."""
     stages = Stages(1)
-    return _export(_run_folder(existing_run(Path(cfg.run_dir).expanduser())), cfg, stages)
+    folder = existing_run(Path(cfg.run_dir).expanduser())
+    with traceback_kept_in(folder / "logs"):
+        return _export(_run_folder(folder), cfg, stages)
 
 
 def evaluate(cfg: EvalJobConfig) -> Result:
@@ -197,8 +204,17 @@ def _check_processes(cfg: TrainConfig) -> None:
             "nproc", f"{cfg.nproc}, but the outer launcher started {world} processes", remedy="leave it out"
         )
     device = _device(cfg.device)
+    _choose_accelerator(device.deepspeed_accelerator)
     if device.torch_type != "cpu" and cfg.nproc > device.count():
         raise DeviceError("nproc", f"{cfg.nproc} processes, but {device.count()} {device.name} devices are visible")
+
+
+def _choose_accelerator(name: str) -> None:
+    """Says early what `Device.activate` says again.
+
+    Loading a tokenizer with transformers already imports DeepSpeed, which picks its accelerator on import.
+    """
+    os.environ["DS_ACCELERATOR"] = name
 
 
 def _device(cfg: DeviceConfig) -> Device:

@@ -79,10 +79,10 @@ def test_json_leaves_standard_output_to_the_result_alone():
 
 
 def test_an_unexpected_fault_is_short_and_keeps_its_traceback(tmp_path, monkeypatch, capsys):
-    def burst(cfg: object, **kwargs: object) -> None:
+    def burst(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("a fault of ours\nwith a second line")
 
-    monkeypatch.setattr("launchers.steps.train", burst)
+    monkeypatch.setattr("launchers.steps._train", burst)
     monkeypatch.setattr(cli, "_prepare_process", lambda cfg: None)
     assert cli.main(["train", "model.path=/m", "dataset.path=/d", f"run_dir={tmp_path}"]) == EXIT_RUN_FAILED
     shown = capsys.readouterr().err
