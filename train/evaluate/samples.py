@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from configs.errors import DataError, nearest
+from configs.errors import DataError
+from train.data.prepared import PreparedData
 
 
 @dataclass(frozen=True)
@@ -54,26 +51,8 @@ class Sample:
         return [i for start, end in self.spans for i in range(start, end)]
 
 
-def read_manifest(data: Path) -> dict[str, Any]:
-    """The manifest of a folder of prepared data.
-
-    Raises:
-        DataError: there is none, or it cannot be read.
-    """
-    path = data / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(
-            str(data), "not a folder of prepared data (no manifest.json)", remedy="make it with `crosstune prep`"
-        ) from None
-    except ValueError as error:
-        raise DataError(str(path), f"damaged: {error}", remedy="prepare the data again") from None
-    return manifest
-
-
 def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
-    """Reads a split of prepared data, in its stored order.
+    """Reads a split of prepared data, in its stored order, leaving out samples without supervised tokens.
 
     Args:
         data: folder made by `crosstune prep`.
@@ -81,41 +60,28 @@ def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
         limit: only the first so many samples; 0: all.
 
     Raises:
-        DataError: no such split, an empty one, or one without supervised tokens.
+        DataError: no such split, or nothing in it to measure.
     """
-    splits = read_manifest(data)["splits"]
-    if split not in splits:
-        guess = nearest(split, splits)
+    prepared = PreparedData.open(data)
+    if split not in prepared.split_names():
         raise DataError(
             f"eval.split={split}",
             f"{data} has no such split",
-            allowed=", ".join(sorted(splits)),
-            remedy=f"did you mean '{guess}'?" if guess else "set dataset.test_fraction or dataset.test_path and prepare again",
+            allowed=", ".join(prepared.split_names()),
+            remedy="set dataset.test_fraction or dataset.test_path and prepare again",
         )
+    rows = prepared.split(split)
     samples = []
-    for sample in _rows(data / split, [shard["file"] for shard in splits[split]["shards"]]):
-        if sample.spans:
-            samples.append(sample)
+    for i in range(len(rows)):
+        row = rows[i]
+        if len(row.spans):
+            spans = [(int(start), int(end)) for start, end in row.spans]
+            samples.append(Sample(row.id, row.input_ids.tolist(), spans))
         if limit and len(samples) == limit:
             break
     if not samples:
         raise DataError(f"{data}/{split}", "no sample with supervised tokens", remedy="prepare data that has answers")
     return samples
-
-
-def _rows(folder: Path, files: Sequence[str]) -> Iterator[Sample]:
-    for name in files:
-        path = folder / Path(name).name
-        try:
-            with pa.memory_map(str(path)) as source:
-                reader = pa.ipc.open_file(source)
-                for i in range(reader.num_record_batches):
-                    columns = reader.get_batch(i).to_pydict()
-                    for row in zip(columns["id"], columns["input_ids"], columns["spans"], strict=True):
-                        flat = row[2]
-                        yield Sample(str(row[0]), row[1], list(zip(flat[::2], flat[1::2], strict=True)))
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise DataError(str(path), f"cannot be read: {error}", remedy="prepare the data again") from None
 
 
 def batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
