@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from train.checkpoint.layout import CheckpointReader
@@ -16,15 +19,38 @@ from train.checkpoint.retention import latest
 from train.run_folder import RunFolder
 
 
-def crosstune(*words: str, code: int = 0, cwd: Path | None = None, **env: str) -> str:
-    """Output of ``crosstune words...``, both streams; fails the test on another exit code than `code`."""
-    command = [sys.executable, "-P", "-m", "launchers.cli", *words]
+def crosstune(
+    *words: str,
+    code: int = 0,
+    cwd: Path | None = None,
+    prefix: Sequence[str] = (),
+    launcher: Sequence[str] = (),
+    **env: str,
+) -> str:
+    """Output of ``crosstune words...``, both streams; fails the test on another exit code than `code`.
+
+    `prefix` comes before Python, `launcher` (an outer torchrun) after it.
+    """
+    command = [*prefix, sys.executable, "-P", *launcher, "-m", "launchers.cli", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | env
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500
     )
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"
     return done.stdout
+
+
+def without_network() -> list[str]:
+    """Words that start a command in a network namespace with nothing but the loopback interface.
+
+    Skips the test where that is not possible; in CI it must be.
+    """
+    cut = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    possible = shutil.which("unshare") and subprocess.run([*cut, "true"], capture_output=True).returncode == 0
+    if not possible:
+        assert "CI" not in os.environ, "CI must be able to cut the network: root, unshare and ip are needed"
+        pytest.skip("cutting the network needs root, unshare and ip")
+    return cut
 
 
 def write_uneven_records(path: Path, count: int = 24, seed: int = 0) -> Path:

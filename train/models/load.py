@@ -21,6 +21,7 @@ from filelock import FileLock
 from configs.errors import DeviceError, ModelError, StorageError
 from configs.schema.model import ModelConfig, Precision
 from train.devices.base import Device
+from train.models.gguf import dequantise
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,12 @@ def _from_gguf_package(cfg: ModelConfig, cache_dir: Path, on_note: Callable[[str
             else:
                 gguf = _find_gguf(str(cfg.gguf_package))
                 on_note(f"model {cfg.path}: dequantising {gguf.name} once into {folder}")
-                _dequantise(gguf, folder)
+                partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+                try:
+                    dequantise(gguf, partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise StorageError("cache_dir", f"cannot write '{folder}': {error.strerror or error}") from None
     check_model_folder(folder)
@@ -120,31 +126,6 @@ def _find_gguf(package: str) -> Path:
     if len(files) != 1:
         raise ModelError("model.gguf_package", f"'{package}' ships {len(files)} GGUF files", allowed="exactly one")
     return files[0]
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Writes fp32 safetensors, tokenizer and template to `folder`, whole or not at all."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    _quiet()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
-        # Without dequantize=True the model calls itself quantised and save_pretrained refuses it.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            local_files_only=True,
-        )
-        model.save_pretrained(partial)
-        # A GGUF knows no limit and transformers then writes 1e30.
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _quiet() -> None:
