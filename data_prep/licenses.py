@@ -117,8 +117,8 @@ class LicensesDataset(Dataset):
         assert self._source is not None
         self.notes.append(
             f"{self._source.rows} rule files: {len(notices)} notices and texts within the limits, "
-            f"{len(distinct)} distinct, {sum(map(len, frequent.values()))} of labels with "
-            f"{self._cfg.min_per_label} or more, {sum(map(len, kept.values()))} after capping labels at {self._cfg.max_per_label}"
+            f"{len(distinct)} distinct, {sum(map(len, frequent.values()))} of frequent labels, "
+            f"{sum(map(len, kept.values()))} after capping labels at {self._cfg.max_per_label}"
         )
         return kept
 

@@ -64,9 +64,9 @@ def read(folder: Path) -> dict[str, Any]:
             allowed=f"version {FORMAT_VERSION}",
             remedy="prepare it again from the records",
         )
-    for split, entry in manifest["splits"].items():
+    for entry in manifest["splits"].values():
         for shard in entry["shards"]:
-            path = folder / split / shard["file"]
+            path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 found = "missing" if size is None else f"{size} bytes long, not {shard['bytes']}"
@@ -78,9 +78,10 @@ def summary_lines(manifest: Mapping[str, Any]) -> list[str]:
     """What a person wants to know, a line each."""
     lines = []
     for split, entry in manifest["splits"].items():
+        rows, tokens, supervised = entry["rows"], entry["tokens"], entry["supervised_tokens"]
         lines.append(
-            f"{split}: {entry['rows']:,} rows, {entry['tokens']:,} tokens, "
-            f"{entry['supervised_tokens']:,} of them supervised ({entry['supervised_tokens'] / max(1, entry['tokens']):.0%}), longest {entry['max_length']:,}"
+            f"{split}: {rows:,} rows, {tokens:,} tokens, {supervised:,} of them supervised "
+            f"({supervised / tokens:.0%}), longest {entry['max_length']:,}"
         )
     rejects = manifest["rejects"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejects["by_reason"].items())

@@ -1,7 +1,8 @@
 """Raw records -> a folder of prepared data: read, check, render, tokenize, write, report.
 
 The folder is made under a temporary name beside its final one and renamed when whole, so that a name never stands for
-half the data. By default the name carries a hash of all that decides the content, and a second preparation finds the first.
+half the data. By default the name carries a hash of all that decides the content, and a second preparation finds the
+first.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _build(
         _check_not_empty(cfg, splits, rejects)
         sources = [{"path": s.path, "sha256": s.sha256, "rows": s.rows} for s in dataset.sources()]
         made = {**facts, "sources": sources, "splits": splits, "rejects": rejects.summary(), "notes": dataset.notes}
-        shard = work / "train" / splits["train"]["shards"][0]["file"]
+        shard = work / splits["train"]["shards"][0]["file"]
         write_report(
             work / "report.html", made, samples_of_shard(shard, renderer.decode, _SAMPLES_SHOWN, split="train")
         )

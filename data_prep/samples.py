@@ -41,7 +41,7 @@ def show_samples(
     entry = manifests.read(prepared)["splits"].get(split)
     if not entry:
         return []
-    return samples_of_shard(prepared / split / entry["shards"][0]["file"], decode, n, split=split)
+    return samples_of_shard(prepared / entry["shards"][0]["file"], decode, n, split=split)
 
 
 def samples_of_shard(shard: Path, decode: Callable[[list[int]], str], n: int, *, split: str) -> list[ShownSample]:

@@ -85,7 +85,7 @@ class SplitWriter:
         if self._file is None:
             name = f"shard-{len(self._shards):05d}.arrow"
             self._file = pa.ipc.new_file(str(self._folder / name), SCHEMA)
-            self._shards.append({"file": name, "rows": 0})
+            self._shards.append({"file": f"{self._folder.name}/{name}", "rows": 0})
         columns = [
             pa.array([s.input_ids for s in self._waiting], SCHEMA.field(0).type),
             pa.array([[k for span in s.spans for k in span] for s in self._waiting], SCHEMA.field(1).type),
@@ -102,5 +102,5 @@ class SplitWriter:
             return
         self._file.close()
         self._file = None
-        path = self._folder / self._shards[-1]["file"]
+        path = self._folder.parent / self._shards[-1]["file"]
         self._shards[-1] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
