@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
@@ -17,7 +18,8 @@ from launchers.stages import is_first_rank
 
 C = TypeVar("C", bound=TrainConfig)
 
-SIGNS_OF_A_RUN = ("run.json", "metrics.jsonl", "checkpoints")
+SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints")
+"""There from the first step on. A folder that a fault left before that may be used again."""
 
 
 def with_run_dir(cfg: C) -> C:
@@ -34,7 +36,11 @@ def with_run_dir(cfg: C) -> C:
             "not set, while an outer torchrun starts several processes that must share one folder",
             remedy="add run_dir=FOLDER",
         )
-    return replace(cfg, run_dir=str(Path("runs", f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()))
+    name = f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return replace(
+        cfg, run_dir=str(next(path for path in (Path("runs", n).resolve() for n in names) if not path.exists()))
+    )
 
 
 @contextmanager

@@ -35,6 +35,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b " * 400}) + "\n")
     without("model.safetensors", "no_weights", home)
     without("tokenizer.json", "no_tokenizer", home)
+    shutil.copytree(home / "model", home / "unproven")
+    config = json.loads((home / "unproven/config.json").read_text())
+    (home / "unproven/config.json").write_text(json.dumps(config | {"model_type": "stablelm"}))
     (home / "run/checkpoints/step-00000004").mkdir(parents=True)
     return home
 
@@ -92,6 +95,7 @@ CASES: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "model without weights": ("train", {"model.path": "no_weights"}, ["no_weights", "*.safetensors"]),
     "model without tokenizer": ("train", {"model.path": "no_tokenizer"}, ["no_tokenizer", "tokenizer.json"]),
     "module that is not there": ("train", {"tuning.targets": "[q_prj]"}, ["tuning.targets", "q_prj", "q_proj"]),
+    "packing that is not proven": ("train", {"model.path": "unproven", "packing": "on"}, ["packing: on", "stablelm"]),
     "folder not writable": ("train", {"run_dir": "data.jsonl/run"}, ["run_dir: cannot write", "run_dir=..."]),
     "folder of another run": ("train", {"run_dir": "run"}, ["holds a run already", "crosstune resume"]),
     "no validation data": ("train", {"eval_every": "1"}, ["eval_every", "dataset.validation_fraction"]),
@@ -182,15 +186,6 @@ def test_bf16_where_it_does_not_work(home, capfd, monkeypatch):
     words = ["train", *(f"{key}={value}" for key, value in (SOUND | {"model.precision": "bf16"}).items())]
     message = shown(words, home, capfd, monkeypatch)
     assert "model.precision: bf16 does not work" in message and "model.precision=auto" in message
-
-
-def test_packing_asked_for_on_a_family_that_is_not_proven(home, capfd, monkeypatch):
-    from train.models.families import Family
-
-    monkeypatch.setattr(Family, "packing_exact", property(lambda self: False), raising=False)
-    words = ["train", *(f"{key}={value}" for key, value in (SOUND | {"packing": "on"}).items())]
-    message = shown(words, home, capfd, monkeypatch)
-    assert "packing: on, but family 'llama'" in message and "auto" in message
 
 
 def test_a_fault_in_a_worker_is_shown_once_by_the_real_command(home, tmp_path):
