@@ -26,7 +26,7 @@ from data_prep.rejects import RejectLog
 from data_prep.render import Renderer, Sample
 from data_prep.report import write_report
 from data_prep.samples import samples_of_shard
-from data_prep.shards import SplitWriter
+from data_prep.shards import ROWS_PER_SHARD, SplitWriter
 from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, tokenizer_sha256
 
 Progress = Callable[[int, int], None]
@@ -216,7 +216,9 @@ def _write_splits(
                     rejects.add(result, split)
                     continue
                 if split not in writers:
-                    writers[split] = SplitWriter(folder / split, max_length=renderer.max_length)
+                    writers[split] = SplitWriter(
+                        folder / split, max_length=renderer.max_length, rows_per_shard=ROWS_PER_SHARD
+                    )
                     stack.callback(writers[split].abandon)
                 writers[split].add(result)
             if on_progress is not None:

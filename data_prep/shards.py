@@ -33,7 +33,7 @@ class SplitWriter:
         rows_per_shard: rows after which a new file begins.
     """
 
-    def __init__(self, folder: Path, *, max_length: int, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+    def __init__(self, folder: Path, *, max_length: int, rows_per_shard: int) -> None:
         folder.mkdir(parents=True)
         self._folder, self._rows_per_shard = folder, rows_per_shard
         self._bin = max(1, -(-max_length // 32))

@@ -100,9 +100,21 @@ def test_alpaca_prompt_completion_and_text() -> None:
         ("sharegpt", {"conversations": ["a"]}, "a turn is not an object"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "a turn lacks 'value'"),
         ("sharegpt", {"conversations": [], "tools": "{"}, "tools are not JSON"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of the content is not text"),
-        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "'tool_calls' is not read"),
-        ("messages", {"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "'train' is neither 0 nor 1"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part of the content is not text",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "'tool_calls' is not read",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "a", "train": "no"}]},
+            "'train' is neither 0 nor 1",
+        ),
         (
             "messages",
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]},

@@ -48,7 +48,18 @@ def _rows(path: Path | str, **settings: object) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "file.arrow", "stream.arrow"],
+    [
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.json",
+        "a.json.gz",
+        "a.csv",
+        "a.csv.gz",
+        "a.tsv",
+        "a.parquet",
+        "file.arrow",
+        "stream.arrow",
+    ],
 )
 def test_every_kind_gives_the_same_records(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_array, "_CHUNK_BYTES", 37)  # borders of chunks everywhere
@@ -74,7 +85,16 @@ def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest
     good = {"prompt": "q", "completion": "a"}
     path = write_jsonl(
         tmp_path / "rows.jsonl",
-        [b'{"prompt": "q", ', b'{"prompt": "q\xff", "completion": "a"}', [1], good, b"", b"x" * 500, {"prompt": "q"}, good],
+        [
+            b'{"prompt": "q", ',
+            b'{"prompt": "q\xff", "completion": "a"}',
+            [1],
+            good,
+            b"",
+            b"x" * 500,
+            {"prompt": "q"},
+            good,
+        ],
     )
     rejects = [r for _, r in _rows(path) if isinstance(r, Reject)]
     assert [(r.origin.line, r.reason) for r in rejects] == [
@@ -121,7 +141,14 @@ def test_broken_files_stop(name: str, content: bytes, message: str, tmp_path: Pa
 
 
 def test_folders_globs_and_their_splits(tmp_path: Path) -> None:
-    for place in ("train/b.jsonl", "train/a.jsonl", "val-00001.jsonl", "testimonies.jsonl", "test.jsonl", ".hidden/x.jsonl"):
+    for place in (
+        "train/b.jsonl",
+        "train/a.jsonl",
+        "val-00001.jsonl",
+        "testimonies.jsonl",
+        "test.jsonl",
+        ".hidden/x.jsonl",
+    ):
         write_jsonl(tmp_path / place, [{"text": place}])
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("no records")

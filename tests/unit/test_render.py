@@ -11,7 +11,9 @@ from data_prep.records import Message, Origin, Record, Reject, TextRecord
 from data_prep.render import Renderer, Sample, pieces_add_up
 from tests.unit.prep_kit import CHATML, END, STRIPPING, TEMPLATES, byte_level, sentencepiece_like, with_template
 
-_TRICKY = st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "assistant", "the answer", "é", "e\u0301", "授权", "🙂", "[/INST]", "<", "end|>"])
+_TRICKY = st.sampled_from(
+    ["\n", "\n\n", " ", "  ", "\t", "assistant", "the answer", "é", "e\u0301", "授权", "🙂", "[/INST]", "<", "end|>"]
+)
 _TEXT = st.lists(st.one_of(_TRICKY, st.text(alphabet="ab .\n", max_size=4)), min_size=1, max_size=8).map("".join)
 _MARKS_TOO_SHORT = TEMPLATES["marked"].replace(
     "{{ m['content'] + '<|end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|end|>' }}"
@@ -101,7 +103,11 @@ def test_the_space_adding_tokenizer_does_prepare_ordinary_rows() -> None:
     ("template", "answer", "reason"),
     [
         (CHATML, "it ends<|end|>here", "the text holds a control token of the template"),
-        (CHATML.replace("m['content']", "m['content'] | upper"), "quiet", "the chat template changes the assistant's text"),
+        (
+            CHATML.replace("m['content']", "m['content'] | upper"),
+            "quiet",
+            "the chat template changes the assistant's text",
+        ),
         (CHATML.replace("<|end|>\n", "\n"), "endless", "no end token after the answer"),
         (_MARKS_TOO_SHORT, "a", "the template's generation marks leave the end token out"),
         ("{{ messages | length }}" + CHATML, "a", "the chat template changes what came before an answer"),
