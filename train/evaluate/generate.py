@@ -191,8 +191,7 @@ def _finish_answers(
 ) -> list[list[int]]:
     """Greedy answers: what the pass over the references already tells, then token by token.
 
-    Args:
-        known: per row, the model's choice at each token of the reference, given the reference before it.
+    `known` holds, per row, the model's choice at each token of the reference, given the reference before it.
     """
     answers: list[list[int]] = []
     going: list[int] = []

@@ -48,9 +48,10 @@ def head_at(model: nn.Module, rows_N: Sequence[int], columns_N: Sequence[int]) -
 def token_nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (nats, fp32) of each target token, ``[N]``."""
     pieces = []
-    for logits, targets in zip(logits_NV.split(_CHUNK_ROWS), targets_N.split(_CHUNK_ROWS), strict=True):
-        wide = logits.float()
-        pieces.append(wide.logsumexp(-1) - wide.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    for start in range(0, len(targets_N), _CHUNK_ROWS):
+        wide = logits_NV[start : start + _CHUNK_ROWS].float()
+        targets = targets_N[start : start + _CHUNK_ROWS].unsqueeze(-1)
+        pieces.append(wide.logsumexp(-1) - wide.gather(-1, targets).squeeze(-1))
     return torch.cat(pieces)
 
 
@@ -71,5 +72,7 @@ def forward_nll(model: Any, samples: Sequence[Sample], device: torch.device) -> 
     targets = torch.tensor([s.input_ids[i] for s in samples for i in s.targets])
     with head_at(model, rows, columns):
         logits = model(input_ids=tokens_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits[0]
-    nll = token_nll(logits, targets.to(device)).cpu()
-    return [float(piece.sum()) for piece in nll.split([len(s.targets) for s in samples])]
+    sums = [0.0] * len(samples)
+    for row, loss in zip(rows, token_nll(logits, targets.to(device)).tolist(), strict=True):
+        sums[row] += loss
+    return sums

@@ -34,7 +34,7 @@ class Answer:
 
 
 def perplexity(answers: Sequence[Answer]) -> float:
-    """exp of the mean negative log-likelihood over all supervised tokens of all samples."""
+    """Exponential of the mean negative log-likelihood over all supervised tokens of all samples."""
     mean = sum(a.nll for a in answers) / sum(a.tokens for a in answers)
     return math.exp(mean) if mean < 700 else math.inf  # beyond the range of a float
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -100,3 +101,26 @@ def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def counter(title: str, total: int, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a piece of work is: a bar on a terminal, else a plain line now and then.
+
+    Yields:
+        A function to call with (done, total).
+    """
+    console = console or Console(stderr=True)
+    started = last = time.monotonic()
+    with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+
+        def show(done: int, of: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if not console.is_terminal and (now - last >= PLAIN_EVERY_SECONDS or done == of):
+                last = now
+                console.print(f"{title}: {done}/{of}  {now - started:.0f} s", highlight=False, markup=False)
+
+        yield show

@@ -1,0 +1,66 @@
+"""The models that evaluation compares: the base, the run's own trained model, an export in plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import CheckpointError
+from train.devices.base import Device
+from train.export.adapter import peft_config
+from train.export.trained import Trained
+from train.models.load import load_model
+
+
+def compute_dtype(working: torch.dtype, device: Device) -> torch.dtype:
+    """What evaluation computes in: fp32 on CPUs, the working weights' format elsewhere.
+
+    The weights keep the rounding they had in training either way.
+    """
+    return torch.float32 if device.torch_type == "cpu" else working
+
+
+def base_model(trained: Trained, device: Device) -> Any:
+    """The base as it was trained on, in evaluation mode, on the device.
+
+    Raises:
+        ModelError: it does not open.
+    """
+    working = trained.working_dtype
+    trust = trained.cfg.model.trust_remote_code
+    model = load_model(trained.base_dir, dtype=working, trust_remote_code=trust)
+    return model.to(device.torch_device, compute_dtype(working, device))
+
+
+def plain_model(folder: Path, working: torch.dtype, device: Device, trust_remote_code: bool = False) -> Any:
+    """A model folder as anyone opens it with plain transformers."""
+    dtype = compute_dtype(working, device)
+    return load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device.torch_device)
+
+
+@torch.no_grad()
+def put_training_on(model: Any, trained: Trained) -> Any:
+    """Turns the base into the run's own trained model, in place: adapters unmerged, or weights replaced.
+
+    Raises:
+        CheckpointError: the checkpoint holds parameters that the model has not.
+    """
+    wrapped = model
+    if trained.is_lora:
+        from peft import get_peft_model
+
+        config = peft_config(trained, trained.pairs)
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    parameters = dict(wrapped.named_parameters())
+    strange = [name for name in trained.reader.params if name not in parameters]
+    if strange:
+        raise CheckpointError(
+            str(trained.checkpoint),
+            f"{len(strange)} parameters that the base model has no place for: {', '.join(strange[:5])}",
+            remedy="the base model is not the one that was trained",
+        )
+    for name in trained.reader.params:
+        parameters[name].copy_(trained.reader.read(name))
+    return model.eval()
