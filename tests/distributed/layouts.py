@@ -73,12 +73,19 @@ MARKER = object()
 
 
 def build(
-    name: str, optim: OptimConfig, world: World, *, lora: bool, dtype: torch.dtype = torch.float32, scramble=False, **net
+    name: str,
+    optim: OptimConfig,
+    world: World,
+    *,
+    lora: bool,
+    dtype: torch.dtype = torch.float32,
+    scramble: bool = False,
+    activation_checkpointing: bool = False,
+    dropout: float = 0.0,
 ) -> Engine:
     """An engine over a new model, whose trained weights are random if `scramble`."""
-    checkpointing = net.pop("activation_checkpointing", False)
-    model = Net(lora, **net)
-    if checkpointing:
+    model = Net(lora, dropout)
+    if activation_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
             model.llm.enable_input_require_grads()

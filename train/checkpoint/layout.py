@@ -253,7 +253,7 @@ def _entry(value: dict[str, Any]) -> Entry:
 def index_json(
     params: dict[str, Entry], state: TrainerState, files: dict[str, dict[str, Any]], world_size: int, optimizer: str
 ) -> bytes:
-    """The index as bytes; the same content gives the same bytes."""
+    """The index as bytes, parameters in the order of the model."""
     content = {
         "format_version": FORMAT_VERSION,
         "world_size": world_size,
@@ -270,4 +270,4 @@ def index_json(
             for name, entry in params.items()
         },
     }
-    return json.dumps(content, sort_keys=True, indent=1).encode()
+    return json.dumps(content, indent=1).encode()

@@ -1,0 +1,223 @@
+"""Checkpoints of one process: what is stored, what is refused, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+import train.checkpoint.save as saving
+from configs.errors import CheckpointError, StorageError
+from configs.schema.device import DeviceConfig
+from configs.schema.optim import AdamWConfig, OptimConfig
+from configs.schema.sharding import PlainConfig
+from train.checkpoint.layout import CheckpointReader, TrainerState
+from train.checkpoint.restore import restore
+from train.checkpoint.retention import latest, prune
+from train.checkpoint.save import save
+from train.devices.cpu import CpuDevice
+from train.engine.base import World
+from train.engine.plain import PlainEngine
+
+WORLD = World()
+
+
+@dataclass
+class NAdamConfig(OptimConfig):
+    _target_: str = "torch.optim.NAdam"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+
+
+@dataclass
+class MomentumConfig(OptimConfig):
+    _target_: str = "torch.optim.SGD"
+    momentum: float = 0.9
+
+
+def engine(optim=None, dtype=torch.float32, width=5, seed=0):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, 1))
+    net[0].bias.requires_grad_(False).zero_()  # frozen: of the base model, the same whatever the seed
+    optim = optim or AdamWConfig(weight_decay=0.1)
+    device = CpuDevice(DeviceConfig(threads=1))
+    return PlainEngine(PlainConfig(), net, optim=optim, device=device, world=WORLD, working_dtype=dtype)
+
+
+def steps(built, first, count):
+    losses = []
+    for step in range(first, first + count):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        loss = built.forward(input=x.to(built.working_dtype)).float().square().mean()
+        built.backward(loss, last=True)
+        built.step(0.05)
+        losses.append(loss.item())
+    return losses
+
+
+def state(step):
+    return TrainerState(step, epoch=1, samples_seen=8 * step, tokens_seen=99, seed=3, extra={"note": "x"})
+
+
+def all_tensors(built):
+    return {(f.name, kind): f.view(kind).clone() for f in built.fragments(owned=False) for kind in f.kinds}
+
+
+@pytest.mark.parametrize("optim", [AdamWConfig(weight_decay=0.1), NAdamConfig(), MomentumConfig()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_engine_goes_on_bit_for_bit(tmp_path, optim, dtype):
+    first = engine(optim, dtype)
+    steps(first, 0, 3)
+    path = save(first, tmp_path, state(3), WORLD)
+    draws = [torch.rand(2).tolist(), random.random(), np.random.rand()]
+    other = engine(optim, dtype, seed=9)
+    steps(other, 50, 2)  # an engine that has stepped must forget it
+    assert restore(other, path, WORLD) == state(3)
+    assert [torch.rand(2).tolist(), random.random(), np.random.rand()] == draws
+    before, after = all_tensors(first), all_tensors(other)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert len(before) > len(first.trained), "the optimizer's tensors are among them"
+    assert steps(other, 3, 3) == steps(first, 3, 3)
+
+
+def test_a_checkpoint_of_step_0_resumes_as_a_fresh_start(tmp_path):
+    first = engine()
+    path = save(first, tmp_path, state(0), WORLD)
+    other = engine(seed=9)
+    steps(other, 50, 2)
+    restore(other, path, WORLD)
+    assert steps(other, 0, 3) == steps(first, 0, 3)
+
+
+def test_reader_gives_whole_parameters_and_ranges(tmp_path):
+    built = engine(dtype=torch.bfloat16)
+    steps(built, 0, 2)
+    with CheckpointReader(save(built, tmp_path, state(2), WORLD)) as reader:
+        assert list(reader.params) == [name for name, p in built.module.named_parameters() if p.requires_grad]
+        assert reader.params["0.weight"].shape == (5, 4) and reader.params["0.weight"].step == 2
+        whole = reader.read("0.weight")
+        assert whole.dtype == torch.float32 and torch.equal(whole.bfloat16(), built.module[0].weight)
+        part = torch.empty(7)
+        reader.read_into(part, "0.weight", "master", offset=6)
+        assert torch.equal(part, whole.flatten()[6:13])
+
+
+def test_no_file_can_carry_code(tmp_path):
+    path = save(engine(), tmp_path, state(1), WORLD)
+    assert sorted(file.name for file in path.iterdir()) == ["COMPLETE", "index.json", "rank00000.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["rank00000.safetensors", "index.json", "COMPLETE"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_named_and_the_previous_checkpoint_offered(tmp_path, file, damage):
+    built = engine()
+    save(built, tmp_path, state(1), WORLD)
+    path = save(built, tmp_path, state(2), WORLD)
+    content = bytearray((path / file).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        (path / file).write_bytes(content)
+    elif damage == "cut":
+        (path / file).write_bytes(content[:-3])
+    else:
+        (path / file).unlink()
+    weights = all_tensors(built)
+    with pytest.raises(CheckpointError) as caught:
+        restore(built, path, WORLD)
+    # A wrong hash in COMPLETE is seen at the file that it belongs to.
+    culprit = {"COMPLETE": "index.json", "index.json": "index.json"}.get(file, file)
+    assert culprit in caught.value.where or (file, damage) == ("COMPLETE", "remove")
+    assert "step-00000001" in caught.value.remedy
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in all_tensors(built).items()), "nothing was loaded"
+
+
+def test_another_model_or_optimizer_is_refused_with_the_differences(tmp_path):
+    path = save(engine(), tmp_path, state(1), WORLD)
+    other = engine(MomentumConfig(), width=6)
+    other.trained["3.extra"] = other.trained.pop("2.bias")
+    with pytest.raises(CheckpointError) as caught:
+        restore(other, path, WORLD)
+    for difference in (
+        "3.extra is not in the checkpoint",
+        "2.bias is not trained in this run",
+        "0.weight is [6, 4] here, [5, 4] in the checkpoint",
+        "the optimizer is torch.optim.SGD here, torch.optim.AdamW in the checkpoint",
+    ):
+        assert difference in caught.value.found
+
+
+@pytest.mark.parametrize("moment", ["rank00000.safetensors", "rank00000.json", "index.json", "COMPLETE", "rename"])
+def test_killed_inside_a_save_the_previous_checkpoint_stays_the_latest(tmp_path, monkeypatch, moment):
+    built = engine()
+    steps(built, 0, 1)
+    first = save(built, tmp_path, state(1), WORLD)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die():
+        if moment == "rename":
+            monkeypatch.setattr(saving.Path, "rename", die)
+        else:
+            original = saving._sync
+            monkeypatch.setattr(saving, "_sync", lambda f: die() if f.name.endswith(moment) else original(f))
+        save(built, tmp_path, state(2), WORLD)
+
+    child = multiprocessing.get_context("fork").Process(target=save_and_die)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002.partial"]
+    assert latest(tmp_path) == first
+    restore(engine(seed=9), first, WORLD)
+    again = save(built, tmp_path, state(2), WORLD)
+    assert latest(tmp_path) == again
+    assert sorted(tmp_path.iterdir()) == [first, again], "what the kill left behind is gone"
+
+
+def test_latest_without_any_names_what_was_seen(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        latest(tmp_path / "nowhere")
+    (tmp_path / "step-00000007").mkdir()
+    with pytest.raises(CheckpointError, match="only step-00000007"):
+        latest(tmp_path)
+
+
+def test_latest_is_by_number_and_prune_keeps_the_newest(tmp_path):
+    built = engine()
+    for step in (9, 10, 100_000_000, 8):
+        save(built, tmp_path, state(step), WORLD)
+    assert latest(tmp_path).name == "step-100000000"
+    assert prune(tmp_path, 0) == []
+    assert [path.name for path in prune(tmp_path, 2)] == ["step-00000008", "step-00000009"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-100000000"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    built = engine()
+    save(built, tmp_path, state(1), WORLD)
+    steps(built, 0, 1)
+    path = save(built, tmp_path, state(1), WORLD)
+    with CheckpointReader(path) as reader:
+        assert torch.equal(reader.read("0.weight"), built.module[0].weight)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        save(engine(), tmp_path / "file" / "checkpoints", state(1), WORLD)
+
+
+def test_state_that_has_no_place_is_refused(tmp_path):
+    built = engine()
+    steps(built, 0, 1)
+    next(iter(built.fragments(owned=True))).optimizer.state[built.trained["0.weight"]]["factor"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match="'factor'"):
+        save(built, tmp_path, state(1), WORLD)
+    assert list(tmp_path.glob("*/COMPLETE")) == []
