@@ -29,8 +29,8 @@ Record = dict[str, Any]
 class Hook:
     """What may happen around the steps, in this order, on every rank.
 
-    ``on_start`` once; ``on_step`` after each optimizer step; ``on_eval`` after a measurement; ``on_checkpoint`` when
-    one is complete; ``on_end`` once, also when the loop fails.
+    ``on_start`` once; ``on_step`` after each optimizer step, and after the validation loss was measured where that was
+    due; ``on_checkpoint`` when one is complete; ``on_end`` once, also when the loop fails.
     """
 
     def on_start(self, first_step: int, total_steps: int) -> None:
@@ -38,9 +38,6 @@ class Hook:
 
     def on_step(self, record: Record) -> None:
         """After a step."""
-
-    def on_eval(self, record: Record) -> None:
-        """After the validation loss was measured."""
 
     def on_checkpoint(self, path: Path) -> None:
         """A checkpoint is complete."""
@@ -79,12 +76,10 @@ class Loop:
         try:
             while state.step < self.total_steps:
                 record = self.take_step(state)
+                if self._due(self.eval_every, state.step) and self.validation is not None:
+                    record["validation_loss"] = self.validation_loss(self.validation)
                 for hook in self.hooks:
                     hook.on_step(record)
-                if self._due(self.eval_every, state.step) and self.validation is not None:
-                    loss = self.validation_loss(self.validation)
-                    for hook in self.hooks:
-                        hook.on_eval({"step": state.step, "validation_loss": loss})
                 if self._due(self.checkpoint_every, state.step) or state.step == self.total_steps:
                     self.save(state)
         finally:
