@@ -163,6 +163,9 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     _prepare_process(cfg)
     from launchers import steps
     from launchers.failure import ERROR_DIR
+    from launchers.torchrun import join_terminal
+
+    join_terminal()
 
     if request.command == "train":
         return steps.train(cfg, worker=ERROR_DIR in os.environ, resume=request.resume)

@@ -23,8 +23,12 @@ DEBUG = "CROSSTUNE_DEBUG"
 """Set to 1 to see tracebacks on the terminal."""
 
 
+class UnexpectedError(RunFailedError):
+    """An exception that nobody foresaw: a fault of ours, of a library or of the machine."""
+
+
 def as_crosstune_error(error: BaseException, logs: Path | None) -> CrosstuneError:
-    """The error itself, or for an unexpected one a short `RunFailedError` with the traceback in `logs`.
+    """The error itself, or for an unexpected one a short `UnexpectedError` with the traceback in `logs`.
 
     Args:
         error: what was raised.
@@ -43,12 +47,12 @@ def as_crosstune_error(error: BaseException, logs: Path | None) -> CrosstuneErro
         except OSError:  # a full disk may be the very fault; the hint with the variable stays
             pass
     first = str(error).strip().splitlines()
-    return RunFailedError(type(error).__name__, first[0][:300] if first else "no message", remedy=remedy)
+    return UnexpectedError(type(error).__name__, first[0][:300] if first else "no message", remedy=remedy)
 
 
 @contextmanager
 def traceback_kept_in(logs: Path) -> Iterator[None]:
-    """Turns an unexpected exception into a short `RunFailedError`, its traceback kept in the run's logs."""
+    """Turns an unexpected exception into a short `UnexpectedError`, its traceback kept in the run's logs."""
     try:
         yield
     except Exception as error:
@@ -85,7 +89,10 @@ def earliest_error(folder: Path) -> CrosstuneError | None:
 
 def _rebuilt(content: dict[str, Any]) -> CrosstuneError:
     errors: Sequence[CrosstuneError] = [
-        CrosstuneError(e["where"], e["found"], allowed=e["allowed"], remedy=e["remedy"]) for e in content["errors"]
+        (UnexpectedError if e["kind"] == UnexpectedError.__name__ else CrosstuneError)(
+            e["where"], e["found"], allowed=e["allowed"], remedy=e["remedy"]
+        )
+        for e in content["errors"]
     ]
     error = errors[0] if len(errors) == 1 else ErrorGroup(errors)
     error.exit_code = int(content.get("exit_code", EXIT_RUN_FAILED))

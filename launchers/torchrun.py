@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from configs.errors import EXIT_DONE, RunFailedError
-from launchers.failure import ERROR_DIR, earliest_error
+from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError
+from launchers.failure import ERROR_DIR, UnexpectedError, earliest_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHUTDOWN_SECONDS = 120
@@ -49,11 +49,10 @@ def run_workers(nproc: int, arguments: Sequence[str], logs: Path, *, threads: in
         stopped_by = _wait(process)
     if process.returncode == EXIT_DONE:
         return
-    if (error := earliest_error(attempt / "errors")) is not None:
-        raise error
-    if stopped_by is not None:
+    left = earliest_error(attempt / "errors")
+    if stopped_by is not None and left is None:
         raise KeyboardInterrupt if stopped_by == signal.SIGINT else SystemExit(128 + stopped_by)
-    raise _silent_death(attempt)
+    raise _root_cause(attempt, left)
 
 
 def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: int) -> list[str]:
@@ -80,6 +79,15 @@ def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threa
     environment["PYTHONSAFEPATH"] = "1"
     environment[ERROR_DIR] = str((attempt / "errors").resolve())
     return environment
+
+
+def join_terminal() -> None:
+    """In a worker: lets rank 0's standard error follow its standard output to the terminal.
+
+    Both would else end in torchrun.log, since torchrun's own messages share its standard error with rank 0.
+    """
+    if ERROR_DIR in os.environ and os.environ.get("RANK") == "0":
+        os.dup2(1, 2)
 
 
 def new_attempt(logs: Path) -> Path:
@@ -127,14 +135,17 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
     return received[0] if received else None
 
 
-def _silent_death(attempt: Path) -> RunFailedError:
-    """The fault of workers that left no error file: killed, most often for want of memory."""
+def _root_cause(attempt: Path, left: CrosstuneError | None) -> CrosstuneError:
+    """The fault to show: what a worker left, unless another one was killed and that fault only followed from it."""
+    expected = left is not None and not isinstance(left, UnexpectedError)
     text = (attempt / "torchrun.log").read_text(encoding="utf-8", errors="replace")
-    match = re.search(r"exitcode\s*:\s*(-?\d+)", text)
-    code = int(match.group(1)) if match else None
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the kernel kills with SIGKILL when memory runs out" if -code == signal.SIGKILL else ""
-        return RunFailedError("worker", f"ended by signal {name}{hint}", remedy=f"the logs are in {attempt}")
-    ending = f"ended with code {code}" if code is not None else "torchrun ended early"
-    return RunFailedError("worker", f"{ending} without a message", remedy=f"the logs are in {attempt}")
+    codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)]
+    killed = [-code for code in codes if code < 0 and -code not in STOP_SIGNALS]
+    remedy = f"the logs are in {attempt}"
+    if killed and not expected:
+        hint = "; the kernel kills so when memory runs out" if killed[0] == signal.SIGKILL else ""
+        return RunFailedError("worker", f"ended by signal {signal.Signals(killed[0]).name}{hint}", remedy=remedy)
+    if left is not None:
+        return left
+    ending = f"ended with code {codes[0]}" if codes else "torchrun ended early"
+    return RunFailedError("worker", f"{ending} without a message", remedy=remedy)

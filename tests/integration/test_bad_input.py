@@ -14,9 +14,11 @@ from unittest import mock
 import pytest
 import torch
 
+from configs.compose import compose, save_resolved
 from launchers import cli
 from tests.command import write_uneven_records
 from tests.tiny import save_tiny_model
+from train.run_folder import RunFolder, RunRecord
 
 SCREEN = 25
 
@@ -146,12 +148,13 @@ def test_many_faults_are_one_screen(home, capfd, monkeypatch):
 @pytest.fixture
 def run_without_complete(home: Path, tmp_path: Path) -> Path:
     """A run that was cut off while it wrote its first checkpoint."""
-    from configs.compose import compose, save_resolved
-
     run = tmp_path / "cut"
     (run / "checkpoints/step-00000002").mkdir(parents=True)
     sound = {**SOUND, "model.path": str(home / "model"), "dataset.path": str(home / "data.jsonl")}
     save_resolved(compose("run", [f"{key}={value}" for key, value in sound.items()]), run / "resolved.yaml")
+    RunFolder(run).write_record(
+        RunRecord(str(home / "model"), {}, str(home / "cache"), "", "fp32", "PlainEngine", 1, "lora", "0", 2)
+    )
     return run
 
 
