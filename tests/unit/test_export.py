@@ -1,0 +1,214 @@
+"""Exports: the merged model and the adapter compute what the trained run computes, in plain transformers and peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train.export.tensors
+from configs.errors import CheckpointError, ConfigError, ModelError, StorageError
+from configs.schema.device import DeviceConfig
+from configs.schema.model import Precision
+from configs.schema.outputs import ExportConfig
+from tests.unit.tiny_run import tiny_run
+from train.devices.cpu import CpuDevice
+from train.evaluate.models import base_model, put_training_on
+from train.export.adapter import target_modules
+from train.export.run import export
+from train.export.tensors import Planned, stored_tensors, write_file, write_model
+from train.export.trained import Trained, lora_pairs
+from train.run_folder import RunFolder
+
+WEIGHTS = "model.safetensors"
+TOKENS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def trained_logits(run: RunFolder) -> torch.Tensor:
+    device = CpuDevice(DeviceConfig("train.devices.cpu.CpuDevice"))
+    with Trained.open(run) as trained:
+        return logits_of(put_training_on(base_model(trained, device), trained))
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_merged_model_is_the_trained_one(tmp_path: Path, tuning: str, tied: bool) -> None:
+    run = tiny_run(tmp_path, f"tuning={tuning}", tie_word_embeddings=tied)
+    result = export(run, ExportConfig(shard_gib=60_000 / 2**30), on_note=quiet)
+    assert result.merged == run.export / "merged"
+    expected = trained_logits(run)
+    assert not torch.allclose(expected, logits_of(plain(tmp_path / "model")), atol=1e-2)
+    torch.testing.assert_close(logits_of(plain(result.merged)), expected, rtol=1e-4, atol=1e-4)
+
+    shards = sorted(result.merged.glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(
+        shard.stat().st_size < 70_000 or len(load_file(shard)) == 1 for shard in shards
+    )
+    names = {name for shard in shards for name in load_file(shard)}
+    assert names == set(stored_tensors(tmp_path / "model")) and ("lm_head.weight" in names) != tied
+    tokenizer = AutoTokenizer.from_pretrained(result.merged)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+
+    if tuning == "full":
+        assert result.adapter is None and not (run.export / "adapter").exists()
+        return
+    assert result.adapter is not None
+    wrapped = PeftModel.from_pretrained(plain(tmp_path / "model"), result.adapter)
+    torch.testing.assert_close(logits_of(wrapped), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(wrapped.merge_and_unload()), logits_of(plain(result.merged)), rtol=1e-4, atol=1e-4
+    )
+    assert wrapped.peft_config["default"].base_model_name_or_path == str(tmp_path / "model")
+
+
+def test_a_stale_copy_of_a_tied_head_is_not_exported(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "tuning=full", tie_word_embeddings=True)
+    stored = {n: t.read().clone() for n, t in stored_tensors(tmp_path / "model").items()}
+    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, tmp_path / "model" / WEIGHTS)
+    merged = export(run, ExportConfig(), on_note=quiet).merged
+    assert merged is not None and "lm_head.weight" not in stored_tensors(merged)
+    torch.testing.assert_close(logits_of(plain(merged)), trained_logits(run), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_is_rounded_before_and_after_the_merge(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "model.precision=bf16", "tuning.rank=2")
+    exact = export(run, ExportConfig(precision=Precision.fp32), out=tmp_path / "fp32", on_note=quiet).merged
+    auto = export(run, ExportConfig(), on_note=quiet).merged
+    assert exact is not None and auto is not None
+    torch.testing.assert_close(logits_of(plain(exact)), trained_logits(run), rtol=1e-4, atol=1e-4)
+    assert {t.dtype for t in stored_tensors(auto).values()} == {torch.bfloat16}
+    assert json.loads((auto / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(auto).dtype == torch.bfloat16
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(
+        stored_tensors(auto)[name].read(), stored_tensors(exact)[name].read().bfloat16(), rtol=0, atol=0
+    )
+
+
+def test_adapters_of_upper_layers_stay_there(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "tuning.first_layer=2", "tuning.targets=[q_proj,down_proj]")
+    result = export(run, ExportConfig(), on_note=quiet)
+    assert result.adapter is not None and result.merged is not None
+    expected = trained_logits(run)
+    wrapped = PeftModel.from_pretrained(plain(tmp_path / "model"), result.adapter)
+    torch.testing.assert_close(logits_of(wrapped), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(plain(result.merged)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_target_modules_are_last_names_only_where_that_is_exact() -> None:
+    weights = ["l.0.q.weight", "l.1.q.weight", "l.0.v.weight", "norm.weight"]
+    assert target_modules(["l.0.q", "l.1.q"], weights) == ["q"]
+    assert target_modules(["l.1.q", "l.0.v"], weights) == ["l.0.v", "l.1.q"]
+
+
+def test_one_tensor_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def make() -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        tensor = torch.ones(100)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    write_model(tmp_path, [Planned(str(i), (100,), torch.float32, make) for i in range(6)], shard_bytes=1000)
+    assert alive == [0] * 6
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_written_files_are_read_by_the_library(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.tensor(4, dtype=torch.int64),
+        "flags": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+    }
+    planned = [Planned(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
+    write_file(tmp_path / "x.safetensors", planned)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_base_that_is_another_model_is_refused(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    stored = stored_tensors(tmp_path / "model")
+    save_file({n: t.read().clone() for n, t in stored.items() if "layers.1.mlp" not in n}, tmp_path / "model" / WEIGHTS)
+    with pytest.raises(ModelError, match="layers.1.mlp.down_proj.weight"):
+        export(run, ExportConfig(), on_note=quiet)
+    assert not run.export.exists() and not list(run.path.glob(".export*"))
+    with pytest.raises(CheckpointError, match="no pair of LoRA factors: strange"):
+        lora_pairs(["base_model.model.q.lora_A.default.weight", "strange"])
+
+
+def test_what_is_in_the_way_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path)
+    foreign = tmp_path / "foreign"
+    (foreign / "adapter").mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(StorageError, match="not an export"):
+        export(run, ExportConfig(), out=foreign, overwrite=True, on_note=quiet)
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+    first = export(run, ExportConfig(merged=False), on_note=quiet)
+    assert first.merged is None
+    with pytest.raises(StorageError, match="overwrite=true"):
+        export(run, ExportConfig(), on_note=quiet)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match="No space left"):
+        patched.setattr(train.export.tensors, "write_file", fail)
+        export(run, ExportConfig(), overwrite=True, on_note=quiet)
+    assert sorted(p.name for p in run.export.iterdir()) == ["adapter"]  # the one before is whole
+
+    export(run, ExportConfig(), overwrite=True, on_note=quiet)
+    assert sorted(p.name for p in run.export.iterdir()) == ["adapter", "merged"]
+    with pytest.raises(ConfigError, match="neither"):
+        export(run, ExportConfig(adapter=False, merged=False), overwrite=True, on_note=quiet)
+
+
+def test_a_checkpoint_by_number_or_a_clear_refusal(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "checkpoint.every=1", "checkpoint.keep_last=0")
+    merged = export(run, ExportConfig(adapter=False), checkpoint="2", on_note=quiet).merged
+    assert merged is not None
+    assert json.loads((merged / "provenance.json").read_text())["checkpoint"]["step"] == 2
+    with pytest.raises(CheckpointError, match="(?s)checkpoint=7.*step-00000003"):
+        export(run, ExportConfig(), checkpoint="7", overwrite=True, on_note=quiet)
+
+
+def test_the_card_says_what_matters(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "dataset.system='Be \"brief\".'")
+    result = export(run, ExportConfig(), on_note=quiet)
+    assert result.adapter is not None and result.merged is not None
+    for folder, library in ((result.adapter, "peft"), (result.merged, "transformers")):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: " + library)
+        for fact in (str(tmp_path / "model"), "CC0-1.0", "LoRA, rank 16", "0.01", "Not measured yet", '\\"brief\\"'):
+            assert fact in card, fact
