@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.compose import amend, build, load_resolved, save_resolved
-from configs.errors import CheckpointError, ConfigError, DataError, DeviceError
-from configs.schema.device import DeviceConfig
+from configs.compose import amend, load_resolved, save_resolved
+from configs.errors import CheckpointError, ConfigError, DataError
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
+from launchers.accelerator import available_device, check_processes, choose_accelerator
 from launchers.failure import traceback_kept_in
 from launchers.run_dir import existing_run, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
 
 if TYPE_CHECKING:
-    from train.devices.base import Device
     from train.run_folder import RunFolder
 
 Result = dict[str, Any]
@@ -32,7 +31,7 @@ MAY_CHANGE_ON_RESUME = (
 def prep(cfg: PrepConfig) -> Result:
     """`crosstune prep`: raw records -> prepared data."""
     stages = Stages(2)
-    _choose_accelerator("cpu")
+    choose_accelerator("cpu")
     model_dir = _model(cfg, stages)
     prepared, reused = _data(cfg, model_dir, stages, out=Path(cfg.out).expanduser() if cfg.out else None)
     stages.end(f"prepared data: {prepared}")
@@ -110,6 +109,7 @@ def export(cfg: ExportJobConfig) -> Result:
     """`crosstune export`: checkpoint of a run -> adapter and merged model."""
     stages = Stages(1)
     folder = existing_run(Path(cfg.run_dir).expanduser())
+    choose_accelerator("cpu")
     with traceback_kept_in(folder / "logs"):
         return _export(_run_folder(folder), cfg, stages)
 
@@ -133,15 +133,16 @@ def report(path: Path) -> Result:
     Raises:
         CheckpointError: the path is neither.
     """
-    from train.export.provenance import read_chain
-    from train.observe.report import write_report
+    exports = [found for found in (path, path / "merged", path / "adapter") if (found / "provenance.json").is_file()]
+    if exports:
+        from train.export.provenance import read_chain
 
-    found = next((p for p in (path, path.parent) if (p / "provenance.json").is_file()), None)
-    if found is not None:
-        chain = read_chain(found)
+        chain = read_chain(exports[0])
         print(chain)
-        return {"export": str(found), "chain": str(chain)}
+        return chain.to_json()
     if (path / "run.json").is_file():
+        from train.observe.report import write_report
+
         page = write_report(_run_folder(path.resolve()))
         print(f"report: {page}")
         return {"report": str(page)}
@@ -162,11 +163,18 @@ def _model(cfg: PrepConfig, stages: Stages) -> Path:
 
 
 def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None = None) -> tuple[Path, bool]:
+    """Prepares the data, or finds it prepared; refuses at once what `crosstune run` would miss at its end."""
     from data_prep.prepare import prepare
 
     with stages.stage("data"):
         prepared = prepare(cfg, model_dir, out=out)
         splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
+        if isinstance(cfg, RunConfig) and cfg.eval.split not in prepared.manifest["splits"]:
+            raise ConfigError(
+                "eval.split",
+                f"{cfg.eval.split}, but the data has only: {', '.join(prepared.manifest['splits'])}",
+                remedy="dataset.test_fraction=0.1 or dataset.test_path=FILE; or stop after `crosstune train`",
+            )
         rejected = prepared.manifest["rejects"]["total"]
         stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
         for note in prepared.notes:
@@ -177,7 +185,7 @@ def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None 
 
 def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
     """Model, data and training; in this process, or in `nproc` workers."""
-    _check_processes(cfg)
+    check_processes(cfg)
     model_dir = _model(cfg, stages)
     prepared, _ = _data(cfg, model_dir, stages)
     if resume:
@@ -194,37 +202,6 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
             save_resolved(cfg, request)
             arguments = ["train", "--resolved", str(request), *(["--resume"] if resume else [])]
             run_workers(cfg.nproc, arguments, folder / "logs", threads=cfg.device.threads)
-
-
-def _check_processes(cfg: TrainConfig) -> None:
-    """Refuses a device that is not there, or fewer of them than processes, before anything slow starts."""
-    world = os.environ.get("WORLD_SIZE")
-    if world is not None and cfg.nproc not in (1, int(world)):
-        raise ConfigError(
-            "nproc", f"{cfg.nproc}, but the outer launcher started {world} processes", remedy="leave it out"
-        )
-    device = _device(cfg.device)
-    _choose_accelerator(device.deepspeed_accelerator)
-    if device.torch_type != "cpu" and cfg.nproc > device.count():
-        raise DeviceError("nproc", f"{cfg.nproc} processes, but {device.count()} {device.name} devices are visible")
-
-
-def _choose_accelerator(name: str) -> None:
-    """Says early what `Device.activate` says again.
-
-    Loading a tokenizer with transformers already imports DeepSpeed, which picks its accelerator on import.
-    """
-    os.environ["DS_ACCELERATOR"] = name
-
-
-def _device(cfg: DeviceConfig) -> Device:
-    from train.devices.base import Device
-
-    device = build(cfg, Device)
-    found = device.availability()
-    if not found.ok:
-        raise DeviceError(f"device={device.name}", found.reason, remedy="device=auto takes what is there")
-    return device
 
 
 def _same_data(folder: Path, prepared: Path) -> None:
@@ -257,12 +234,13 @@ def _export(folder: RunFolder, cfg: ExportJobConfig, stages: Stages) -> Result:
 
 
 def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
+    seconds_before = stages.seconds
+    device = available_device(cfg.device)
     from train.evaluate.run import evaluate_model, evaluate_run
     from train.observe.report import write_report
 
     from train.models.load import ensure_model
 
-    device = _device(cfg.device)
     data = Path(cfg.data).expanduser() if cfg.data else None
     out = Path(cfg.out).expanduser() if cfg.out else None
     with stages.stage("eval"):
@@ -270,11 +248,22 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
         if cfg.run_dir is None:
             assert data is not None
             model_dir = ensure_model(cfg.model, Path(PrepConfig.cache_dir).expanduser(), on_note=stages.note)
-            figures = evaluate_model(model_dir, data, cfg.eval, device, out or Path.cwd())
+            trusted = cfg.model.trust_remote_code
+            out = out or Path.cwd()
+            figures = evaluate_model(
+                model_dir, data, cfg.eval, device, out, on_note=stages.note, trust_remote_code=trusted
+            )
         else:
             folder = _run_folder(existing_run(Path(cfg.run_dir).expanduser()))
             figures = evaluate_run(
-                folder, cfg.eval, device, checkpoint=cfg.checkpoint, data=data, out=out, on_note=stages.note
+                folder,
+                cfg.eval,
+                device,
+                checkpoint=cfg.checkpoint,
+                data=data,
+                out=out,
+                on_note=stages.note,
+                seconds_before=seconds_before,
             )
             stages.note(f"report: {write_report(folder)}")
     return figures
