@@ -20,7 +20,7 @@ class ShardingConfig:
 
 @dataclass
 class PlainConfig(ShardingConfig):
-    """One process, or several with torch's DistributedDataParallel: everything on every rank."""
+    """One process, or several that each hold everything and sum their gradients (data parallel)."""
 
     _target_: str = "train.engine.plain.PlainEngine"
 

@@ -1,0 +1,20 @@
+"""`make bench`: ratios measured side by side in one run on this machine. They are printed and gate nothing.
+
+python -m tests.bench [packing] [preparation]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.bench import packing, preparation
+
+BENCHES = {"packing": packing.main, "preparation": preparation.main}
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or list(BENCHES)
+    unknown = sorted(set(chosen) - set(BENCHES))
+    if unknown:
+        sys.exit(f"no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    for name in chosen:
+        BENCHES[name]()
