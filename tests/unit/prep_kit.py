@@ -35,7 +35,8 @@ INSTRUCT = (  # the system turn goes into the first question; a space before the
 MARKED = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 CHINESE = (
     "{% set names = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具'} %}"

@@ -29,10 +29,10 @@ def _folder(tmp_path: Path) -> Path:
     for label, count in {"mit": 60, "gpl-2.0": 30, "rare": 5, "unknown-x": 40}.items():
         for i in range(count):
             _rule(folder, f"{label}_{i}", " ".join(rng.sample(_WORDS, 30)), label)
-    texts = {name: (folder / f"{name}.RULE").read_bytes() for name in ("mit_1", "mit_2", "mit_3")}
-    for name, content in texts.items():  # near-duplicates of each, one word longer
-        (folder / f"{name}-near.RULE").write_bytes(content.rstrip() + b" more\n")
-    (folder / "mit_again.RULE").write_bytes(texts["mit_1"])
+    for i in range(30):  # a near-duplicate of each, one word longer
+        content = (folder / f"gpl-2.0_{i}.RULE").read_bytes()
+        (folder / f"gpl-2.0_{i}-near.RULE").write_bytes(content.rstrip() + b" more\n")
+    (folder / "mit_again.RULE").write_bytes((folder / "mit_1.RULE").read_bytes())
     _rule(folder, "mit_short", "too short", "mit")
     _rule(folder, "mit_false", " ".join(_WORDS[:20]), "mit", "is_license_notice: yes\nis_false_positive: yes")
     _rule(folder, "mit_tag", " ".join(_WORDS[20:40]), "mit", "is_license_tag: yes")
@@ -61,13 +61,13 @@ def test_what_is_taken_and_held_out(tmp_path: Path) -> None:
     taken = {r.origin.file for _, r in records}
     assert not taken & {"mit_short.RULE", "mit_false.RULE", "mit_tag.RULE"}
     assert len(taken & {"mit_1.RULE", "mit_again.RULE"}) < 2
-    for label, test, validation in (("mit", 8, 4), ("gpl-2.0", 6, 3)):
+    for label, test, validation in (("mit", 8, 4), ("gpl-2.0", 8, 4)):
         count = {
             s: sum(split == s and r.messages[2].content == label for split, r in records)
             for s in ("test", "validation")
         }
         assert count["test"] == test
-        assert validation - 1 <= count["validation"] <= validation  # a near-duplicate of a test notice may be taken out
+        assert count["validation"] <= validation  # fewer where a near-duplicate of a test notice was taken out
     _assert_nothing_alike(records)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def _table(prepared: Prepared, split: str = "train") -> list[dict[str, Any]]:
 def test_what_is_written_is_what_training_needs(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 16)
     path = write_jsonl(tmp_path / "rows.jsonl", [*_GOOD, b"{", {"prompt": "q", "completion": "long " * 400}])
-    prepared = prepare(prep_config(tmp_path, files(path, test_fraction=0.2), max_length=200), model)
+    seen: list[tuple[int, int]] = []
+    cfg = prep_config(tmp_path, files(path, test_fraction=0.2), max_length=200)
+    prepared = prepare(cfg, model, on_progress=lambda rows, tokens: seen.append((rows, tokens)))
+    assert seen[-1] == (42, sum(s["tokens"] for s in prepared.manifest["splits"].values()))
     rows = _table(prepared)
     entry = prepared.manifest["splits"]["train"]
     assert [s["rows"] for s in entry["shards"]] == [16, 16, len(rows) - 32]
@@ -165,6 +169,18 @@ def test_out_is_never_taken_from_something_else(tmp_path: Path, model: Path) -> 
         prepare(other, model, out=out)
     other.overwrite = True
     assert prepare(other, model, out=out).manifest["splits"]["train"]["rows"] == 5
+    (out / "train/shard-00000.arrow").unlink()
+    other.overwrite = False
+    with pytest.raises(DataError, match="shard-00000.arrow: the shard is missing"):
+        prepare(other, model, out=out)
+
+
+def test_two_at_once_make_it_once(tmp_path: Path, model: Path) -> None:
+    cfg = prep_config(tmp_path, files(write_jsonl(tmp_path / "rows.jsonl", _GOOD * 20)))
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: prepare(cfg, model), range(2)))
+    assert sorted(p.reused for p in both) == [False, True]
+    assert both[0].manifest == both[1].manifest
 
 
 def test_prepared_data_as_the_data_set(tmp_path: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -230,7 +246,10 @@ def test_a_model_without_tokenizer_or_template(tmp_path: Path) -> None:
 
 
 def test_the_tokenizers_hash_outlives_saving_it_again(tmp_path: Path, model: Path) -> None:
-    load_tokenizer(model).save_pretrained(tmp_path / "again")
+    tokenizer = load_tokenizer(model)
+    tokenizer("the text", truncation=True, max_length=4)  # leaves its mark in tokenizer.json
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/tokenizer.json").read_bytes() != (model / "tokenizer.json").read_bytes()
     assert tokenizer_sha256(tmp_path / "again") == tokenizer_sha256(model)
 
 

@@ -107,7 +107,8 @@ def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest
     assert [r.origin.line for _, r in _rows(path) if isinstance(r, Record)] == [4, 8]
 
 
-def test_broken_rows_of_tables_and_lists(tmp_path: Path) -> None:
+def test_broken_rows_of_tables_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_array, "_CHUNK_BYTES", 1)
     (tmp_path / "a.csv").write_bytes(b"prompt,completion\nq,a\nq\nq,\xff\nq,a\n")
     assert [str(r.reason) for _, r in _rows(tmp_path / "a.csv") if isinstance(r, Reject)] == [
         "wrong number of fields",
