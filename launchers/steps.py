@@ -237,9 +237,8 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
     seconds_before = stages.seconds
     device = available_device(cfg.device)
     from train.evaluate.run import evaluate_model, evaluate_run
-    from train.observe.report import write_report
-
     from train.models.load import ensure_model
+    from train.observe.report import write_report
 
     data = Path(cfg.data).expanduser() if cfg.data else None
     out = Path(cfg.out).expanduser() if cfg.out else None
