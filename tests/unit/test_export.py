@@ -90,6 +90,15 @@ def test_a_stale_copy_of_a_tied_head_is_not_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(plain(merged)), trained_logits(run), rtol=1e-4, atol=1e-4)
 
 
+def test_weights_stored_without_the_outermost_module_are_found(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "tuning=full", tie_word_embeddings=True)
+    stored = {n.removeprefix("model."): t.read().clone() for n, t in stored_tensors(tmp_path / "model").items()}
+    save_file(stored, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    merged = export(run, ExportConfig(), on_note=quiet).merged
+    assert merged is not None and stored_tensors(merged).keys() == stored.keys()
+    torch.testing.assert_close(logits_of(plain(merged)), trained_logits(run), rtol=1e-4, atol=1e-4)
+
+
 def test_bf16_is_rounded_before_and_after_the_merge(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "model.precision=bf16", "tuning.rank=2")
     exact = export(run, ExportConfig(precision=Precision.fp32), out=tmp_path / "fp32", on_note=quiet).merged

@@ -187,7 +187,7 @@ def say_check(check: Summary, on_note: Note) -> None:
     if identical == compared:
         on_note(f"export check: all {compared} answers of the merged model are the trained model's{logits}")
     else:
-        on_note(f"EXPORT CHECK FAILED: {compared - identical} of {compared} answers are not the trained model's{logits}")
+        on_note(f"EXPORT CHECK FAILED: {compared - identical} of {compared} answers differ from the run's own{logits}")
         on_note("  a merged model in bf16 rounds the update away in part; export.precision=fp32 keeps it whole")
 
 

@@ -20,8 +20,6 @@ from configs.schema.outputs import ExportConfig
 from train.export.tensors import Planned, Stored, stored_tensors, write_model
 from train.export.trained import LoraPair, Trained
 
-INPUTS_FIRST = ("gpt2", "openai-gpt", "imagegpt")
-"""Families whose linear weights are stored ``[in, out]`` (transformers' Conv1D)."""
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """What of a model folder goes along with the weights."""
 
@@ -41,26 +39,26 @@ def write_merged(trained: Trained, cfg: ExportConfig, folder: Path, on_note: Not
     if cfg.precision is not Precision.auto:
         dtype = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[cfg.precision]
     stored = stored_tensors(base_dir)
-    plan = _plan_lora if trained.is_lora else _plan_full
+    if trained.is_lora:
+        planned = _plan_lora(trained, stored, dtype)
+    else:
+        planned = _plan_full(trained, stored, dtype, bool(config.get("tie_word_embeddings")), on_note)
     copy_along(base_dir, folder, trained.cfg.template.path)
-    write_model(folder, plan(trained, stored, config, dtype, on_note), int(cfg.shard_gib * 2**30))
+    write_model(folder, planned, int(cfg.shard_gib * 2**30))
     name = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(_with_dtype({**config, "dtype": name}, name), indent=2) + "\n")
 
 
-def _plan_lora(
-    trained: Trained, stored: dict[str, Stored], config: dict[str, Any], dtype: torch.dtype, on_note: Note
-) -> list[Planned]:
+def _plan_lora(trained: Trained, stored: dict[str, Stored], dtype: torch.dtype) -> list[Planned]:
+    """The base's tensors, the adapted ones with their update added."""
     pairs = {f"{module}.weight": pair for module, pair in trained.pairs.items()}
     places = _places(pairs, stored, trained.checkpoint)
-    inputs_first = config.get("model_type") in INPUTS_FIRST
     update_of = {places[name]: pair for name, pair in pairs.items()}
 
     def merged(tensor: Stored, pair: LoraPair) -> torch.Tensor:
         # The base is rounded first, as it was while the adapter trained on top of it.
         weight = tensor.read().to(trained.working_dtype).float()
         delta = trained.delta(pair)
-        delta = delta.T if inputs_first else delta
         if delta.shape != weight.shape:
             raise CheckpointError(
                 str(trained.checkpoint),
@@ -79,8 +77,9 @@ def _plan_lora(
 
 
 def _plan_full(
-    trained: Trained, stored: dict[str, Stored], config: dict[str, Any], dtype: torch.dtype, on_note: Note
+    trained: Trained, stored: dict[str, Stored], dtype: torch.dtype, tied: bool, on_note: Note
 ) -> list[Planned]:
+    """The trained tensors in the place of the base's."""
     entries = trained.reader.params
     places = _places(entries, stored, trained.checkpoint)
     name_of = {place: name for name, place in places.items()}
@@ -96,7 +95,7 @@ def _plan_full(
     for place, tensor in stored.items():
         if place in name_of:
             planned.append(Planned(place, tensor.shape, dtype, lambda n=name_of[place]: read(n).to(dtype)))  # type: ignore[misc]
-        elif config.get("tie_word_embeddings") and place.endswith("lm_head.weight"):
+        elif tied and place.endswith("lm_head.weight"):
             continue  # the same tensor as the embedding, which was trained under that name: this copy is out of date
         else:
             untouched.append(place)
