@@ -1,6 +1,6 @@
 """metrics.jsonl: one line per step, written as the run goes.
 
-A line of a step has ``loss``; a line of a measurement on the validation split has ``validation_loss``.
+Steps after which the validation split was measured also have ``validation_loss``.
 """
 
 from __future__ import annotations
@@ -58,10 +58,6 @@ class MetricsHook(Hook):
 
     def on_step(self, record: Record) -> None:
         """Writes a step's line."""
-        self._write(record)
-
-    def on_eval(self, record: Record) -> None:
-        """Writes a measurement's line."""
         self._write(record)
 
     def on_end(self) -> None:

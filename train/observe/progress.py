@@ -59,17 +59,15 @@ class Progress(Hook):
         now = self._clock()
         self._times.append((now, int(record["tokens"])))
         step = int(record["step"])
+        if "validation_loss" in record:
+            self._validation = f"  validation {record['validation_loss']:.4f}"
+            self._say(f"{self.stage}: step {step}{self._validation}")
         line = self.line(record)
         if self._bar:
             self._bar.update(self._task, completed=step, line=line)
         elif now - self._last_plain >= PLAIN_EVERY_SECONDS or step == self._total:
             self._last_plain = now
             self._say(f"{self.stage}: {line}")
-
-    def on_eval(self, record: Record) -> None:
-        """Keeps the validation loss in view."""
-        self._validation = f"  validation {record['validation_loss']:.4f}"
-        self._say(f"{self.stage}: step {record['step']}{self._validation}")
 
     def on_checkpoint(self, path: Path) -> None:
         """Says where the checkpoint is."""
