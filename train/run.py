@@ -61,12 +61,10 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
         total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
+            state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
             if resume:
                 state = restore(engine, latest(run.checkpoints), world)
-            else:
-                state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
-                record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
-            Loop(
+            loop = Loop(
                 engine=engine,
                 objective=build(cfg.objective, Objective),
                 sampler=StepSampler(split, plan, rows),
@@ -81,7 +79,10 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
                 validation=validation_split(data, cfg),
                 eval_every=cfg.eval_every,
                 hooks=hooks_of(run, world, first_step=state.step),
-            ).run(state)
+            )
+            if not resume:
+                record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
+            loop.run(state)
 
 
 def make_engine(
