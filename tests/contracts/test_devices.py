@@ -10,7 +10,7 @@ import torch
 from configs.errors import DeviceError
 from configs.schema.device import DeviceConfig
 from train.devices.ascend import AscendDevice
-from train.devices.auto import ORDER, AutoDevice
+from train.devices.auto import ORDER, AutoDevice, _say_once
 from train.devices.base import Device
 from train.devices.cpu import CpuDevice
 from train.devices.cuda import CudaDevice
@@ -61,6 +61,7 @@ def test_a_backend_works_or_says_what_is_missing(backend: type[Device]):
 
 
 def test_auto_takes_the_first_available_and_says_what_the_others_lack(caplog):
+    _say_once.cache_clear()
     with caplog.at_level("INFO"):
         device = AutoDevice(DeviceConfig())
     first = next(b for b in ORDER if b(DeviceConfig()).availability().ok)

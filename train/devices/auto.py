@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 from configs.schema.device import DeviceConfig
 from train.devices.ascend import AscendDevice
@@ -26,7 +27,13 @@ class AutoDevice(Device):
             device = backend(cfg)
             found = device.availability()
             if found.ok:
-                logger.info("device=auto took %s (%s)", device.name, "; ".join([found.reason, *passed_over]))
+                _say_once(f"device=auto took {device.name} ({'; '.join([found.reason, *passed_over])})")
                 return device
             passed_over.append(f"{device.name}: {found.reason}")
         raise AssertionError("the CPU is always available")
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Each stage of a command makes its own device; the choice is said with the first."""
+    logger.info(text)
