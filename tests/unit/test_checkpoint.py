@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -20,6 +22,7 @@ from configs.schema.sharding import PlainConfig
 from train.checkpoint.layout import CheckpointReader, TrainerState
 from train.checkpoint.restore import restore
 from train.checkpoint.retention import latest, prune
+from train.checkpoint.rng import derived_seed
 from train.checkpoint.save import save
 from train.devices.cpu import CpuDevice
 from train.engine.base import World
@@ -92,6 +95,20 @@ def test_a_checkpoint_of_step_0_resumes_as_a_fresh_start(tmp_path):
     steps(other, 50, 2)
     restore(other, path, WORLD)
     assert steps(other, 0, 3) == steps(first, 0, 3)
+
+
+def test_at_another_number_of_ranks_generators_start_from_seed_step_and_rank(tmp_path):
+    built = engine()
+    path = save(built, tmp_path, state(3), WORLD)
+    index = json.loads((path / "index.json").read_text()) | {"world_size": 2}
+    (path / "index.json").write_text(json.dumps(index))
+    (path / "COMPLETE").write_text(hashlib.sha256((path / "index.json").read_bytes()).hexdigest())
+    draws = []
+    for _ in range(2):
+        restore(built, path, WORLD)
+        draws.append([torch.rand(2).tolist(), random.random(), np.random.rand()])
+    assert draws[0] == draws[1]
+    assert len({derived_seed(*place) for place in [(3, 3, 0), (3, 3, 1), (3, 4, 0), (4, 3, 0)]}) == 4
 
 
 def test_reader_gives_whole_parameters_and_ranges(tmp_path):

@@ -13,7 +13,9 @@ from train.engine.zero_config import deepspeed_config
 
 def settings(stage=2, precision="bf16", max_grad_norm=1.0, world_size=2, offload=False, **keys):
     config = ZeroConfig(stage=stage, offload_optimizer=offload, deepspeed=keys)
-    return deepspeed_config(config, world_size=world_size, precision=precision, max_grad_norm=max_grad_norm)
+    return deepspeed_config(
+        config, world_size=world_size, precision=precision, max_grad_norm=max_grad_norm, model_numel=3_200_000
+    )
 
 
 def test_our_settings():
@@ -25,6 +27,7 @@ def test_our_settings():
     assert got["train_batch_size"] == 4 * got["train_micro_batch_size_per_gpu"] * got["gradient_accumulation_steps"]
     assert settings(precision="fp32")["bf16"] == {"enabled": False}
     assert "offload_optimizer" not in settings()["zero_optimization"]
+    assert got["zero_optimization"]["stage3_max_reuse_distance"] == 200_000
 
 
 def test_user_keys_pass_through_and_win_over_defaults():

@@ -43,6 +43,7 @@ class ZeroEngine(Engine):
             world_size=world.size,
             precision="bf16" if working_dtype == torch.bfloat16 else "fp32",
             max_grad_norm=optim.max_grad_norm,
+            model_numel=sum(parameter.numel() for parameter in module.parameters()),
             pin_memory=device.torch_device.type != "cpu",
         )
         super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)

@@ -75,6 +75,7 @@ def deepspeed_config(
     world_size: int,
     precision: Literal["fp32", "bf16"],
     max_grad_norm: float,
+    model_numel: int,
     pin_memory: bool = False,
 ) -> dict[str, Any]:
     """Our settings with the user's keys added.
@@ -84,6 +85,7 @@ def deepspeed_config(
         world_size: processes.
         precision: of the working weights.
         max_grad_norm: from the optim group; 0 is off.
+        model_numel: elements of all parameters.
         pin_memory: whether host buffers of the offload are pinned; of no use on a CPU.
 
     Returns:
@@ -97,7 +99,7 @@ def deepspeed_config(
     faults = _unknown(user) + _refused(user) + _contradictions(user, settings)
     if faults:
         raise faults[0] if len(faults) == 1 else ErrorGroup(faults)
-    return _merge(_merge(_defaults(config, pin_memory), user), settings)
+    return _merge(_merge(_defaults(config, model_numel, pin_memory), user), settings)
 
 
 def _settings(config: ZeroConfig, world_size: int, precision: str, max_grad_norm: float) -> dict[str, Any]:
@@ -125,10 +127,14 @@ def _settings(config: ZeroConfig, world_size: int, precision: str, max_grad_norm
     return settings
 
 
-def _defaults(config: ZeroConfig, pin_memory: bool) -> dict[str, Any]:
+def _defaults(config: ZeroConfig, model_numel: int, pin_memory: bool) -> dict[str, Any]:
     """What a user may change freely."""
     # DeepSpeed's own 5e8 elements would take 2 GB of device memory for the fp32 gradients on their way.
     zero: dict[str, Any] = {"reduce_bucket_size": 50_000_000}
+    if config.stage == 3:
+        # How far ahead a further use keeps a weight gathered: about two layers. DeepSpeed's 1e9 elements are a whole
+        # small model, and its search for them, quadratic in the modules, took a minute on a LoRA model of 135M.
+        zero["stage3_max_reuse_distance"] = min(1_000_000_000, max(1, model_numel // 16))
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"pin_memory": pin_memory}
     return {"steps_per_print": 2**31 - 1, "zero_optimization": zero}
