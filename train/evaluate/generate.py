@@ -3,10 +3,10 @@
 For families whose cache is a plain key-value list, a batch goes through the model like this:
 
 1. what all its prompts share at their beginning (the system turn) is read once and its cache repeated;
-2. the rest of the prompts, padded on the left, is read on top of it;
-3. the reference answers are read on top of that. This gives the likelihood, and also most of the greedy answer: as
-   long as the model would itself have chosen the reference's tokens, the next choice is already known;
-4. only rows that left the reference go on, one token at a time, the unused reference tokens masked out.
+2. the rest of the prompts and the reference answers, padded on the right, is read on top of it. This gives the
+   likelihood, and also most of the greedy answer: as long as the model would itself have chosen the reference's
+   tokens, the next choice is already known;
+3. only rows that left the reference go on, one token at a time, the unused reference tokens and padding masked out.
 
 Other families (recurrent state, sliding windows) take a forward pass for the likelihood, then `generate` over
 prompts of equal length, so that nothing is padded. The answers are the same; it only takes longer.
@@ -51,34 +51,6 @@ def has_plain_cache(model: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Tokens of a batch behind its shared beginning; B rows, P shared, R rest of prompt, T of the answer."""
-
-    shared_P: list[int]
-    rest_BR: torch.Tensor
-    answer_BT: torch.Tensor
-    mask_BL: torch.Tensor
-    """1 where a token is, over shared, rest and answer, ``[B, P + R + T]``."""
-
-
-def _lay_out(samples: Sequence[Sample]) -> _Rows:
-    """Shared beginning, left-padded rest of the prompts, right-padded answers but for their last token."""
-    shared = _shared_length(samples) if len(samples) > 1 else 0
-    rests = [s.prompt[shared:] for s in samples]
-    answers = [s.answer[:-1] for s in samples]  # nothing is read off the last token
-    width, answer_width = max(map(len, rests)), max(map(len, answers))
-    rest_BR = torch.zeros(len(samples), width, dtype=torch.long)
-    answer_BT = torch.zeros(len(samples), answer_width, dtype=torch.long)
-    mask_BL = torch.zeros(len(samples), shared + width + answer_width, dtype=torch.long)
-    mask_BL[:, :shared] = 1
-    for row, (rest, answer) in enumerate(zip(rests, answers, strict=True)):
-        rest_BR[row, width - len(rest) :] = torch.tensor(rest)
-        answer_BT[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
-        mask_BL[row, shared + width - len(rest) : shared + width + len(answer)] = 1
-    return _Rows(samples[0].input_ids[:shared], rest_BR, answer_BT, mask_BL)
-
-
 def _shared_length(samples: Sequence[Sample]) -> int:
     """Tokens that all prompts begin with, short of the first position whose logits are read."""
     limit = min(s.spans[0][0] - 1 for s in samples)
@@ -92,27 +64,37 @@ def _shared_length(samples: Sequence[Sample]) -> int:
 class _Reader:
     """Feeds a model piece by piece, keeping cache and mask in step."""
 
-    def __init__(self, model: Any, mask_BL: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, model: Any, rows: int, device: torch.device) -> None:
         self.model, self.device = model, device
         self.cache = DynamicCache(config=model.config)
-        self.mask_BL = mask_BL.to(device)
+        self.mask_BL = torch.ones(rows, 0, dtype=torch.long, device=device)
+        """1 where a cached token counts, 0 where padding or a dropped token lies."""
 
-    def read(self, tokens_BS: torch.Tensor, rows_N: Sequence[int], columns_N: Sequence[int]) -> torch.Tensor:
-        """Logits ``[N, V]`` of the positions named, after reading `tokens_BS` behind what was read before."""
-        seen = self.cache.get_seq_length()
-        mask = self.mask_BL[: len(tokens_BS), : seen + tokens_BS.shape[1]]
-        # A token's position counts the real tokens before it, whatever padding lies between.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+    def read(
+        self, tokens_BS: torch.Tensor, real_BS: torch.Tensor, rows_N: Sequence[int], columns_N: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits ``[N, V]`` of the positions named, after reading `tokens_BS` behind what was read before.
+
+        `real_BS` is 1 for tokens and 0 for padding.
+        """
+        self.mask_BL = torch.cat([self.mask_BL, real_BS.to(self.device)], dim=1)
+        # A token's position counts the real tokens before it, whatever masked columns lie between.
+        positions = (self.mask_BL.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BS.shape[1] :]
         with head_at(self.model, rows_N, columns_N):
             out = self.model(
                 input_ids=tokens_BS.to(self.device),
-                attention_mask=mask,
+                attention_mask=self.mask_BL,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
             )
         logits: torch.Tensor = out.logits[0]
         return logits
+
+    def repeat(self, rows: int) -> None:
+        """Turns the one row that was read into `rows` equal ones."""
+        self.cache.batch_repeat_interleave(rows)
+        self.mask_BL = self.mask_BL.expand(rows, -1)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these."""
@@ -140,50 +122,42 @@ def measure_batch(
         device: where the model is.
         keep_logits: also give the first token's logits.
     """
-    rows = _lay_out(samples)
-    reader = _Reader(model, rows.mask_BL, device)
-    if rows.shared_P:
-        reader.read(torch.tensor([rows.shared_P]), [0], [len(rows.shared_P) - 1])
-        reader.cache.batch_repeat_interleave(len(samples))
-    nll, first_BV = _read_prompts(reader, rows, samples)
-    known = [[token] for token in first_BV.argmax(-1).tolist()]
-    if rows.answer_BT.shape[1]:
-        places = [(row, i) for row, s in enumerate(samples) for i in range(len(s.answer) - 1)]
-        logits = reader.read(rows.answer_BT, [p[0] for p in places], [p[1] for p in places])
-        targets = torch.tensor([samples[row].answer[i + 1] for row, i in places], device=device)
-        for (row, _), loss, choice in zip(
-            places, token_nll(logits, targets).tolist(), logits.argmax(-1).tolist(), strict=True
-        ):
-            nll[row] += loss
-            known[row].append(choice)
-    if not max_new_tokens:
-        return [Measured(value, None) for value in nll]
-    answers = _finish_answers(reader, rows, samples, known, set(stop), max_new_tokens)
-    first: Sequence[torch.Tensor | None] = list(first_BV.float().cpu()) if keep_logits else [None] * len(samples)
-    return [Measured(n, a, f) for n, a, f in zip(nll, answers, first, strict=True)]
+    shared = _shared_length(samples) if len(samples) > 1 else 0
+    reader = _Reader(model, len(samples) if not shared else 1, device)
+    if shared:
+        tokens = torch.tensor([samples[0].input_ids[:shared]])
+        reader.read(tokens, torch.ones_like(tokens), [0], [shared - 1])
+        reader.repeat(len(samples))
+    tokens_BS, real_BS = _right_padded([s.input_ids[shared : s.spans[-1][1] - 1] for s in samples])
+    places = [(row, i) for row, s in enumerate(samples) for i in s.targets]
+    logits = reader.read(tokens_BS, real_BS, [row for row, _ in places], [i - 1 - shared for _, i in places])
+    targets = torch.tensor([samples[row].input_ids[i] for row, i in places], device=device)
+    measured = [Measured(0.0, None) for _ in samples]
+    known: list[list[int]] = [[] for _ in samples]
+    losses, choices = token_nll(logits, targets).tolist(), logits.argmax(-1).tolist()
+    for n, (row, i) in enumerate(places):
+        measured[row].nll += losses[n]
+        if i >= samples[row].answer_start:
+            known[row].append(choices[n])
+        if i == samples[row].answer_start and keep_logits:
+            measured[row].first_logits_V = logits[n].float().cpu()
+    if max_new_tokens:
+        answers = _finish_answers(reader, samples, known, set(stop), max_new_tokens)
+        for result, answer in zip(measured, answers, strict=True):
+            result.answer_ids = answer
+    return measured
 
 
-def _read_prompts(reader: _Reader, rows: _Rows, samples: Sequence[Sample]) -> tuple[list[float], torch.Tensor]:
-    """Reads the prompts: likelihood of their supervised tokens and the answer's first; logits of the latter."""
-    width = rows.rest_BR.shape[1]
-    at_row, at_column, targets = [], [], []
-    for row, sample in enumerate(samples):
-        for i in [*sample.prompt_targets, sample.answer_start]:
-            at_row.append(row)
-            at_column.append(width - (sample.answer_start - i) - 1)
-            targets.append(sample.input_ids[i])
-    logits = reader.read(rows.rest_BR, at_row, at_column)
-    losses = token_nll(logits, torch.tensor(targets, device=reader.device)).tolist()
-    nll = [0.0] * len(samples)
-    for row, loss in zip(at_row, losses, strict=True):
-        nll[row] += loss
-    last = [i for i, row in enumerate(at_row) if i + 1 == len(at_row) or at_row[i + 1] != row]
-    return nll, logits[last]
+def _right_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and, equally shaped ``[B, S]``, 1 for tokens and 0 for padding."""
+    width = max(map(len, rows))
+    tokens_BS = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    real_BS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return tokens_BS, real_BS
 
 
 def _finish_answers(
     reader: _Reader,
-    rows: _Rows,
     samples: Sequence[Sample],
     known: Sequence[Sequence[int]],
     stop: set[int],
@@ -195,22 +169,20 @@ def _finish_answers(
     """
     answers: list[list[int]] = []
     going: list[int] = []
-    answer_at = reader.mask_BL.shape[1] - rows.answer_BT.shape[1]
     for row, (sample, choices) in enumerate(zip(samples, known, strict=True)):
         answer, ended = _agreed(sample.answer, choices, stop, max_new_tokens)
         answers.append(answer)
         if not ended:
             going.append(row)
             # The last token of `answer` has left the reference: it is read next, the rest of the reference never.
-            reader.mask_BL[row, answer_at + len(answer) - 1 :] = 0
+            reader.mask_BL[row, sample.answer_start + len(answer) - 1 :] = 0
     if going:
         reader.keep(going)
     while going:
-        reader.mask_BL = torch.nn.functional.pad(reader.mask_BL, (0, 1), value=1)
         last = torch.tensor([[answers[row][-1]] for row in going])
-        choices = reader.read(last, range(len(going)), [0] * len(going)).argmax(-1).tolist()
+        chosen = reader.read(last, torch.ones_like(last), range(len(going)), [0] * len(going)).argmax(-1).tolist()
         stay = []
-        for i, (row, token) in enumerate(zip(going, choices, strict=True)):
+        for i, (row, token) in enumerate(zip(going, chosen, strict=True)):
             if token in stop or token == samples[row].answer[-1]:
                 continue
             answers[row].append(token)
