@@ -25,6 +25,7 @@ def crosstune(
     cwd: Path | None = None,
     prefix: Sequence[str] = (),
     launcher: Sequence[str] = (),
+    timeout: float = 500,
     **env: str,
 ) -> str:
     """Output of ``crosstune words...``, both streams; fails the test on another exit code than `code`.
@@ -34,7 +35,7 @@ def crosstune(
     command = [*prefix, sys.executable, "-P", *launcher, "-m", "launchers.cli", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | env
     done = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"
     return done.stdout
