@@ -219,5 +219,5 @@ def test_the_card_says_what_matters(tmp_path: Path) -> None:
     for folder, library in ((result.adapter, "peft"), (result.merged, "transformers")):
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: " + library)
-        for fact in (str(tmp_path / "model"), "CC0-1.0", "LoRA, rank 16", "0.01", "Not measured yet", '\\"brief\\"'):
+        for fact in ("base_model: model", "CC0-1.0", "LoRA, rank 16", "0.01", "Not measured yet", '\\"brief\\"'):
             assert fact in card, fact

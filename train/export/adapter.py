@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def write_adapter(trained: Trained, folder: Path) -> None:
     config = peft_config(trained, trained.pairs)
     config.inference_mode = True
     config.save_pretrained(folder)
+    written = folder / "adapter_config.json"
+    content = json.loads(written.read_text())
+    content["target_modules"].sort()  # peft keeps a set, whose order changes from process to process
+    written.write_text(json.dumps(content, indent=2) + "\n")
     copy_along(trained.base_dir, folder, trained.cfg.template.path, TOKENIZER_FILES)
 
 

@@ -32,13 +32,15 @@ def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:
 
 def _facts(trained: Trained, folder: Path, adapter: bool) -> dict[str, Any]:
     cfg, record = trained.cfg, trained.record
-    base = cfg.model.path.removeprefix("hf://")
+    from_hub = cfg.model.path.startswith("hf://")
+    # A folder by its name only: a card is made to be published, the path is in provenance.json.
+    base = cfg.model.path.removeprefix("hf://") if from_hub else Path(cfg.model.path).name
     return {
         "adapter": adapter,
         "lora": trained.is_lora,
         "title": cfg.name,
         "base": base,
-        "base_path": base if cfg.model.path.startswith("hf://") else record.model_dir,
+        "base_path": base if from_hub else record.model_dir,
         "folder": folder.name,
         "cfg": cfg,
         "data": _data(trained),
