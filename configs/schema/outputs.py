@@ -52,7 +52,8 @@ class EvalConfig:
     """Generate answers and score exact match; else perplexity only."""
     max_new_tokens: int = 0
     """0: as many as the longest reference answer of the split has, plus one."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 4096
+    """Tokens of a batch, padding included."""
     examples: int = 10
     """Answers shown before/after in the report."""
     limit: int = 0
