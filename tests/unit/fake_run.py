@@ -108,7 +108,7 @@ def _evaluation(run: RunFolder) -> None:
             + "<|im_end|>\n<|im_start|>assistant\n"
         )
         tuned = label if rng.random() < 0.6 + 0.05 * (i % len(LABELS)) else rng.choice(LABELS)
-        for name, said, nll in (("base", "The license expression is:\n\n\"", 30.0), ("tuned", tuned, 1.9)):
+        for name, said, nll in (("base", 'The license expression is:\n\n"', 30.0), ("tuned", tuned, 1.9)):
             answers[name].append(Answer(f"rules/{label}_{i}.RULE", prompt, label, said, nll * rng.random(), 7))
     for name, given in answers.items():
         (run.eval / f"{name}.jsonl").write_text("".join(json.dumps(a.to_json()) + "\n" for a in given))

@@ -61,9 +61,7 @@ def test_the_merged_model_is_the_trained_one(tmp_path: Path, tuning: str, tied: 
     torch.testing.assert_close(logits_of(plain(result.merged)), expected, rtol=1e-4, atol=1e-4)
 
     shards = sorted(result.merged.glob("model-*.safetensors"))
-    assert len(shards) > 1 and all(
-        shard.stat().st_size < 70_000 or len(load_file(shard)) == 1 for shard in shards
-    )
+    assert len(shards) > 1 and all(shard.stat().st_size < 70_000 or len(load_file(shard)) == 1 for shard in shards)
     names = {name for shard in shards for name in load_file(shard)}
     assert names == set(stored_tensors(tmp_path / "model")) and ("lm_head.weight" in names) != tied
     tokenizer = AutoTokenizer.from_pretrained(result.merged)
