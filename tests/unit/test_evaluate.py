@@ -147,7 +147,16 @@ def test_a_run_is_measured_and_its_export_compared(tmp_path: Path, device: CpuDe
     assert [line["id"] for line in lines] == [f"sample:{i}" for i in range(8)]
     assert set(lines[0]) >= {"id", "prompt", "reference", "answer", "exact"}
     assert any("exact match" in note for note in notes)
-    assert "Measured on the 8 held-out samples" in (run.export / "merged" / "README.md").read_text()
+    card = run.export / "merged" / "README.md"
+    assert "Measured on the 8 held-out samples of the same data:" in card.read_text()
+    for other, said in (("train", "that it was trained on"), ("test", "of other data than it was trained on")):
+        data = (
+            tmp_path / "data"
+            if other == "train"
+            else write_prepared(tmp_path / "other", {"test": samples_of([20] * 8, vocab_size=290)})
+        )
+        evaluate_run(run, EvalConfig(split=other, base=False, generate=False), device, data=data, on_note=notes.append)
+        assert f"Measured on 8 samples {said}:" in card.read_text()
 
 
 def test_changed_data_is_refused(tmp_path: Path, device: CpuDevice) -> None:

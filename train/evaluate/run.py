@@ -68,7 +68,8 @@ def evaluate_run(
     """
     started = time.monotonic()
     with Trained.open(run, checkpoint) as trained:
-        samples = read_samples(data or _own_data(trained), cfg.split, cfg.limit)
+        data = data or _own_data(trained)
+        samples = read_samples(data, cfg.split, cfg.limit)
         ruler = _ruler(trained, samples, cfg, device, on_note)
         answers: dict[str, list[Answer]] = {}
         model = base_model(trained, device)
@@ -89,6 +90,7 @@ def evaluate_run(
         summary: Summary = {name: figures(given) for name, given in answers.items()}
         summary |= _facts(cfg, samples, device, seconds_before + time.monotonic() - started)
         summary |= {"step": trained.reader.state.step, "checkpoint": trained.checkpoint.name}
+        summary["manifest_sha256"] = sha256_of(data / "manifest.json")
         summary["peak_gib"] = max([summary["peak_gib"], *(r.get("peak_gib", 0.0) for r in read_metrics(run.metrics))])
         if check:
             summary["export_check"] = check

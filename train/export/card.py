@@ -31,7 +31,7 @@ def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:
 
 
 def _facts(trained: Trained, folder: Path, adapter: bool) -> dict[str, Any]:
-    cfg, record = trained.cfg, trained.record
+    cfg, record, summary = trained.cfg, trained.record, _summary(trained)
     from_hub = cfg.model.path.startswith("hf://")
     # A folder by its name only: a card is made to be published, the path is in provenance.json.
     base = cfg.model.path.removeprefix("hf://") if from_hub else Path(cfg.model.path).name
@@ -50,7 +50,8 @@ def _facts(trained: Trained, folder: Path, adapter: bool) -> dict[str, Any]:
         "schedule": f"{cfg.schedule._target_.rpartition('.')[2].lower()} schedule",
         "precision": record.precision,
         "system": json.dumps(cfg.dataset.system) if cfg.dataset.system else None,
-        "summary": _summary(trained),
+        "summary": summary,
+        "measured_on": _measured_on(trained, summary) if summary else None,
         "front_matter": yaml.safe_dump(_front_matter(trained, base, adapter), sort_keys=False).strip(),
     }
 
@@ -80,6 +81,18 @@ def _data(trained: Trained) -> dict[str, Any]:
         split = json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]
         facts |= {"rows": split["rows"], "supervised_tokens": split.get("supervised_tokens", 0)}
     return facts
+
+
+def _measured_on(trained: Trained, summary: dict[str, Any]) -> str:
+    """Which samples the figures are of: whoever reads a card takes them for held-out ones of the same data."""
+    size, split = summary["test_size"], summary["split"]
+    if summary.get("manifest_sha256") != trained.record.manifest_sha256:
+        return f"{size} samples of other data than it was trained on"
+    return (
+        f"{size} samples that it was trained on"
+        if split == "train"
+        else f"the {size} held-out samples of the same data"
+    )
 
 
 def _summary(trained: Trained) -> dict[str, Any] | None:
