@@ -55,7 +55,8 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         run, data = RunFolder(run_dir), PreparedData.open(prepared)
         split = data.split("train")
         check_lengths(split, cfg, prepared)
-        family = family_of(load_config(model_dir, trust_remote_code=cfg.model.trust_remote_code))
+        trusted = cfg.model.trust_remote_code
+        family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
         plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens)
         rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)

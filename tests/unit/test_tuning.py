@@ -40,6 +40,13 @@ def test_an_unknown_family_gets_every_linear_module_but_the_head():
     assert "lm_head" not in names
 
 
+def test_a_model_that_brings_its_own_code_is_an_unknown_family():
+    config = tiny_model("llama").config
+    config.auto_map = {"AutoModelForCausalLM": "modeling.Mine"}
+    assert family_of(config, trust_remote_code=True) == Family("llama", packing_exact=False, lora_targets=None)
+    assert family_of(config).packing_exact, "without trust transformers' own class is loaded"
+
+
 def test_a_target_that_is_not_there_names_the_nearest_that_is():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="'q_porj'.*did you mean 'q_proj'[\\s\\S]*allowed: down_proj, gate_proj"):

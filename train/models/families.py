@@ -25,7 +25,12 @@ _PROVEN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = {name: Family(name, packing_exact=True, lora_targets=ATTENTION_AND_MLP) for name in _PROVEN}
 
 
-def family_of(config: Any) -> Family:
-    """The family of a transformers config; an unknown one is not packed and LoRA adapts all its linear modules."""
+def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
+    """The family of a transformers config; an unknown one is not packed and LoRA adapts all its linear modules.
+
+    A model that brings its own code is unknown whatever it calls itself: its layers may ignore the boundaries.
+    """
     model_type = str(config.model_type)
-    return FAMILIES.get(model_type, Family(model_type, packing_exact=False, lora_targets=None))
+    unknown = Family(model_type, packing_exact=False, lora_targets=None)
+    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return unknown if trust_remote_code and brings_code else FAMILIES.get(model_type, unknown)
