@@ -104,6 +104,24 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise CheckpointError(str(self.record), f"damaged: {error}") from None
 
+    def refuse_changed_base(self, model_dir: Path) -> None:
+        """Compares the base model with what the run began with, since a run keeps no copy of it.
+
+        Raises:
+            CheckpointError: a file is no longer there or holds something else.
+        """
+        changed = [
+            name
+            for name, sha256 in self.read_record().model_sha256.items()
+            if not (model_dir / name).is_file() or sha256_of(model_dir / name) != sha256
+        ]
+        if changed:
+            raise CheckpointError(
+                str(model_dir),
+                f"not the base that was trained on: {', '.join(changed[:5])} changed or gone",
+                remedy="bring the original files back; a run does not copy its base",
+            )
+
     def write_record(self, record: RunRecord) -> None:
         """Writes `run.json`, whole or not at all."""
         partial = self.record.with_suffix(".tmp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from train.export.adapter import target_modules
 from train.export.run import export
 from train.export.tensors import Planned, stored_tensors, write_file, write_model
 from train.export.trained import Trained, lora_pairs
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, sha256_of
 
 WEIGHTS = "model.safetensors"
 TOKENS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,13 @@ def trained_logits(run: RunFolder) -> torch.Tensor:
 
 def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def put_weights(run: RunFolder, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Stores the base's weights another way, as if the run had begun with these files."""
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    record = run.read_record()
+    run.write_record(replace(record, model_sha256=record.model_sha256 | {WEIGHTS: sha256_of(folder / WEIGHTS)}))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -82,7 +90,7 @@ def test_the_merged_model_is_the_trained_one(tmp_path: Path, tuning: str, tied: 
 def test_a_stale_copy_of_a_tied_head_is_not_exported(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "tuning=full", tie_word_embeddings=True)
     stored = {n: t.read().clone() for n, t in stored_tensors(tmp_path / "model").items()}
-    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, tmp_path / "model" / WEIGHTS)
+    put_weights(run, tmp_path / "model", stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
     merged = export(run, ExportConfig(), on_note=quiet).merged
     assert merged is not None and "lm_head.weight" not in stored_tensors(merged)
     torch.testing.assert_close(logits_of(plain(merged)), trained_logits(run), rtol=1e-4, atol=1e-4)
@@ -91,7 +99,7 @@ def test_a_stale_copy_of_a_tied_head_is_not_exported(tmp_path: Path) -> None:
 def test_weights_stored_without_the_outermost_module_are_found(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "tuning=full", tie_word_embeddings=True)
     stored = {n.removeprefix("model."): t.read().clone() for n, t in stored_tensors(tmp_path / "model").items()}
-    save_file(stored, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    put_weights(run, tmp_path / "model", stored)
     merged = export(run, ExportConfig(), on_note=quiet).merged
     assert merged is not None and stored_tensors(merged).keys() == stored.keys()
     torch.testing.assert_close(logits_of(plain(merged)), trained_logits(run), rtol=1e-4, atol=1e-4)
@@ -165,12 +173,23 @@ def test_written_files_are_read_by_the_library(tmp_path: Path) -> None:
 def test_a_base_that_is_another_model_is_refused(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     stored = stored_tensors(tmp_path / "model")
-    save_file({n: t.read().clone() for n, t in stored.items() if "layers.1.mlp" not in n}, tmp_path / "model" / WEIGHTS)
+    fewer = {n: t.read().clone() for n, t in stored.items() if "layers.1.mlp" not in n}
+    put_weights(run, tmp_path / "model", fewer)
     with pytest.raises(ModelError, match="layers.1.mlp.down_proj.weight"):
         export(run, ExportConfig(), on_note=quiet)
     assert not run.export.exists() and not list(run.path.glob(".export*"))
     with pytest.raises(CheckpointError, match="no pair of LoRA factors: strange"):
         lora_pairs(["base_model.model.q.lora_A.default.weight", "strange"])
+
+
+def test_a_base_that_changed_since_the_training_is_not_merged(tmp_path: Path) -> None:
+    """The provenance names the base that was trained on: an export must be made of just that one."""
+    run = tiny_run(tmp_path)
+    stored = {n: t.read() * 1.01 for n, t in stored_tensors(tmp_path / "model").items()}
+    save_file(stored, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not the base that was trained on: model.safetensors changed"):
+        export(run, ExportConfig(), on_note=quiet)
+    assert not run.export.exists()
 
 
 def test_what_is_in_the_way_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

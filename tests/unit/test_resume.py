@@ -1,0 +1,46 @@
+"""What a resumed run takes from its beginning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.compose import load_resolved
+from configs.errors import CheckpointError
+from tests.unit.tiny_run import tiny_run
+from train.devices.cpu import CpuDevice
+from train.run import train
+from train.run_folder import RunFolder
+
+
+def figures(run: RunFolder) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in map(json.loads, run.metrics.read_text().splitlines())]
+
+
+def resume(tmp_path: Path, run: RunFolder) -> None:
+    """Goes on after the second of the three steps."""
+    shutil.rmtree(run.checkpoints / "step-00000003")
+    cfg = load_resolved(run.resolved)
+    train(cfg, model_dir=tmp_path / "model", prepared=tmp_path / "data", run_dir=run.path, resume=True)
+
+
+def test_dropout_goes_on_and_auto_keeps_the_precision_of_the_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(CpuDevice, "fast_dtypes", lambda self: (torch.bfloat16, torch.float32))
+    run = tiny_run(tmp_path, "model.precision=auto", "tuning.dropout=0.3", "checkpoint.every=1")
+    assert run.read_record().precision == "bf16"
+    whole = figures(run)
+    monkeypatch.setattr(CpuDevice, "fast_dtypes", lambda self: (torch.float32,))
+    resume(tmp_path, run)
+    assert figures(run) == whole
+
+
+def test_a_base_that_changed_is_refused(tmp_path):
+    run = tiny_run(tmp_path, "checkpoint.every=1")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(CheckpointError, match="not the base that was trained on: config.json changed"):
+        resume(tmp_path, run)
