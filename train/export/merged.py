@@ -43,7 +43,7 @@ def write_merged(trained: Trained, cfg: ExportConfig, folder: Path, on_note: Not
     if trained.is_lora:
         planned = _plan_lora(trained, stored, dtype)
     else:
-        planned = _plan_full(trained, stored, dtype, bool(config.get("tie_word_embeddings")), on_note)
+        planned = _plan_full(trained, stored, dtype, on_note)
     copy_along(base_dir, folder, trained.cfg.template.path)
     write_model(folder, planned, int(cfg.shard_gib * 2**30))
     name = str(dtype).removeprefix("torch.")
@@ -77,9 +77,7 @@ def _plan_lora(trained: Trained, stored: dict[str, Stored], dtype: torch.dtype) 
     return planned
 
 
-def _plan_full(
-    trained: Trained, stored: dict[str, Stored], dtype: torch.dtype, tied: bool, on_note: Note
-) -> list[Planned]:
+def _plan_full(trained: Trained, stored: dict[str, Stored], dtype: torch.dtype, on_note: Note) -> list[Planned]:
     """The trained tensors in the place of the base's."""
     entries = trained.reader.params
     places = _places(entries, stored, trained.checkpoint)
@@ -96,8 +94,8 @@ def _plan_full(
     for place, tensor in stored.items():
         if place in name_of:
             planned.append(Planned(place, tensor.shape, dtype, lambda n=name_of[place]: read(n).to(dtype)))  # type: ignore[misc]
-        elif tied and place.endswith("lm_head.weight"):
-            continue  # the same tensor as the embedding, which was trained under that name: this copy is out of date
+        elif place.endswith("lm_head.weight"):
+            continue  # all weights trained, so it is the embedding's, trained under that name: this copy is out of date
         else:
             untouched.append(place)
             planned.append(_copied(tensor, trained.working_dtype, dtype))
