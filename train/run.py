@@ -58,7 +58,8 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         note: Note = logger.info if world.rank == 0 else logger.debug
         run, data = RunFolder(run_dir), PreparedData.open(prepared)
         split = data.split("train")
-        check_lengths(split, cfg, prepared)
+        check_lengths("train", split, cfg, prepared)
+        validation = validation_split(data, cfg)
         trusted = cfg.model.trust_remote_code
         family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
@@ -81,7 +82,7 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
                 checkpoints=run.checkpoints,
                 checkpoint_every=cfg.checkpoint.every,
                 keep_last=cfg.checkpoint.keep_last,
-                validation=validation_split(data, cfg),
+                validation=validation,
                 eval_every=cfg.eval_every,
                 hooks=hooks_of(run, world, first_step=state.step),
             )
@@ -149,14 +150,14 @@ def row_kind(packing: Packing, family: Family, note: Note) -> RowKind:
     return RowKind.single
 
 
-def check_lengths(split: PreparedSplit, cfg: TrainConfig, prepared: Path) -> None:
-    """Refuses data of which a sample fits no forward pass.
+def check_lengths(name: str, split: PreparedSplit, cfg: TrainConfig, prepared: Path) -> None:
+    """Refuses a split of which a sample fits no forward pass.
 
     Raises:
         DataError: the split is empty, or its longest sample exceeds `micro_batch_tokens`.
     """
     if len(split) == 0:
-        raise DataError(str(prepared), "the train split is empty")
+        raise DataError(str(prepared), f"the {name} split is empty")
     longest = int(split.lengths.max())
     if longest > cfg.micro_batch_tokens:
         raise DataError(
@@ -171,6 +172,7 @@ def validation_split(data: PreparedData, cfg: TrainConfig) -> PreparedSplit | No
 
     Raises:
         ConfigError: measuring was asked for and there is nothing to measure.
+        DataError: a sample of it fits no forward pass.
     """
     if not cfg.eval_every:
         return None
@@ -180,7 +182,9 @@ def validation_split(data: PreparedData, cfg: TrainConfig) -> PreparedSplit | No
             f"{cfg.eval_every}, but the data has no validation split",
             remedy="dataset.validation_path=FILE or dataset.validation_fraction=0.02",
         )
-    return data.split("validation")
+    split = data.split("validation")
+    check_lengths("validation", split, cfg, data.path)
+    return split
 
 
 def record_run(

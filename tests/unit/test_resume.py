@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from configs.compose import load_resolved
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, DataError
+from tests.tiny import samples_of, write_prepared
 from tests.unit.tiny_run import tiny_run
+from train.data.prepared import PreparedData
 from train.devices.cpu import CpuDevice
-from train.run import train
+from train.run import train, validation_split
 from train.run_folder import RunFolder
 
 
@@ -44,3 +47,12 @@ def test_a_base_that_changed_is_refused(tmp_path):
     config.write_text(config.read_text() + "\n")
     with pytest.raises(CheckpointError, match="not the base that was trained on: config.json changed"):
         resume(tmp_path, run)
+
+
+def test_a_validation_sample_that_fits_no_pass_is_refused(tmp_path):
+    run = tiny_run(tmp_path)
+    cfg = replace(load_resolved(run.resolved), eval_every=1, max_length=64, micro_batch_tokens=64)
+    splits = {"train": samples_of([20], vocab_size=90), "validation": samples_of([65], vocab_size=90)}
+    data = PreparedData.open(write_prepared(tmp_path / "long", splits))
+    with pytest.raises(DataError, match="longest sample of .* has 65 tokens"):
+        validation_split(data, cfg)
