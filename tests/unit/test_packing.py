@@ -12,7 +12,7 @@ from train.data.collate import collate
 from train.data.plan import RowKind
 from train.models.families import FAMILIES, family_of
 from train.objectives.causal_lm import CausalLM
-from train.ops.packed_attention import PACKED_ATTENTION, register
+from train.ops.packed_attention import PACKED_ATTENTION, Pack, packed_attention, register
 
 register()
 CPU = torch.device("cpu")
@@ -99,3 +99,23 @@ def test_supervised_positions_are_those_before_the_spans():
     batch = collate(((0,),), [sample].__getitem__, kind=RowKind.padded, device=CPU)
     assert batch.predicts_BT[0].nonzero().flatten().tolist() == [1, 2, 6, 7, 8]
     assert batch.targets_N.tolist() == sample.input_ids[[2, 3, 7, 8, 9]].tolist()
+
+
+def test_positions_begin_anew_with_each_sample_and_padding_is_masked():
+    """Rotary models would not notice the one, causal ones not the other; both are what a model is promised."""
+    samples = samples_of((3, 2), vocab_size=50)
+    batch = collate(((0, 1),), samples.__getitem__, kind=RowKind.packed, device=CPU)
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1]] and batch.attention_mask_BT is None
+    batch = collate(((0,), (1,)), samples.__getitem__, kind=RowKind.padded, device=CPU)
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_scaling_and_dropout_of_the_model_are_taken_and_soft_caps_refused():
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    layer, pack = torch.nn.Module(), Pack(((6,),))
+    out, _ = packed_attention(layer, q, k, v, None, scaling=0.1, pack=pack)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.1)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert not torch.equal(packed_attention(layer, q, k, v, None, dropout=0.5, scaling=0.1, pack=pack)[0], out)
+    with pytest.raises(AssertionError, match="softcapped"):
+        packed_attention(layer, q, k, v, None, pack=pack, softcap=30.0)
