@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -137,10 +137,21 @@ def _override(config: DictConfig, item: Typed, command: str) -> list[CrosstuneEr
         node = OmegaConf.select(config, ".".join(parts[:length]), throw_on_missing=False)
         if isinstance(node, DictConfig) and not is_dataclass(OmegaConf.get_type(node)):
             return _set_in_dict(node, item)
-    nested: Any = item.value
+    nested: Any = _as_typed(config, item)
     for part in reversed(parts):
         nested = {part: nested}
     return list(apply(config, nested, None))
+
+
+def _as_typed(config: DictConfig, item: Typed) -> Any:
+    """The value; for a key that holds text, a number as it was typed: `run_dir=007`, a revision `12e4567`."""
+    if isinstance(item.value, bool) or not isinstance(item.value, int | float):
+        return item.value
+    parent, _, name = item.key.rpartition(".")
+    node = OmegaConf.select(config, parent, throw_on_missing=False) if parent else config
+    owner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+    holds_text = is_dataclass(owner) and get_type_hints(owner).get(name) in (str, str | None)
+    return item.text.partition("=")[2].strip() if holds_text else item.value
 
 
 def _set_in_dict(node: DictConfig, item: Typed) -> list[CrosstuneError]:

@@ -72,6 +72,12 @@ class RunFailedError(CrosstuneError):
     exit_code = EXIT_RUN_FAILED
 
 
+class StoppedError(CrosstuneError):
+    """The run was stopped before its end, and can go on from a checkpoint."""
+
+    exit_code = EXIT_RESUMABLE
+
+
 class ErrorGroup(CrosstuneError):
     """Several faults shown at once, so that a user mends them in one go."""
 
@@ -82,6 +88,18 @@ class ErrorGroup(CrosstuneError):
     def render(self) -> str:
         """All messages, one under the other."""
         return "\n".join(e.render() for e in self.errors)
+
+
+def not_empty(key: str, path: str | None) -> None:
+    """Refuses an empty path, which would mean the working folder: mostly a shell variable that is not set.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    if path is not None and not path.strip():
+        raise ConfigError(
+            key, "empty", allowed="a path", remedy="is a shell variable not set? '.' is the working folder"
+        )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

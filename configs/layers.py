@@ -150,10 +150,12 @@ def _experiment_faults(file: Path, config_dir: Path | None) -> list[CrosstuneErr
     """Faults of an experiment's `defaults:` list, all of them; Hydra would stop at the first."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         return [_yaml_fault(file, error)]
     if not isinstance(content, dict):
         return [ConfigError(str(file), "holds no keys", allowed="`defaults:` and keys of a run")]
+    if not isinstance(content.get("defaults", []), list):
+        return [ConfigError(f"{file}: defaults", "not a list", allowed="- override /GROUP: OPTION")]
     faults: list[CrosstuneError] = []
     for entry in content.get("defaults", []):
         pair = next(iter(entry.items())) if isinstance(entry, dict) and entry else (None, None)

@@ -7,7 +7,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, not_empty
 
 
 class RecordFormat(Enum):
@@ -37,6 +37,8 @@ class DatasetConfig:
     """More rows than this left out for a fault of theirs stop the preparation. -1: no limit."""
 
     def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError("dataset.name", f"'{self.name}'", allowed="a name for a folder, without / and no . first")
         if self.max_rejects < -1:
             raise ConfigError("dataset.max_rejects", str(self.max_rejects), allowed="-1 (no limit), 0 or more")
 
@@ -60,6 +62,8 @@ class FilesDatasetConfig(DatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key in ("path", "validation_path", "test_path"):
+            not_empty(f"dataset.{key}", getattr(self, key))
         for key in ("validation_fraction", "test_fraction"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"dataset.{key}", str(getattr(self, key)), allowed="0 up to, not including, 1")
@@ -96,5 +100,11 @@ class LicensesDatasetConfig(DatasetConfig):
             raise ConfigError(
                 "dataset.near_duplicate_jaccard", str(self.near_duplicate_jaccard), allowed="above 0 up to 1"
             )
+        for key in ("max_per_label", "shingle_words"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"dataset.{key}", str(getattr(self, key)), allowed="1 or more")
+        for key in ("validation_fraction", "test_fraction"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"dataset.{key}", str(getattr(self, key)), allowed="0 up to, not including, 1")
         if self.min_chars > self.max_chars:
             raise ConfigError("dataset.min_chars", f"{self.min_chars} > dataset.max_chars={self.max_chars}")

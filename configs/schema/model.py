@@ -41,3 +41,10 @@ class ModelConfig:
                 allowed="a revision only with model.path=hf://org/name",
                 remedy="remove model.revision, or name the hub model",
             )
+        if self.gguf_package is not None and ("/" in self.path or self.path.startswith((".", "~"))):
+            raise ConfigError(
+                "model.path",
+                f"'{self.path}', but the chosen model is made from the package {self.gguf_package}",
+                allowed="with model.gguf_package: a plain name, that of the converted model",
+                remedy=f"model=custom model.path={self.path} takes the folder",
+            )

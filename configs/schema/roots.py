@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, not_empty
 from configs.schema.dataset import DatasetConfig
 from configs.schema.device import DeviceConfig
 from configs.schema.model import ModelConfig
@@ -48,6 +48,10 @@ class PrepConfig:
     template: TemplateConfig = field(default_factory=TemplateConfig)
 
     def __post_init__(self) -> None:
+        not_empty("cache_dir", self.cache_dir)
+        not_empty("out", self.out)
+        if not 0 <= self.seed < 2**62:
+            raise ConfigError("seed", str(self.seed), allowed="0 or more, below 2**62")
         if self.max_length < 2:
             raise ConfigError("max_length", str(self.max_length), allowed="2 or more tokens")
 
@@ -82,6 +86,7 @@ class TrainConfig(PrepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        not_empty("run_dir", self.run_dir)
         for key in ("nproc", "batch_tokens", "micro_batch_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, str(getattr(self, key)), allowed="1 or more")
@@ -131,6 +136,6 @@ class EvalJobConfig:
     data: str | None = None
     """Folder of prepared data; null: the run's own."""
     out: str | None = None
-    """Folder for the figures; null: ``<run_dir>``."""
+    """Folder for the figures; null: ``<run_dir>``, or for a model ``runs/eval-<model>-<date>-<time>``."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)

@@ -48,7 +48,8 @@ def faults_of(command: str, *overrides: str, config_dir: Path | None = None) -> 
 
 def needed(command: str, group: str, option: str) -> list[str]:
     """What has to be set besides the option, which may itself lack no dataset.path."""
-    given = [text for text in BASE[command] if not (text.startswith("dataset.path") and option == "licenses")]
+    brings = {"licenses": "dataset.path", "smollm2_135m": "model.path"}.get(option)
+    given = [text for text in BASE[command] if text.partition("=")[0] != brings and group != "experiment"]
     return [*given, "model.path=/m"] if (command, option) == ("eval", "custom") else given
 
 
@@ -281,3 +282,50 @@ def test_build_makes_what_the_target_names_and_refuses_others():
         build(Node("no.such.Thing"), Base)
     with pytest.raises(ConfigError, match="cannot load 'os.getcwd'"):
         build(Node("os.getcwd"), Base)
+
+
+def test_a_key_of_text_keeps_a_number_as_it_was_typed():
+    cfg = compose(
+        "train", ["model.path=hf://a/b", "model.revision=12e4567", "dataset.path=7", "name=1e3", "max_steps=10"]
+    )
+    assert (cfg.model.revision, cfg.dataset.path, cfg.name, cfg.max_steps) == ("12e4567", "7", "1e3", 10)
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "dataset.test_path", "run_dir", "out", "cache_dir"])
+def test_an_empty_path_is_not_the_working_folder(key):
+    (fault,) = faults_of("train", *BASE["train"], f"{key}=")
+    assert fault.where == key and "shell variable" in str(fault)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "seed=-1",
+        "seed=99999999999999999999",
+        "dataset.name=../elsewhere",
+        "dataset.name=.hidden",
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(wrong):
+    (fault,) = faults_of("train", *BASE["train"], wrong)
+    assert fault.where == wrong.partition("=")[0]
+
+
+@pytest.mark.parametrize("wrong", ["shingle_words=0", "max_per_label=0", "test_fraction=-0.1", "validation_fraction=1"])
+def test_limits_of_the_licence_data_are_checked(wrong):
+    (fault,) = faults_of("prep", "experiment=licenses", f"dataset.{wrong}")
+    assert fault.where == f"dataset.{wrong.partition('=')[0]}"
+
+
+def test_another_model_is_not_quietly_made_from_the_package_of_an_experiment():
+    (fault,) = faults_of("run", "experiment=licenses", "model.path=models/mine")
+    assert fault.where == "model.path" and "model=custom model.path=models/mine" in str(fault)
+    assert compose("run", ["experiment=licenses", "model=custom", "model.path=models/mine"]).model.gguf_package is None
+
+
+@pytest.mark.parametrize("content", [b"defaults:\nname: x\n", b"\xff\xfe"])
+def test_an_experiment_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_bytes(content)
+    (fault, *_) = faults_of("train", *BASE["train"], "experiment=mine", config_dir=tmp_path)
+    assert "mine.yaml" in fault.where
