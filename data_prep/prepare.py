@@ -8,6 +8,7 @@ first.
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from data_prep.report import write_report
 from data_prep.samples import samples_of_shard
 from data_prep.shards import ROWS_PER_SHARD, SplitWriter
 from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, tokenizer_sha256
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called now and then with (rows read, tokens written) so far."""
@@ -79,6 +82,15 @@ def prepare(
     return Prepared(target, manifest, reused=False)
 
 
+def find_prepared(folder: Path) -> Prepared:
+    """A folder of prepared data as it stands, whatever it was made from.
+
+    Raises:
+        DataError: it is no such folder, or not whole.
+    """
+    return Prepared(folder, manifests.read(folder), reused=True)
+
+
 def _given_prepared(cfg: PrepConfig, model_dir: Path) -> Prepared | None:
     """The data set's own folder, if it was made by `crosstune prep`; it must fit the model and the length."""
     if not isinstance(cfg.dataset, FilesDatasetConfig):
@@ -126,12 +138,16 @@ def _template_path(cfg: PrepConfig) -> Path | None:
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """One preparation of a folder at a time; who waits finds the other's result."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.parent / f".{target.name}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another process is preparing %s; waiting for it", target)
+            lock.acquire()
     except OSError as error:
         raise StorageError(str(target.parent), f"cannot be written: {error.strerror or error}") from error
     try:

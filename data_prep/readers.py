@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _file_faults(shown: str) -> Iterator[None]:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(shown, f"the gzip file is damaged: {error}", remedy="copy or compress it again") from error
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(shown, f"cannot be read: {str(error).splitlines()[0]}", remedy="write it again") from error
     except OSError as error:
         raise DataError(shown, f"cannot be read: {error.strerror or error}") from error
@@ -165,6 +166,10 @@ def _read_table(stream: BinaryIO, shown: str, delimiter: str) -> Iterator[RawRow
         header = next(rows, None)
         if header is None:
             return
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise DataError(
+                shown, f"two columns are called '{twice[0]}'", remedy="give each its own name in the first row"
+            )
         begin = rows.line_num + 1
         for fields in rows:
             if fields and len(fields) != len(header):

@@ -50,6 +50,8 @@ class FilesDataset(Dataset):
         super().__init__(cfg, seed=seed)
         self._cfg = cfg
         self._found: list[_Input] | None = None
+        self._fractions = {"validation": cfg.validation_fraction, "test": cfg.test_fraction}
+        """Of the records of no split; 0 once a split is known to have files of its own."""
 
     def settings(self) -> dict[str, Any]:
         """See `Dataset.settings`. Without the seed: which records are held out must not change with a run's seed."""
@@ -83,11 +85,15 @@ class FilesDataset(Dataset):
             if split in explicit and explicit[split] is not None:
                 self.notes.append(f"{where.shown}: not read, dataset.{split}_path stands in its place")
             else:
-                found.append((where, split))
+                found.append((where, None if split == "train" else split))
         for name, path in explicit.items():
             if path is not None:
                 found += [(where, name) for where, _ in self._open(f"dataset.{name}_path", path)]
         self._check_disjoint(found)
+        for name, fraction in self._fractions.items():
+            if fraction and any(split == name for _, split in found):
+                self._fractions[name] = 0.0
+                self.notes.append(f"dataset.{name}_fraction is not used: files of their own are the {name} split")
         return [_Input(w, s, Source(w.shown, _sha256(w))) for w, s in found]
 
     def _open(self, key: str, path: str) -> list[tuple[LocalFile | HubDataset, str | None]]:
@@ -137,11 +143,7 @@ class FilesDataset(Dataset):
 
     def _split_of(self, record: AnyRecord) -> str:
         """By a hash of the content: neither order nor other records matter, and equal records stay together."""
-        validation, test = self._cfg.validation_fraction, self._cfg.test_fraction
-        if self._cfg.validation_path is not None:
-            validation = 0.0
-        if self._cfg.test_path is not None:
-            test = 0.0
+        validation, test = self._fractions["validation"], self._fractions["test"]
         if not validation and not test:
             return SPLITS[0]
         digest = hashlib.sha256(content_json(record).encode()).digest()

@@ -85,7 +85,7 @@ def tokenizer_sha256(model_dir: Path) -> str:
     """
     _check_folder(model_dir)
     digest = hashlib.sha256()
-    for name in (*_VOCABULARY_FILES, *_OTHER_FILES):
+    for name in (*_VOCABULARY_FILES, *sorted(path.name for path in model_dir.glob("*.tiktoken")), *_OTHER_FILES):
         path = model_dir / name
         if not path.is_file():
             continue

@@ -251,6 +251,8 @@ def test_the_tokenizers_hash_outlives_saving_it_again(tmp_path: Path, model: Pat
     tokenizer.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/tokenizer.json").read_bytes() != (model / "tokenizer.json").read_bytes()
     assert tokenizer_sha256(tmp_path / "again") == tokenizer_sha256(model)
+    (tmp_path / "again/qwen.tiktoken").write_text("a vocabulary under a name of its own")
+    assert tokenizer_sha256(tmp_path / "again") != tokenizer_sha256(model)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, model: Path) -> None:

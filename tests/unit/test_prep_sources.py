@@ -204,6 +204,22 @@ def test_fractions_follow_the_content_not_the_order(tmp_path: Path) -> None:
     assert abs(shares["test"] - 0.2) < 0.06
 
 
+def test_a_fraction_is_taken_of_a_file_called_train_too_and_not_where_a_split_has_files(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {i}"} for i in range(200)])
+    held = [record for split, record in _rows(tmp_path, test_fraction=0.2) if split == "test"]
+    assert 20 < len(held) < 60
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "held out"}])
+    dataset = FilesDataset(files(tmp_path, test_fraction=0.2))
+    assert [r.text for split, r in dataset.rows() if split == "test"] == ["held out"]  # type: ignore[union-attr]
+    assert any("dataset.test_fraction is not used" in note for note in dataset.notes)
+
+
+def test_a_table_with_one_column_name_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    with pytest.raises(DataError, match="two columns are called 'prompt'"):
+        _rows(tmp_path / "a.csv")
+
+
 def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

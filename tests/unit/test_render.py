@@ -112,6 +112,7 @@ def test_the_space_adding_tokenizer_does_prepare_ordinary_rows() -> None:
         (_MARKS_TOO_SHORT, "a", "the template's generation marks leave the end token out"),
         ("{{ messages | length }}" + CHATML, "a", "the chat template changes what came before an answer"),
         ("{{ raise_exception('no such talk') }}", "a", "the chat template refuses the conversation"),
+        ("{{ 1 // (2 - messages | length) }}" + CHATML, "a", "the chat template refuses the conversation"),
     ],
 )
 def test_what_cannot_be_supervised_exactly_is_rejected(template: str, answer: str, reason: str) -> None:
