@@ -33,6 +33,8 @@ WITH_PATH = {
 COMMANDS = {**COMPOSED, **WITH_PATH}
 
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""As of a program that SIGPIPE ended."""
 
 TOP_HELP = """crosstune: fine-tunes open-weight language models on the accelerators a team really has.
 
@@ -42,7 +44,7 @@ commands:
 {commands}
 
   crosstune run experiment=licenses                                      the demo
-  crosstune run model.path=/models/m dataset.path=data.jsonl max_steps=100
+  crosstune run model.path=/models/m dataset.path=data.jsonl dataset.test_fraction=0.1
   crosstune COMMAND --help                                               its groups, options and keys
 
 options of every command:
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+        return EXIT_DONE if request is None or request.help or request.cfg else EXIT_BROKEN_PIPE
     except Exception as error:
         return _fail(error, request, out)
 
@@ -156,9 +158,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         return _with_path(request)
     cfg = _config(request)
     if request.cfg:
-        from configs.compose import to_yaml
-
-        print(to_yaml(cfg), end="")
+        _print_config(cfg)
         return None
     _prepare_process(cfg)
     from launchers import steps
@@ -178,7 +178,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     return commands[request.command](cfg)
 
 
-def _with_path(request: Request) -> dict[str, Any]:
+def _with_path(request: Request) -> dict[str, Any] | None:
     if not request.words:
         raise ConfigError(f"crosstune {request.command}", "needs a folder", remedy=WITH_PATH[request.command])
     path, overrides = Path(request.words[0]).expanduser(), request.words[1:]
@@ -187,13 +187,18 @@ def _with_path(request: Request) -> dict[str, Any]:
     if request.command == "report":
         if overrides:
             raise ConfigError(overrides[0], "`crosstune report` takes one path")
+        if request.cfg:
+            raise ConfigError("--cfg", "`crosstune report` has no config", remedy="leave it out")
         _prepare_process(None)
         return steps.report(path)
-    from configs.compose import load_resolved
-    from launchers.run_dir import existing_run
-
-    _prepare_process(load_resolved(existing_run(path) / "resolved.yaml"))
-    return steps.resume(path, overrides, config_dir=request.config_dir)
+    if request.resolved is not None:
+        raise ConfigError("--resolved", "a run is resumed with its own resolved.yaml", remedy="leave it out")
+    cfg = steps.resumed_config(path, overrides, config_dir=request.config_dir)
+    if request.cfg:
+        _print_config(cfg)
+        return None
+    _prepare_process(cfg)
+    return steps.resume(cfg)
 
 
 def _config(request: Request) -> Any:
@@ -210,6 +215,12 @@ def _config(request: Request) -> Any:
             remedy=" or ".join(f"crosstune {name} --resolved ..." for name in fitting),
         )
     return amend(cfg, request.words, config_dir=request.config_dir) if request.words else cfg
+
+
+def _print_config(cfg: object) -> None:
+    from configs.compose import to_yaml
+
+    print(to_yaml(cfg), end="")
 
 
 def _prepare_process(cfg: object) -> None:

@@ -36,11 +36,14 @@ def with_run_dir(cfg: C) -> C:
             "not set, while an outer torchrun starts several processes that must share one folder",
             remedy="add run_dir=FOLDER",
         )
-    name = f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-    return replace(
-        cfg, run_dir=str(next(path for path in (Path("runs", n).resolve() for n in names) if not path.exists()))
-    )
+    return replace(cfg, run_dir=str(fresh_folder(cfg.name)))
+
+
+def fresh_folder(name: str) -> Path:
+    """A folder ``runs/<name>-<date>-<time>`` of the working folder that is not there yet."""
+    stamped = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stamped if number == 1 else f"{stamped}-{number}" for number in itertools.count(1))
+    return next(path for path in (Path("runs", n).resolve() for n in names) if not path.exists())
 
 
 @contextmanager

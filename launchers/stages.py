@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+COUNT_SECONDS = 5.0
+"""Between two notes of how far a stage is."""
 
 
 def is_first_rank() -> bool:
@@ -38,6 +41,18 @@ class Stages:
     def note(self, text: str) -> None:
         """A line below the current stage."""
         self._say(f"      {text}")
+
+    def row_counter(self) -> Callable[[int, int], None]:
+        """A function to call with (rows, tokens) so far; it makes a note of them now and then."""
+        said = time.monotonic()
+
+        def count(rows: int, tokens: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= COUNT_SECONDS:
+                said = time.monotonic()
+                self.note(f"{rows:,} rows read, {tokens:,} tokens")
+
+        return count
 
     def end(self, text: str) -> None:
         """The last line, with the time of all stages."""

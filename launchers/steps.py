@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.compose import amend, load_resolved, save_resolved
-from configs.errors import CheckpointError, ConfigError, DataError
+from configs.errors import CheckpointError, ConfigError, DataError, ModelError, StoppedError
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import available_device, check_processes, choose_accelerator
 from launchers.failure import traceback_kept_in
-from launchers.run_dir import existing_run, make_writable, new_run, with_run_dir
+from launchers.run_dir import existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
 
 if TYPE_CHECKING:
-    from train.run_folder import RunFolder
+    from train.run_folder import RunFolder, RunRecord
 
 Result = dict[str, Any]
 
@@ -49,7 +52,7 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Re
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
-    with traceback_kept_in(folder / "logs"):
+    with traceback_kept_in(folder / "logs"), resumable(folder):
         if worker or resume:
             _train(cfg, folder, stages, resume=resume)
         else:
@@ -64,7 +67,7 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
-    with traceback_kept_in(folder / "logs"):
+    with traceback_kept_in(folder / "logs"), resumable(folder):
         if resume:
             _train(cfg, folder, stages, resume=True)
         else:
@@ -79,11 +82,26 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
     return {"run_dir": str(folder), **exported, "summary": figures}
 
 
-def resume(folder: Path, overrides: list[str], *, config_dir: Path | None = None) -> Result:
-    """`crosstune resume RUN`: goes on with the command that made the run.
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Says, where a run is stopped by Ctrl-C, that it can go on, if it can.
 
     Raises:
-        CheckpointError: not a run, or one without a complete checkpoint.
+        StoppedError: it was stopped and has a checkpoint.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not list(folder.glob("checkpoints/step-*/COMPLETE")):  # by name: a stop imports no torch
+            raise
+        raise StoppedError(str(folder), "stopped", remedy=f"crosstune resume {shlex.quote(str(folder))}") from None
+
+
+def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | None = None) -> TrainConfig:
+    """The config that a run goes on with.
+
+    Raises:
+        CheckpointError: not a run.
         ConfigError: an override would change what the run computes.
     """
     folder = existing_run(folder)
@@ -100,8 +118,16 @@ def resume(folder: Path, overrides: list[str], *, config_dir: Path | None = None
                 remedy="start a new run",
             )
     cfg = amend(cfg, overrides, config_dir=config_dir) if overrides else cfg
-    _latest_checkpoint(folder)
-    cfg = replace(cfg, run_dir=str(folder))
+    return replace(cfg, run_dir=str(folder))
+
+
+def resume(cfg: TrainConfig) -> Result:
+    """`crosstune resume RUN`: goes on with the command that made the run.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint.
+    """
+    _latest_checkpoint(Path(str(cfg.run_dir)))
     return run(cfg, resume=True) if isinstance(cfg, RunConfig) else train(cfg, resume=True)
 
 
@@ -153,27 +179,45 @@ def report(path: Path) -> Result:
     )
 
 
-def _model(cfg: PrepConfig, stages: Stages) -> Path:
+def _model(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> Path:
+    """The model's folder; for a resumed run the one it began with, wherever the command is called now."""
     from train.models.load import ensure_model
 
     with stages.stage("model"):
-        model_dir = ensure_model(cfg.model, _cache_dir(cfg), on_note=stages.note)
+        if record and Path(record.model_dir).is_dir():
+            model_dir = Path(record.model_dir)
+        else:
+            model_dir = ensure_model(cfg.model, _cache_dir(cfg), on_note=stages.note)
+        if record and not stages.quiet:
+            _same_model(record, model_dir)
         stages.note(str(model_dir))
     return model_dir
 
 
-def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None = None) -> tuple[Path, bool]:
+def _data(
+    cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None = None, record: RunRecord | None = None
+) -> tuple[Path, bool]:
     """Prepares the data, or finds it prepared; refuses at once what `crosstune run` would miss at its end."""
-    from data_prep.prepare import prepare
+    from data_prep.prepare import find_prepared, prepare
 
     with stages.stage("data"):
-        prepared = prepare(cfg, model_dir, out=out)
+        if record and _same_data(record, Path(record.prepared)):
+            prepared = find_prepared(Path(record.prepared))
+        else:
+            prepared = prepare(cfg, model_dir, out=out, on_progress=stages.row_counter())
+            if record and not _same_data(record, prepared.path):
+                raise DataError(
+                    str(prepared.path),
+                    "differs from the data that the run began with",
+                    remedy="bring back the original records, or start a new run",
+                )
         splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
         if isinstance(cfg, RunConfig) and cfg.eval.split not in prepared.manifest["splits"]:
             raise ConfigError(
                 "eval.split",
                 f"{cfg.eval.split}, but the data has only: {', '.join(prepared.manifest['splits'])}",
-                remedy="dataset.test_fraction=0.1 or dataset.test_path=FILE; or stop after `crosstune train`",
+                remedy="dataset.test_fraction=0.1 or dataset.test_path=FILE, when the records are prepared; "
+                "or stop after `crosstune train`",
             )
         rejected = prepared.manifest["rejects"]["total"]
         stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
@@ -186,10 +230,9 @@ def _data(cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None 
 def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
     """Model, data and training; in this process, or in `nproc` workers."""
     check_processes(cfg)
-    model_dir = _model(cfg, stages)
-    prepared, _ = _data(cfg, model_dir, stages)
-    if resume:
-        _same_data(folder, prepared)
+    record = _run_folder(folder).read_record() if resume else None
+    model_dir = _model(cfg, stages, record)
+    prepared, _ = _data(cfg, model_dir, stages, record=record)
     with stages.stage("train"):
         if cfg.nproc == 1 or "RANK" in os.environ:
             from train.run import train as train_here
@@ -204,16 +247,26 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
             run_workers(cfg.nproc, arguments, folder / "logs", threads=cfg.device.threads)
 
 
-def _same_data(folder: Path, prepared: Path) -> None:
-    """Refuses to go on with data that differs from what the run began with."""
+def _same_model(record: RunRecord, model_dir: Path) -> None:
+    """Refuses to go on with a base that differs from what the run began with: a checkpoint may hold adapters only."""
     from train.run_folder import sha256_of
 
-    if sha256_of(prepared / "manifest.json") != _run_folder(folder).read_record().manifest_sha256:
-        raise DataError(
-            str(prepared),
-            "differs from the data that the run began with",
-            remedy="bring back the original records, or start a new run",
+    files = {name: model_dir / name for name in record.model_sha256}
+    odd = [n for n, file in files.items() if not file.is_file() or sha256_of(file) != record.model_sha256[n]]
+    if odd:
+        raise ModelError(
+            str(model_dir),
+            f"differs from the model that the run began with: {', '.join(odd)}",
+            remedy="bring back the original files, or start a new run",
         )
+
+
+def _same_data(record: RunRecord, prepared: Path) -> bool:
+    """Whether a folder holds the prepared data that the run began with."""
+    from train.run_folder import sha256_of
+
+    manifest = prepared / "manifest.json"
+    return manifest.is_file() and sha256_of(manifest) == record.manifest_sha256
 
 
 def _latest_checkpoint(folder: Path) -> Path:
@@ -242,13 +295,17 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
 
     data = Path(cfg.data).expanduser() if cfg.data else None
     out = Path(cfg.out).expanduser() if cfg.out else None
+    if cfg.run_dir is None and out is None:
+        # Never the working folder itself: figures replace those that lie in theirs.
+        out = fresh_folder(f"eval-{Path(cfg.model.path).name}")
+    if out is not None:
+        make_writable(out, "out")
     with stages.stage("eval"):
         device.activate(0)
         if cfg.run_dir is None:
-            assert data is not None
+            assert data is not None and out is not None
             model_dir = ensure_model(cfg.model, Path(PrepConfig.cache_dir).expanduser(), on_note=stages.note)
             trusted = cfg.model.trust_remote_code
-            out = out or Path.cwd()
             figures = evaluate_model(
                 model_dir, data, cfg.eval, device, out, on_note=stages.note, trust_remote_code=trusted
             )
@@ -265,6 +322,8 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
                 seconds_before=seconds_before,
             )
             stages.note(f"report: {write_report(folder)}")
+        if out is not None:
+            stages.note(f"figures: {out / 'summary.json'}")
     return figures
 
 

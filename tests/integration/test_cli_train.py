@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,3 +112,31 @@ def test_an_end_before_the_end_leaves_no_process_and_no_traceback(
     assert "Traceback" not in shown and (told is None or told in shown), shown
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
+
+
+def test_resume_from_another_folder_without_the_records_and_never_on_another_base(home, tmp_path):
+    """What was named relative to one working folder is found from another; a LoRA checkpoint needs its own base."""
+    shutil.copytree(home / "model", tmp_path / "here/model")
+    shutil.copy(home / "data.jsonl", tmp_path / "here/data.jsonl")
+    (tmp_path / "there").mkdir()
+    given = words(Path(), Path("run"), steps=4, checkpoint__every=2)
+    crosstune(*given, cwd=tmp_path / "here")
+    run = tmp_path / "here/run"
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    (tmp_path / "here/data.jsonl").unlink()
+    crosstune("resume", "../here/run", cwd=tmp_path / "there")
+    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4]
+    save_tiny_model(tmp_path / "here/model", seed=1)
+    shown = crosstune("resume", str(run), cwd=tmp_path / "there", code=2)
+    assert "differs from the model that the run began with: model.safetensors" in shown
+
+
+def test_figures_of_a_model_leave_the_working_folder_alone(home, tmp_path):
+    prepared = [f"model.path={home / 'model'}", f"dataset.path={home / 'data.jsonl'}", "max_length=128", "out=prepared"]
+    crosstune("prep", *prepared, "dataset.test_fraction=0.3", f"cache_dir={tmp_path}", cwd=tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/mine.jsonl").write_text("a user's own")
+    crosstune("eval", f"model.path={home / 'model'}", "data=prepared", "eval.limit=1", "device=cpu", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["mine.jsonl"]
+    (summary,) = tmp_path.glob("runs/eval-model-*/summary.json")
+    assert "model" in json.loads(summary.read_text())

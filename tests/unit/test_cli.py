@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.compose import compose, save_resolved
 from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError, StorageError
 from configs.schema.roots import TrainConfig
-from launchers import cli, environment, failure, run_dir
+from launchers import cli, environment, failure, run_dir, stages
 from launchers.torchrun import new_attempt, torchrun_command, worker_environment
 
 
@@ -61,6 +62,8 @@ def test_cfg_job_prints_the_config_that_runs(capsys):
         (["train", "--resolved"], "--resolved: needs a value"),
         (["resume"], "crosstune resume RUN"),
         (["report", "a", "b"], "takes one path"),
+        (["report", "a", "--cfg", "job"], "has no config"),
+        (["resume", "a", "--resolved", "b"], "with its own resolved.yaml"),
         (["--json"], "no command"),
     ],
 )
@@ -91,6 +94,30 @@ def test_an_unexpected_fault_is_short_and_keeps_its_traceback(tmp_path, monkeypa
     assert "Traceback" in kept.read_text() and "second line" in kept.read_text()
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_stopped_run_says_whether_it_can_go_on(has_checkpoint, tmp_path, monkeypatch, capsys):
+    def stop(*args: object, **kwargs: object) -> None:
+        if has_checkpoint:
+            (tmp_path / "a run/checkpoints/step-00000004").mkdir(parents=True)
+            (tmp_path / "a run/checkpoints/step-00000004/COMPLETE").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launchers.steps._train", stop)
+    monkeypatch.setattr(cli, "_prepare_process", lambda cfg: None)
+    code = cli.main(["train", "model.path=/m", "dataset.path=/d", f"run_dir={tmp_path / 'a run'}"])
+    shown = capsys.readouterr().err
+    assert code == (75 if has_checkpoint else 130)
+    assert (f"crosstune resume '{tmp_path / 'a run'}'" in shown) == has_checkpoint
+
+
+def test_resume_with_cfg_job_prints_and_does_not_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("launchers.steps._train", lambda *args, **kwargs: pytest.fail("it trained"))
+    save_resolved(compose("train", ["model.path=/m", "dataset.path=/d"]), tmp_path / "resolved.yaml")
+    assert cli.main(["resume", str(tmp_path), "nproc=3", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    assert "nproc: 3" in printed and f"run_dir: {tmp_path}" in printed
+
+
 def test_ctrl_c_is_quiet(monkeypatch, capsys):
     def stop(request: object) -> None:
         raise KeyboardInterrupt
@@ -104,6 +131,15 @@ def test_a_reader_that_leaves_early_is_no_fault():
     script = f"{sys.executable} -P -m launchers.cli run --help | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[1:] == ["0"] and done.stderr == ""
+
+
+def test_work_that_a_broken_pipe_cut_off_is_not_done(monkeypatch):
+    def broken(request: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    monkeypatch.setattr("os.dup2", lambda *args: None)
+    assert cli.main(["prep"]) == 141
 
 
 def test_the_network_is_off_unless_the_config_names_the_hub_and_telemetry_is_always_off():
@@ -168,6 +204,15 @@ def test_a_run_folder_is_made_tried_and_never_overwritten(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="name another folder with run_dir="), run_dir.new_run(tmp_path / "file/run"):
         pass
+
+
+def test_a_long_preparation_says_how_far_it_is(monkeypatch, capsys):
+    count = stages.Stages(1).row_counter()
+    count(1, 2)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(stages, "COUNT_SECONDS", 0.0)
+    count(1024, 99_000)
+    assert "1,024 rows read, 99,000 tokens" in capsys.readouterr().out
 
 
 def test_processes_of_an_outer_launcher_need_one_common_folder(monkeypatch):
