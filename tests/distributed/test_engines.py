@@ -20,6 +20,8 @@ pytestmark = pytest.mark.distributed
 LR = 100.0
 """So large that the change of the weights is the gradient to fp32 rounding."""
 CLIP = 0.1
+BF16 = ["plain", "zero1", "zero2", "zero3"]
+"""bf16 weights go through code of DeepSpeed's own; here, for gradients that are not finite."""
 NAMES = [*ENGINES, "zero3_offload", "zero2_round_robin"]
 
 
@@ -38,16 +40,18 @@ def cases(ranks: int) -> list[dict]:
                 found.append({"name": name, "lora": lora, "micro_batches": 1})
         if ranks > 1:
             found.append({"name": "zero3", "lora": lora, "micro_batches": 4, "activation_checkpointing": True})
+            found += [{"name": name, "lora": lora, "micro_batches": 4, "bf16": True} for name in BF16]
     return [{**case, "ranks": ranks} for case in found]
 
 
 def label(case: dict) -> str:
     tuning = "lora" if case["lora"] else "full"
-    extra = "-recompute" if case.get("activation_checkpointing") else ""
+    extra = ("-recompute" if case.get("activation_checkpointing") else "") + ("-bf16" if case.get("bf16") else "")
     return f"{tuning}-{case['name']}-x{case['ranks']}-micro{case['micro_batches']}{extra}"
 
 
 ALL = {label(case): case for ranks in (1, 2) for case in cases(ranks)}
+FP32 = [name for name, case in ALL.items() if not case.get("bf16")]
 
 
 def worker(out: Path) -> None:
@@ -55,7 +59,8 @@ def worker(out: Path) -> None:
     world = start()
     results = {}
     for case in cases(world.size):
-        arguments = {key: case[key] for key in case if key not in ("name", "ranks", "micro_batches")}
+        arguments = {key: case[key] for key in case if key not in ("name", "ranks", "micro_batches", "bf16")}
+        arguments["dtype"] = torch.bfloat16 if case.get("bf16") else torch.float32
         engine = build(case["name"], SGD(max_grad_norm=CLIP), world, **arguments)
         loss, norm = run_step(engine, 0, LR, case["micro_batches"])
         path = out / label(case)
@@ -92,7 +97,7 @@ def initial(lora: bool) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in Net(lora).named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FP32)
 def test_step_equals_that_of_one_process_and_one_pass(ran, name):
     out, figures = ran
     reference = f"{'lora' if ALL[name]['lora'] else 'full'}-plain-x1-micro1"
@@ -118,7 +123,9 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_taken(ran, name):
     before, after = weights(out, name, 1), weights(out, name, 2)
     assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
     reference = f"{'lora' if ALL[name]['lora'] else 'full'}-plain-x1-micro1"
-    assert figures[name]["after"] == pytest.approx(figures[reference]["after"], rel=1e-4), "and training goes on"
+    assert figures[name]["after"] == pytest.approx(figures[reference]["after"], rel=1e-4 if name in FP32 else 2e-2), (
+        "and training goes on"
+    )
 
 
 def test_more_engines_are_known_to_the_matrix():

@@ -123,10 +123,14 @@ def differences(first: Path, again: Path, step: int) -> list[str]:
         return found[:4]
 
 
+def folder_of(plan: dict) -> str:
+    return f"{plan['dtype']}-{plan['tuning']}"
+
+
 def worker(arguments: dict) -> None:
     world = start()
     for plan, task in product(arguments["plans"], arguments["tasks"]):
-        out = Path(arguments["out"], plan["tuning"])
+        out = Path(arguments["out"], folder_of(plan))
         out.mkdir(exist_ok=True)
         {"save": save_all, "resume": resume_all}[task](plan, out, world)
     world.close()
@@ -138,7 +142,7 @@ def run_matrix(out: Path, plans: list[dict]) -> None:
     launch(__name__, 2, out=str(out), tasks=["save", "resume"], plans=plans)
     launch(__name__, 1, out=str(out), tasks=["resume"], plans=plans)
     for plan in plans:
-        results = [json.loads((out / plan["tuning"] / f"resumed-x{ranks}.json").read_text()) for ranks in (1, 2)]
+        results = [json.loads((out / folder_of(plan) / f"resumed-x{ranks}.json").read_text()) for ranks in (1, 2)]
         faults = results[0]["faults"] + results[1]["faults"]
         assert not faults, "\n".join(faults[:20])
         count = len(plan["x1"]) + len(plan["x2"])
@@ -146,10 +150,11 @@ def run_matrix(out: Path, plans: list[dict]) -> None:
 
 
 def test_saved_under_one_engine_resumed_under_another(tmp_path):
-    """LoRA under each engine; full tuning, and generators that go on under dropout, under fewer."""
+    """LoRA under each engine; bf16, full tuning, and generators that go on under dropout, under fewer."""
     lora = {"dtype": "fp32", "tuning": "lora", "dropouts": [0.0], "x1": ["plain", "zero3"], "x2": list(ENGINES)}
     full = {"dtype": "fp32", "tuning": "full", "dropouts": [0.0, 0.2], "x1": ["plain"], "x2": ["zero2", "zero3"]}
-    run_matrix(tmp_path, [lora, full])
+    bf16 = {"dtype": "bf16", "tuning": "lora", "dropouts": [0.0], "x1": ["plain"], "x2": ["zero1", "zero2", "zero3"]}
+    run_matrix(tmp_path, [lora, full, bf16])
 
 
 @pytest.mark.slow
