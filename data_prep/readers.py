@@ -81,6 +81,8 @@ def _file_faults(shown: str) -> Iterator[None]:
         raise DataError(shown, f"the gzip file is damaged: {error}", remedy="copy or compress it again") from error
     except pyarrow.ArrowException as error:
         raise DataError(shown, f"cannot be read: {str(error).splitlines()[0]}", remedy="write it again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(shown, f"holds text that is not UTF-8: {error.reason}", remedy="write it again") from error
     except OSError as error:
         raise DataError(shown, f"cannot be read: {error.strerror or error}") from error
 

@@ -106,6 +106,8 @@ class FilesDataset(Dataset):
     def _check_disjoint(self, found: list[tuple[LocalFile | HubDataset, str | None]]) -> None:
         seen: dict[str, str | None] = {}
         for where, split in found:
+            if not where.shown.isascii() and where.shown.encode(errors="ignore").decode() != where.shown:
+                raise DataError(ascii(where.shown), "the file's name is not UTF-8", remedy="rename it")
             identity = where.shown if isinstance(where, HubDataset) else str(where.path.resolve())
             if identity in seen:
                 names = " and ".join(sorted({seen[identity] or "train", split or "train"}))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import struct
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import DataError
@@ -25,7 +27,7 @@ def _write(path: Path) -> None:
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     table = pa.Table.from_pylist(_ROWS)
     if kind == "parquet":
-        pyarrow.parquet.write_table(table, path, row_group_size=300)
+        pq.write_table(table, path, row_group_size=300)
     elif kind == "arrow":
         opened = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
         with opened(str(path), table.schema) as writer:
@@ -218,6 +220,17 @@ def test_a_table_with_one_column_name_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
     with pytest.raises(DataError, match="two columns are called 'prompt'"):
         _rows(tmp_path / "a.csv")
+
+
+def test_names_and_tables_that_are_not_utf8_are_explained(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    write_jsonl(odd, [{"text": "a"}])
+    with pytest.raises(DataError, match="name is not UTF-8"):
+        _rows(odd)
+    buffers = [None, pa.py_buffer(struct.pack("<2i", 0, 1)), pa.py_buffer(b"\xff")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: holds text that is not UTF-8"):
+        _rows(tmp_path / "a.parquet")
 
 
 def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
