@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.compose import amend, load_resolved, save_resolved
-from configs.errors import CheckpointError, ConfigError, DataError, ModelError, StoppedError
+from configs.errors import CheckpointError, ConfigError, DataError, StoppedError
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import available_device, check_processes, choose_accelerator
 from launchers.failure import traceback_kept_in
@@ -189,7 +189,7 @@ def _model(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> 
         else:
             model_dir = ensure_model(cfg.model, _cache_dir(cfg), on_note=stages.note)
         if record and not stages.quiet:
-            _same_model(record, model_dir)
+            record.refuse_changed_base(model_dir)  # a checkpoint may hold adapters only
         stages.note(str(model_dir))
     return model_dir
 
@@ -245,20 +245,6 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
             save_resolved(cfg, request)
             arguments = ["train", "--resolved", str(request), *(["--resume"] if resume else [])]
             run_workers(cfg.nproc, arguments, folder / "logs", threads=cfg.device.threads)
-
-
-def _same_model(record: RunRecord, model_dir: Path) -> None:
-    """Refuses to go on with a base that differs from what the run began with: a checkpoint may hold adapters only."""
-    from train.run_folder import sha256_of
-
-    files = {name: model_dir / name for name in record.model_sha256}
-    odd = [n for n, file in files.items() if not file.is_file() or sha256_of(file) != record.model_sha256[n]]
-    if odd:
-        raise ModelError(
-            str(model_dir),
-            f"differs from the model that the run began with: {', '.join(odd)}",
-            remedy="bring back the original files, or start a new run",
-        )
 
 
 def _same_data(record: RunRecord, prepared: Path) -> bool:

@@ -50,8 +50,9 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
     Raises:
         CrosstuneError: of the kind that says what the user can mend.
     """
-    if resume:
-        cfg = as_begun(cfg, RunFolder(run_dir), model_dir)
+    if resume:  # `auto` might choose another precision on this machine than where the run began
+        precision = Precision(RunFolder(run_dir).read_record().precision)
+        cfg = replace(cfg, model=replace(cfg.model, precision=precision))
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
     with closing(init_world(device)) as world:
@@ -89,17 +90,6 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
             if not resume:
                 record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
             loop.run(state)
-
-
-def as_begun(cfg: TrainConfig, run: RunFolder, model_dir: Path) -> TrainConfig:
-    """The config with the precision that the run began with: ``auto`` might choose another one on this machine.
-
-    Raises:
-        CheckpointError: the base model has changed since.
-    """
-    if int(os.environ.get("RANK", "0")) == 0:
-        run.refuse_changed_base(model_dir)
-    return replace(cfg, model=replace(cfg.model, precision=Precision(run.read_record().precision)))
 
 
 def make_engine(

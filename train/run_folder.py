@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, ModelError
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,21 @@ class RunRecord:
     """``lora`` or ``full``."""
     code_version: str
     total_steps: int
+
+    def refuse_changed_base(self, model_dir: Path) -> None:
+        """Compares the base model with what the run began with, since a run keeps no copy of it.
+
+        Raises:
+            ModelError: a file is no longer there or holds something else.
+        """
+        files = {name: model_dir / name for name in self.model_sha256}
+        odd = [n for n, file in files.items() if not file.is_file() or sha256_of(file) != self.model_sha256[n]]
+        if odd:
+            raise ModelError(
+                str(model_dir),
+                f"differs from the model that the run began with: {', '.join(odd)}",
+                remedy="bring back the original files, or start a new run",
+            )
 
 
 @dataclass(frozen=True)
@@ -103,24 +118,6 @@ class RunFolder:
             ) from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(str(self.record), f"damaged: {error}") from None
-
-    def refuse_changed_base(self, model_dir: Path) -> None:
-        """Compares the base model with what the run began with, since a run keeps no copy of it.
-
-        Raises:
-            CheckpointError: a file is no longer there or holds something else.
-        """
-        changed = [
-            name
-            for name, sha256 in self.read_record().model_sha256.items()
-            if not (model_dir / name).is_file() or sha256_of(model_dir / name) != sha256
-        ]
-        if changed:
-            raise CheckpointError(
-                str(model_dir),
-                f"not the base that was trained on: {', '.join(changed[:5])} changed or gone",
-                remedy="bring the original files back; a run does not copy its base",
-            )
 
     def write_record(self, record: RunRecord) -> None:
         """Writes `run.json`, whole or not at all."""

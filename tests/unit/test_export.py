@@ -195,7 +195,7 @@ def test_a_base_that_changed_since_the_training_is_not_merged(tmp_path: Path) ->
     run = tiny_run(tmp_path)
     stored = {n: t.read() * 1.01 for n, t in stored_tensors(tmp_path / "model").items()}
     save_file(stored, tmp_path / "model" / WEIGHTS, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="not the base that was trained on: model.safetensors changed"):
+    with pytest.raises(ModelError, match="differs from the model that the run began with: model.safetensors"):
         export(run, ExportConfig(), on_note=quiet)
     assert not run.export.exists()
 

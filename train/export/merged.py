@@ -30,11 +30,11 @@ def write_merged(trained: Trained, cfg: ExportConfig, folder: Path, on_note: Not
     """Fills `folder` with weights, config, tokenizer and chat template.
 
     Raises:
-        CheckpointError: a trained parameter has no place in the base model, or that has changed since the training.
-        ModelError: the base cannot be read, or an adapted weight is not stored on its own.
+        CheckpointError: a trained parameter has no place in the base model.
+        ModelError: the base cannot be read or has changed, or an adapted weight is not stored on its own.
     """
     base_dir = trained.base_dir
-    trained.run.refuse_changed_base(base_dir)
+    trained.record.refuse_changed_base(base_dir)
     config = json.loads((base_dir / "config.json").read_text())
     dtype = trained.working_dtype
     if cfg.precision is not Precision.auto:
