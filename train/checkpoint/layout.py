@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import CheckpointError
 from train.engine.base import MASTER, Scalar
+from train.run_folder import sha256_of
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -37,7 +38,6 @@ STALE = ".stale"
 """Suffix of a folder that is being removed."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 RANK_FILE = re.compile(r"rank\d{5,}\.safetensors")
-CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -100,15 +100,6 @@ def rank_file(rank: int) -> str:
 def tensor_key(name: str, kind: str, offset: int) -> str:
     """Key of a piece in its file."""
     return f"{name}:{kind}@{offset}"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
