@@ -6,6 +6,7 @@ name every fault and the file it is in. A test holds both results equal for ever
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,10 @@ def _syntax_fault(text: str) -> ConfigError:
     if not equals:
         return ConfigError(text, "not an override", allowed="key=value, group=option, +key=value, ~key")
     quoted = value.replace("'", "\\'")
-    return ConfigError(key, f"cannot read the value {value}", remedy=f"quote it twice: \"{key}='{quoted}'\"")
+    text = f"{key}='{quoted}'"
+    # Inside double quotes a shell would still act on these; the remedy is there to be copied.
+    word = shlex.quote(text) if set(text) & set('$`"\\!') else f'"{text}"'
+    return ConfigError(key, f"cannot read the value {value}", remedy=f"quote it twice: {word}")
 
 
 def _sweep_fault(text: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -329,3 +330,11 @@ def test_an_experiment_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "experiment/mine.yaml").write_bytes(content)
     (fault, *_) = faults_of("train", *BASE["train"], "experiment=mine", config_dir=tmp_path)
     assert "mine.yaml" in fault.where
+
+
+@pytest.mark.parametrize("value", ["weird dé", "a $(touch x) 'b", 'say "hi" `now`'])
+def test_the_remedy_for_an_odd_value_can_be_copied_into_a_shell(value):
+    (fault,) = faults_of("train", *BASE["train"], f"run_dir={value}")
+    (word,) = shlex.split(str(fault.remedy).removeprefix("quote it twice: "))
+    assert "$(" not in str(fault.remedy) or '"run_dir' not in str(fault.remedy)
+    assert compose("train", [*BASE["train"], word]).run_dir == value
