@@ -159,6 +159,16 @@ def test_a_run_is_measured_and_its_export_compared(tmp_path: Path, device: CpuDe
         assert f"Measured on 8 samples {said}:" in card.read_text()
 
 
+def test_an_export_of_another_checkpoint_is_not_taken_for_this_one(tmp_path: Path, device: CpuDevice) -> None:
+    run = tiny_run(tmp_path, "checkpoint.every=1")
+    merged = export(run, ExportConfig(), checkpoint="2", on_note=lambda _: None).merged
+    assert merged is not None
+    cfg = EvalConfig(base=False, generate=False)
+    last = evaluate_run(run, cfg, device, on_note=lambda _: None)
+    assert last["step"] == 3 and "export_check" not in last
+    assert "Not measured yet" in (merged / "README.md").read_text()
+
+
 def test_changed_data_is_refused(tmp_path: Path, device: CpuDevice) -> None:
     run = tiny_run(tmp_path)
     manifest = tmp_path / "data" / "manifest.json"
