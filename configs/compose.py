@@ -203,8 +203,17 @@ def to_yaml(cfg: object) -> str:
     """A typed config as YAML, its command first."""
     values = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
     assert isinstance(values, dict)
-    content = {"command": command_of(cfg), **values}
+    content = {"command": command_of(cfg), **_escaped(values)}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _escaped(value: Any) -> Any:
+    """Values are resolved by now: a ``${`` that is left in a text is meant as it stands."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def save_resolved(cfg: object, path: Path) -> None:

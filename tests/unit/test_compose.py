@@ -338,3 +338,10 @@ def test_the_remedy_for_an_odd_value_can_be_copied_into_a_shell(value):
     (word,) = shlex.split(str(fault.remedy).removeprefix("quote it twice: "))
     assert "$(" not in str(fault.remedy) or '"run_dir' not in str(fault.remedy)
     assert compose("train", [*BASE["train"], word]).run_dir == value
+
+
+def test_a_text_that_looks_like_an_interpolation_comes_back_as_it_was(tmp_path):
+    cfg = compose("train", [*BASE["train"], "dataset.system='Pay \\${price} now'"])
+    assert cfg.dataset.system == "Pay ${price} now"
+    save_resolved(cfg, tmp_path / "resolved.yaml")
+    assert load_resolved(tmp_path / "resolved.yaml") == cfg
