@@ -57,6 +57,11 @@ def mixed_samples(model: torch.nn.Module) -> list[Sample]:
         own = plain_answer(model, sample)[:agreed]
         tokens = sample.prompt + own + ([2] if agreed > MAX_NEW else [96, 2])
         samples.append(Sample(f"own{agreed}", tokens, [(len(sample.prompt), len(tokens))]))
+    # An end token of the sample's own, which the model says only after it has left the reference.
+    said = [(s, plain_answer(model, s)) for s in samples]
+    sample, end = next((s, token) for s, own in said for token in own[1:] if token != own[0])
+    tokens = [*sample.prompt, 96, end]
+    samples.append(Sample("own end", tokens, [(len(sample.prompt), len(tokens))]))
     turns = samples[1]
     return [*samples, Sample("turns", turns.input_ids, [(9, 12), (20, 21), *turns.spans])]
 
