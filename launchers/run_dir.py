@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
+
 from configs.errors import CheckpointError, ConfigError, StorageError
 from configs.schema.roots import TrainConfig
 from launchers.stages import is_first_rank
 
 C = TypeVar("C", bound=TrainConfig)
 
+LOCK = ".lock"
 SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints")
 """There from the first step on. A folder that a fault left before that may be used again."""
 
@@ -55,17 +59,46 @@ def new_run(folder: Path) -> Iterator[None]:
         StorageError: it cannot be made or written.
     """
     if is_first_rank() and any((folder / name).exists() for name in SIGNS_OF_A_RUN):
+        saved = any(folder.glob("checkpoints/step-*/COMPLETE"))
+        remedy = f"crosstune resume {shlex.quote(str(folder))}, or name another run_dir"
         raise ConfigError(
-            "run_dir", f"'{folder}' holds a run already", remedy=f"crosstune resume {folder}, or name another run_dir"
+            "run_dir",
+            f"'{folder}' holds a run already" + ("" if saved else ", one without a checkpoint"),
+            remedy=remedy if saved else "name another run_dir, or remove the folder",
         )
     make_writable(folder, "run_dir")
     try:
+        with alone_in(folder):
+            yield
+    finally:
+        if is_first_rank() and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds the run for this command; ranks other than the first of an outer launcher leave that to it.
+
+    Raises:
+        ConfigError: another command is at work in the folder.
+    """
+    if not is_first_rank():
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            "run_dir",
+            f"another crosstune is at work in '{folder}'",
+            remedy="wait for it, stop it, or name another run_dir",
+        ) from None
+    try:
         yield
     finally:
-        try:
-            folder.rmdir()
-        except OSError:  # not empty: there is a run in it
-            pass
+        lock.release()
 
 
 def make_writable(folder: Path, key: str) -> None:

@@ -15,7 +15,7 @@ from configs.errors import CheckpointError, ConfigError, DataError, StoppedError
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import available_device, check_processes, choose_accelerator
 from launchers.failure import traceback_kept_in
-from launchers.run_dir import existing_run, fresh_folder, make_writable, new_run, with_run_dir
+from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
 
@@ -53,8 +53,11 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Re
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
     with traceback_kept_in(folder / "logs"), resumable(folder):
-        if worker or resume:
+        if worker:
             _train(cfg, folder, stages, resume=resume)
+        elif resume:
+            with alone_in(folder):
+                _train(cfg, folder, stages, resume=True)
         else:
             with new_run(folder):
                 _train(cfg, folder, stages, resume=False)
@@ -68,16 +71,13 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
     with traceback_kept_in(folder / "logs"), resumable(folder):
-        if resume:
-            _train(cfg, folder, stages, resume=True)
-        else:
-            with new_run(folder):
-                _train(cfg, folder, stages, resume=False)
-        if not is_first_rank():  # under an outer torchrun the other ranks are done here
-            return {"run_dir": str(folder)}
-        job = ExportJobConfig(str(folder), overwrite=resume, export=cfg.export)
-        exported = _export(_run_folder(folder), job, stages)
-        figures = _evaluate(EvalJobConfig(run_dir=str(folder), eval=cfg.eval, device=cfg.device), stages)
+        with alone_in(folder) if resume else new_run(folder):
+            _train(cfg, folder, stages, resume=resume)
+            if not is_first_rank():  # under an outer torchrun the other ranks are done here
+                return {"run_dir": str(folder)}
+            job = ExportJobConfig(str(folder), overwrite=resume, export=cfg.export)
+            exported = _export(_run_folder(folder), job, stages)
+            figures = _evaluate(EvalJobConfig(run_dir=str(folder), eval=cfg.eval, device=cfg.device), stages)
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder), **exported, "summary": figures}
 

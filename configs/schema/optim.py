@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -21,7 +22,7 @@ class OptimConfig:
     """Gradients are clipped to this L2 norm over all parameters and ranks. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0:
+        if not 0 <= self.lr < math.inf:
             raise ConfigError("optim.lr", str(self.lr), allowed="0 or more")
         if self.max_grad_norm < 0:
             raise ConfigError("optim.max_grad_norm", str(self.max_grad_norm), allowed="0 (off) or more")
@@ -89,15 +90,28 @@ class ConstantConfig(ScheduleConfig):
 
 @dataclass
 class LinearConfig(ScheduleConfig):
-    """Falls on a straight line to `min_fraction` of the peak at the last step."""
+    """Falls on a straight line towards `min_fraction` of the peak, which it would reach after the last step."""
 
     _target_: str = "train.schedule.Linear"
     min_fraction: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_min_fraction(self.min_fraction)
+
 
 @dataclass
 class CosineConfig(ScheduleConfig):
-    """Falls on a half cosine to `min_fraction` of the peak at the last step (arXiv:1608.03983, no restarts)."""
+    """Falls on a half cosine towards `min_fraction` of the peak, reached after the last step (arXiv:1608.03983)."""
 
     _target_: str = "train.schedule.Cosine"
     min_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_min_fraction(self.min_fraction)
+
+
+def _check_min_fraction(fraction: float) -> None:
+    if not 0 <= fraction <= 1:
+        raise ConfigError("schedule.min_fraction", str(fraction), allowed="0 to 1")

@@ -12,8 +12,8 @@ from configs.schema.model import Precision
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    every: int = 100
+    """Steps between checkpoints; there is always one at the end. 0: only that one."""
     keep_last: int = 2
     """Older complete checkpoints are removed after a new one is complete. 0: keep all."""
 

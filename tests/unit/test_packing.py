@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,13 @@ def test_scaling_and_dropout_of_the_model_are_taken_and_soft_caps_refused():
     assert not torch.equal(packed_attention(layer, q, k, v, None, dropout=0.5, scaling=0.1, pack=pack)[0], out)
     with pytest.raises(AssertionError, match="softcapped"):
         packed_attention(layer, q, k, v, None, pack=pack, softcap=30.0)
+
+
+def test_the_loss_is_summed_in_fp32_whatever_the_working_weights():
+    """In bf16 a sum over some hundred tokens would keep three digits."""
+    logits = torch.randn(1, 300, 97, generator=torch.Generator().manual_seed(0)).bfloat16()
+    [sample] = samples_of((301,), vocab_size=97, spans=[[[1, 301]]])
+    batch = collate(((0,),), [sample].__getitem__, kind=RowKind.single, device=CPU)
+    loss = CausalLM(CausalLMConfig()).loss_sum(lambda **_: SimpleNamespace(logits=logits), batch)
+    expected = torch.nn.functional.cross_entropy(logits[0].double(), batch.targets_N, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -196,8 +196,9 @@ def say_check(check: Summary, on_note: Note) -> None:
 def write_figures(folder: RunFolder, answers: dict[str, list[Answer]], summary: Summary) -> None:
     """Writes every answer and the summary, each file whole or not at all."""
     folder.eval.mkdir(parents=True, exist_ok=True)
-    for stale in set(folder.eval.glob("*.jsonl")) - {folder.eval / f"{name}.jsonl" for name in answers}:
-        stale.unlink()  # of an earlier measurement: its figures are no longer in the summary
+    for stale in {"base", "tuned", "model"} - answers.keys():
+        # Of an earlier measurement: its figures are no longer in the summary.
+        (folder.eval / f"{stale}.jsonl").unlink(missing_ok=True)
     for name, given in answers.items():
         lines = (json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in given)
         _write_whole(folder.eval / f"{name}.jsonl", "".join(lines))

@@ -119,5 +119,6 @@ def _svg(draw: Callable[[Axes], None], title: str, xlabel: str, *, width: float,
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
     return text.getvalue()[text.getvalue().index("<svg") :]
