@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "module that is not there": ("train", {"tuning.targets": "[q_prj]"}, ["tuning.targets", "q_prj", "q_proj"]),
     "packing that is not proven": ("train", {"model.path": "unproven", "packing": "on"}, ["packing: on", "stablelm"]),
     "folder not writable": ("train", {"run_dir": "data.jsonl/run"}, ["run_dir: cannot write", "run_dir=..."]),
-    "folder of another run": ("train", {"run_dir": "run"}, ["holds a run already", "crosstune resume"]),
+    "folder of another run": ("train", {"run_dir": "run"}, ["holds a run already", "remove the folder"]),
     "no validation data": ("train", {"eval_every": "1"}, ["eval_every", "dataset.validation_fraction"]),
     "no test data": ("run", {}, ["eval.split: test", "dataset.test_fraction=0.1"]),
     "class that is not there": ("train", {"objective._target_": "train.nope.Loss"}, ["train.nope.Loss"]),
