@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.compose import compose, save_resolved
-from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError, StorageError
+from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError
 from configs.schema.roots import TrainConfig
 from launchers import cli, environment, failure, run_dir, stages
 from launchers.torchrun import new_attempt, torchrun_command, worker_environment
@@ -191,19 +191,6 @@ def test_the_torchrun_command_and_the_workers_environment(tmp_path):
     given = worker_environment({"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, 2, 5)
     assert (given["GLOO_SOCKET_IFNAME"], given["OMP_NUM_THREADS"], given["PYTHONSAFEPATH"]) == ("eth7", "5", "1")
     assert new_attempt(tmp_path) != new_attempt(tmp_path)
-
-
-def test_a_run_folder_is_made_tried_and_never_overwritten(tmp_path):
-    with pytest.raises(DataError), run_dir.new_run(tmp_path / "a/b"):
-        raise DataError("x", "y")
-    assert not (tmp_path / "a/b").exists(), "an empty folder is taken away after a fault"
-    with run_dir.new_run(tmp_path / "run"):
-        (tmp_path / "run/metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match="crosstune resume"), run_dir.new_run(tmp_path / "run"):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="name another folder with run_dir="), run_dir.new_run(tmp_path / "file/run"):
-        pass
 
 
 def test_a_long_preparation_says_how_far_it_is(monkeypatch, capsys):

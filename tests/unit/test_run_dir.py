@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, StorageError
 from launchers.run_dir import LOCK, alone_in, new_run
 
 
@@ -33,3 +33,9 @@ def test_a_folder_with_a_run_is_refused_with_what_helps(tmp_path):
     (checkpoint / "COMPLETE").touch()
     with pytest.raises(ConfigError, match="holds a run already[\\s\\S]*crosstune resume"), new_run(tmp_path):
         pytest.fail("not empty")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="name another folder with run_dir="), new_run(tmp_path / "file/run"):
+        pytest.fail("below a file")
