@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
+from configs.schema.model import HUB_PREFIX
 from data_prep.dataset import file_sha256
 from data_prep.readers import RawRow
 
@@ -25,7 +26,7 @@ _BATCH_ROWS = 256
 
 def is_hub(path: str) -> bool:
     """Whether a path names a hub data set."""
-    return path.startswith("hf://")
+    return path.startswith(HUB_PREFIX)
 
 
 class HubDataset:

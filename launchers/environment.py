@@ -6,7 +6,7 @@ import os
 from collections.abc import MutableMapping
 from dataclasses import fields, is_dataclass
 
-HUB_PREFIX = "hf://"
+from configs.schema.model import HUB_PREFIX
 
 NO_TELEMETRY = {
     # huggingface_hub reads the first three; transformers and datasets ask huggingface_hub.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,8 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Re
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
     with traceback_kept_in(folder / "logs"), resumable(folder):
-        if worker:
+        with nullcontext() if worker else alone_in(folder) if resume else new_run(folder):
             _train(cfg, folder, stages, resume=resume)
-        elif resume:
-            with alone_in(folder):
-                _train(cfg, folder, stages, resume=True)
-        else:
-            with new_run(folder):
-                _train(cfg, folder, stages, resume=False)
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder)}
 

@@ -70,9 +70,10 @@ def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: 
 
 def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threads: int) -> dict[str, str]:
     """What the workers see: our environment and a few variables of theirs. A user's own value wins."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from train.devices.base import usable_cores
+
     environment = dict(base)
-    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores // nproc)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, usable_cores() // nproc)))
     # gloo would otherwise look up the host's name, which fails on a machine without a network.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # torchrun starts workers without -P: a file train.py in the working folder must not shadow ours.

@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from configs.errors import ConfigError
 
+HUB_PREFIX = "hf://"
+"""Begins a path that asks the hub; no other path asks a network."""
+
 
 class Precision(Enum):
     """Number format of the working weights. Masters and optimizer state are always fp32."""
@@ -34,7 +37,7 @@ class ModelConfig:
     """Runs Python that comes with the model. Off unless you have read that code."""
 
     def __post_init__(self) -> None:
-        if self.revision is not None and not self.path.startswith("hf://"):
+        if self.revision is not None and not self.path.startswith(HUB_PREFIX):
             raise ConfigError(
                 "model.revision",
                 f"'{self.revision}' with the local path '{self.path}'",

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -208,9 +207,6 @@ class CheckpointReader:
         """Bytes of each generator's state on one rank, by name."""
         file = self._open(rank_file(rank))
         return {key.removeprefix("rng:"): file.get_tensor(key) for key in file.keys() if key.startswith("rng:")}  # noqa: SIM118
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.params)
 
     def _open(self, file: str) -> Any:
         if file not in self._open_files:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from configs.schema.model import HUB_PREFIX
 from train.export.merged import copy_along
 from train.export.tensors import Planned, stored_tensors, write_file
 from train.export.trained import LoraPair, Trained
@@ -48,14 +49,14 @@ def peft_config(trained: Trained, pairs: Mapping[str, LoraPair]) -> Any:
     from peft import LoraConfig
 
     path, lora = trained.cfg.model.path, trained.lora
-    from_hub = path.startswith("hf://")
+    from_hub = path.startswith(HUB_PREFIX)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=target_modules(pairs, stored_tensors(trained.base_dir)),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=path.removeprefix("hf://") if from_hub else trained.record.model_dir,
+        base_model_name_or_path=path.removeprefix(HUB_PREFIX) if from_hub else trained.record.model_dir,
         revision=trained.cfg.model.revision,
     )
 

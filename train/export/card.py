@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from configs.schema.model import HUB_PREFIX
 from train.export.trained import Trained
 
 
@@ -32,9 +33,9 @@ def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:
 
 def _facts(trained: Trained, folder: Path, adapter: bool) -> dict[str, Any]:
     cfg, record, summary = trained.cfg, trained.record, _summary(trained)
-    from_hub = cfg.model.path.startswith("hf://")
+    from_hub = cfg.model.path.startswith(HUB_PREFIX)
     # A folder by its name only: a card is made to be published, the path is in provenance.json.
-    base = cfg.model.path.removeprefix("hf://") if from_hub else Path(cfg.model.path).name
+    base = cfg.model.path.removeprefix(HUB_PREFIX) if from_hub else Path(cfg.model.path).name
     return {
         "adapter": adapter,
         "lora": trained.is_lora,

