@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig
+from configs.schema.clean import CleanConfig, DedupConfig, HereConfig, LocalConfig, RayConfig, SlurmConfig
+from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig, MixDatasetConfig
 from configs.schema.device import DeviceConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
@@ -31,8 +32,20 @@ ROOTS: dict[str, type[Any]] = {
 # group -> schema name, as an option's YAML file lists it under `defaults:` -> dataclass
 SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "model": {"model_schema": ModelConfig},
-    "dataset": {"files_schema": FilesDatasetConfig, "licenses_schema": LicensesDatasetConfig},
+    "dataset": {
+        "files_schema": FilesDatasetConfig,
+        "licenses_schema": LicensesDatasetConfig,
+        "mix_schema": MixDatasetConfig,
+    },
     "template": {"template_schema": TemplateConfig},
+    "clean": {"clean_schema": CleanConfig},
+    "dedup": {"dedup_schema": DedupConfig},
+    "executor": {
+        "here_schema": HereConfig,
+        "local_schema": LocalConfig,
+        "slurm_schema": SlurmConfig,
+        "ray_schema": RayConfig,
+    },
     "tuning": {"lora_schema": LoraConfig, "full_schema": FullConfig},
     "objective": {"causal_lm_schema": CausalLMConfig},
     "optim": {"adamw_schema": AdamWConfig, "sgd_schema": SGDConfig},

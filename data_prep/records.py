@@ -50,12 +50,32 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant turn calls."""
+
+    name: str
+    arguments: Any
+    """JSON value; an object but in broken exports, which is for the template to judge."""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `train` marks what the model shall learn to say; only assistant turns may carry it."""
 
     role: str
     content: str
     train: bool = False
+    reasoning: str = ""
+    """What the assistant thought before its content, without markers."""
+    calls: tuple[ToolCall, ...] = ()
+    """Functions that an assistant turn calls after its content, which may then be empty."""
+    name: str | None = None
+    """Of the function whose answer a tool turn is."""
+    call_id: str | None = None
+    """`ToolCall.id` that a tool turn answers."""
+    images: tuple[str, ...] = ()
+    """References to images, as the record gives them; where they stand in `content` is marked by ``<image>``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,8 @@ class Record:
 
     origin: Origin
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the functions that may be called, in OpenAI's form."""
 
     @property
     def id(self) -> str:
@@ -77,6 +99,34 @@ class TextRecord:
 
     origin: Origin
     text: str
+
+    @property
+    def id(self) -> str:
+        """``file:line``, unique within a data set."""
+        return str(self.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two conversations that differ in their last answers only, which alone are learned."""
+
+    origin: Origin
+    chosen: Record
+    rejected: Record
+
+    @property
+    def id(self) -> str:
+        """``file:line``, unique within a data set."""
+        return str(self.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A conversation whose last answer, which alone is learned, was liked or not (KTO)."""
+
+    origin: Origin
+    record: Record
+    liked: bool
 
     @property
     def id(self) -> str:
@@ -99,7 +149,7 @@ class Reject:
         return f"{self.origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-AnyRecord = Record | TextRecord
+AnyRecord = Record | TextRecord | Pair | Vote
 
 
 def content_json(record: AnyRecord) -> str:

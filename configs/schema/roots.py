@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from configs.errors import ConfigError, not_empty
+from configs.schema.clean import CleanConfig, DedupConfig, ExecutorConfig
 from configs.schema.dataset import DatasetConfig
 from configs.schema.device import DeviceConfig
 from configs.schema.model import ModelConfig
@@ -28,6 +29,18 @@ class Packing(Enum):
     """Rows padded to the longest of their micro-batch."""
 
 
+class TooLong(Enum):
+    """What becomes of a sample of more than `max_length` tokens; the manifest counts it in any case."""
+
+    reject = "reject"
+    truncate_right = "truncate_right"
+    """The end is cut off. What is left of a cut answer is learned; its end token is gone."""
+    truncate_left = "truncate_left"
+    """The beginning is cut off, but for a begin token. An answer that loses its beginning is not learned."""
+    chunk = "chunk"
+    """Plain text is cut into pieces, each token learned once; conversations are rejected."""
+
+
 @dataclass
 class PrepConfig:
     """`crosstune prep`: raw records -> prepared data."""
@@ -38,7 +51,10 @@ class PrepConfig:
     cache_dir: str = "~/.cache/crosstune"
     """Where converted models and prepared data are kept."""
     max_length: int = 1024
-    """Tokens; a longer sample is rejected, and the manifest counts it."""
+    """Tokens of the longest sample."""
+    too_long: TooLong = TooLong.reject
+    workers: int = 0
+    """Processes that prepare data; 0: one per core, and none beside our own for little data. The result is the same."""
     out: str | None = None
     """prep: folder of the prepared data (null: in cache_dir, by content). export: folder of the export."""
     overwrite: bool = False
@@ -46,8 +62,13 @@ class PrepConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError("workers", str(self.workers), allowed="0 (one per core) or more")
         not_empty("cache_dir", self.cache_dir)
         not_empty("out", self.out)
         if not 0 <= self.seed < 2**62:

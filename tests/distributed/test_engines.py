@@ -88,7 +88,7 @@ def ran(tmp_path_factory):
 
 def weights(out: Path, name: str, step: int) -> dict[str, torch.Tensor]:
     with CheckpointReader(out / name / f"step-{step:08d}") as reader:
-        return {parameter: reader.read(parameter) for parameter in reader}
+        return {parameter: reader.read(parameter) for parameter in reader.params}
 
 
 def initial(lora: bool) -> dict[str, torch.Tensor]:
