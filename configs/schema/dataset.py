@@ -203,6 +203,7 @@ def _source(name: str, values: dict[str, Any]) -> SourceConfig:
         ConfigError: an unknown key, or a value that does not fit.
     """
     place = f"dataset.sources.{name}"
+    values = {str(key): value for key, value in values.items()}
     known = [f.name for f in fields(SourceConfig) if not f.name.startswith("_") and f.name != "max_rejects"]
     for key in values:
         if key not in known:
@@ -211,11 +212,11 @@ def _source(name: str, values: dict[str, Any]) -> SourceConfig:
                 f"{place}.{key}", "unknown key", allowed=", ".join(known), remedy=near and f"did you mean {near}?"
             )
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(SourceConfig), {**values, "name": name})
+        typed = OmegaConf.merge(OmegaConf.structured(SourceConfig), dict(values, name=name))
         if OmegaConf.is_missing(typed, "path"):
             raise ConfigError(f"{place}.path", "is not given", remedy=f"dataset.sources.{name}.path=FILE")
-        found = {str(k): OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in typed.items()}
-        return SourceConfig(**found)
+        source: SourceConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
+        return source
     except ConfigError as fault:
         raise _moved(fault, place) from None
     except OmegaConfBaseException as error:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from configs.compose import amend, build, compose, load_resolved, save_resolved
 from configs.errors import ConfigError, CrosstuneError, ErrorGroup
 from configs.groups import CONFIG_ROOT, groups_of, options_of, register_schemas
+from configs.schema.dataset import SourceConfig
 from configs.schema.optim import SGDConfig
 from configs.schema.roots import Packing, PrepConfig, RunConfig
 from configs.schema.sharding import ZeroConfig
@@ -49,8 +50,14 @@ def faults_of(command: str, *overrides: str, config_dir: Path | None = None) -> 
 
 def needed(command: str, group: str, option: str) -> list[str]:
     """What has to be set besides the option, which may itself lack no dataset.path."""
-    brings = {"licenses": "dataset.path", "smollm2_135m": "model.path"}.get(option)
+    brings = {"licenses": "dataset.path", "mix": "dataset.path", "smollm2_135m": "model.path"}.get(option)
     given = [text for text in BASE[command] if text.partition("=")[0] != brings and group != "experiment"]
+    given += {
+        ("dataset", "mix"): ["+dataset.sources.a={path: a.jsonl}"],
+        ("executor", "local"): ["executor.work_dir=/w"],
+        ("executor", "ray"): ["executor.work_dir=/w"],
+        ("executor", "slurm"): ["executor.work_dir=/w", "executor.partition=p"],
+    }.get((group, option), [])
     return [*given, "model.path=/m"] if (command, option) == ("eval", "custom") else given
 
 
@@ -74,6 +81,34 @@ def test_the_shortest_train_command_has_the_documented_defaults():
         "train.engine.plain.PlainEngine",
         "train.devices.auto.AutoDevice",
     ]
+
+
+def test_the_sources_of_a_mixture_are_typed_and_every_fault_names_its_source():
+    given = ["model.path=/m", "dataset=mix"]
+    cfg = compose(
+        "prep",
+        [
+            *given,
+            "dataset.sources={b: {path: b.csv, columns: {prompt: q}}, a: {path: a.jsonl}}",
+            "dataset.sources.a.weight=3",
+        ],
+    )
+    sources = cfg.dataset.source_configs()
+    assert [(name, type(s), s.path, s.weight) for name, s in sources.items()] == [
+        ("b", SourceConfig, "b.csv", 1.0),
+        ("a", SourceConfig, "a.jsonl", 3.0),
+    ]
+    assert sources["b"].columns == {"prompt": "q"} and sources["a"].name == "a"
+    for text, where in {
+        "{a: {pth: x}}": "dataset.sources.a.pth",
+        "{a: {weight: 2}}": "dataset.sources.a.path",
+        "{a: {path: x, weight: many}}": "dataset.sources.a.weight",
+        "{a: {path: x, weight: 0}}": "dataset.sources.a.weight",
+        "{a: {path: x, validation_fraction: 2}}": "dataset.sources.a.validation_fraction",
+        "{a: x.jsonl}": "dataset.sources.a",
+        "{}": "dataset.sources",
+    }.items():
+        assert [f.where for f in faults_of("prep", *given, f"dataset.sources={text}")] == [where], text
 
 
 def test_an_experiment_serves_the_smaller_commands_and_the_command_line_wins():
