@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,24 @@ class Source:
     """Of the content."""
     rows: int = 0
     """Rows read so far, rejects included."""
+    name: str = ""
+    """Of the mixture's source, or of the data set."""
+    bytes: int = 0
+    """Size as stored."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first rows of a source, read but neither cleaned nor rendered."""
+
+    source: Source
+    split: str | None
+    """Split that all its rows are for; None: each row's is decided by the row."""
+    recognised: str
+    """What it is read as and why, e.g. ``alpaca (columns 'instruction' and 'output')``."""
+    items: list[AnyRecord | Reject]
+    bytes_read: int
+    """Bytes of the source that `items` take; with `Source.bytes` it tells about how many rows there are."""
 
 
 class Dataset(ABC):
@@ -58,6 +77,16 @@ class Dataset(ABC):
         Raises:
             DataError: a source cannot be read at all.
         """
+
+    def preview(self, rows: int) -> list[Preview]:
+        """The first `rows` rows of each source, without reading more than these need.
+
+        Raises:
+            DataError: a source cannot be read, or what it holds cannot be told.
+        """
+        items = [row for _, row in itertools.islice(self.rows(), rows)]
+        (source,) = self.sources()
+        return [Preview(source, None, self.name, items, source.bytes * len(items) // max(1, source.rows))]
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
