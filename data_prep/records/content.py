@@ -47,21 +47,30 @@ def texts_of(record: AnyRecord) -> list[str]:
     return [text for message in _messages(record) for text in _said(message)]
 
 
-def with_texts(record: AnyRecord, change: Callable[[str], str]) -> AnyRecord:
-    """The record with every text of `texts_of` changed; `change` is asked once for each, in the same order.
+def with_texts(
+    record: AnyRecord, change: Callable[[str], str], change_argument: Callable[[str], str] | None = None
+) -> AnyRecord:
+    """The record with every text of `texts_of` changed, each once, in the same order.
+
+    Args:
+        record: any record.
+        change: the new text for a text.
+        change_argument: the same for texts in the arguments of calls, which may be data to the letter (code, a path)
+            rather than prose; None: `change`.
 
     Raises:
         RowFault: what is left is no record: an empty turn or text, or a pair of equals.
     """
+    changes = (change, change_argument or change)
     if isinstance(record, TextRecord):
         return plain_text(record.origin, change(record.text))
     if isinstance(record, Record):
-        return replace(record, messages=_changed(record.messages, change))
+        return replace(record, messages=_changed(record.messages, changes))
     if isinstance(record, Vote):
-        return replace(record, record=replace(record.record, messages=_changed(record.record.messages, change)))
-    shared = _changed(record.chosen.messages[: record.shared], change)
+        return replace(record, record=replace(record.record, messages=_changed(record.record.messages, changes)))
+    shared = _changed(record.chosen.messages[: record.shared], changes)
     chosen, rejected = (
-        replace(side, messages=shared + _changed(side.messages[len(shared) :], change, len(shared) + 1))
+        replace(side, messages=shared + _changed(side.messages[len(shared) :], changes, len(shared) + 1))
         for side in (record.chosen, record.rejected)
     )
     return pair(record.origin, chosen, rejected)
@@ -129,12 +138,15 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(inner)
 
 
-def _changed(messages: Iterable[Message], change: Callable[[str], str], first: int = 1) -> tuple[Message, ...]:
+def _changed(
+    messages: Iterable[Message], changes: tuple[Callable[[str], str], Callable[[str], str]], first: int = 1
+) -> tuple[Message, ...]:
+    change, change_argument = changes
     changed = []
     for number, message in enumerate(messages, start=first):
         reasoning = change(message.reasoning) if message.reasoning else ""
         content = change(message.content)
-        calls = tuple(replace(c, arguments=_changed_leaves(c.arguments, change)) for c in message.calls)
+        calls = tuple(replace(c, arguments=_changed_leaves(c.arguments, change_argument)) for c in message.calls)
         changed.append(replace(message, reasoning=reasoning, content=content, calls=calls))
         refuse_empty(number, changed[-1])
     return tuple(changed)
