@@ -15,8 +15,8 @@ from itertools import pairwise
 import numpy as np
 
 _Placement = tuple[int, int, int, int]
-"""(length, room, rows, each): `rows` rows that have `room` tokens left take `each` samples of one length. Rows that have
-all their room are new."""
+"""(length, room, rows, each): `rows` rows that have `room` tokens left take `each` samples of one length. Rows with all
+their room are new."""
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[tuple[int, ...]]:
