@@ -26,6 +26,7 @@ class Wanted:
     n: int = 5
     """Samples; with `rejects`, rows of each reason."""
     split: str = "train"
+    """Split whose samples are shown."""
     id: str | None = None
     """``FILE:LINE``: what became of this row, in place of samples."""
     rejects: bool = False

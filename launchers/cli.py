@@ -26,6 +26,7 @@ COMPOSED = {
 }
 """Commands with a config of their own."""
 WITH_PATH = {
+    "prep inspect": "samples of prepared data, what is learned in colour: crosstune prep inspect PATH",
     "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
     "report": "where an export came from, or a run's report.html anew: crosstune report PATH",
 }
@@ -45,6 +46,7 @@ commands:
 
   crosstune run experiment=licenses                                      the demo
   crosstune run model.path=/models/m dataset.path=data.jsonl dataset.test_fraction=0.1
+  crosstune prep --dry-run model.path=/models/m dataset.path=data.jsonl  what would come of these records
   crosstune COMMAND --help                                               its groups, options and keys
 
 options of every command:
@@ -62,10 +64,12 @@ class Request:
 
     command: str = ""
     words: list[str] = field(default_factory=list)
-    """Overrides; for `resume` and `report` the path comes first."""
+    """Overrides; for the commands `WITH_PATH` the path comes first."""
     help: bool = False
     json: bool = False
     cfg: bool = False
+    dry_run: bool = False
+    """Of `prep`."""
     resume: bool = False
     """Set for workers that go on from a checkpoint."""
     config_dir: Path | None = None
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if request.json and result is not None:
             _print_json(result, out)
         sys.stdout.flush()
-        return EXIT_DONE
+        return EXIT_DONE if result is None else int(result.get("exit_code", EXIT_DONE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -107,20 +111,26 @@ def parse(arguments: Sequence[str]) -> Request:
             request.help = True
         elif word == "--json":
             request.json = True
+        elif word == "--dry-run":
+            request.dry_run = True
         elif word == "--resume":
             request.resume = True
         elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved"):
             _set_option(request, word, rest)
         elif word.startswith("-"):
-            options = ("--help", "--cfg", "--config-dir", "--resolved", "--json")
+            options = ("--help", "--cfg", "--config-dir", "--resolved", "--json", "--dry-run")
             meant = nearest(word, options)
             raise ConfigError(
                 word, "unknown option", allowed=", ".join(options), remedy=meant and f"did you mean {meant}?"
             )
         elif not request.command:
             request.command = _command(word)
+        elif (request.command, word) == ("prep", "inspect") and not request.words:
+            request.command = "prep inspect"
         else:
             request.words.append(word)
+    if request.dry_run and request.command != "prep":
+        raise ConfigError("--dry-run", "an option of `crosstune prep` alone", remedy="crosstune prep --dry-run ...")
     if not request.command and not request.help:
         raise ConfigError("crosstune", "no command", allowed=", ".join(COMMANDS))
     return request
@@ -161,6 +171,10 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         _print_config(cfg)
         return None
     _prepare_process(cfg)
+    if request.dry_run:
+        from launchers.look import dry_run
+
+        return dry_run(cfg)
     from launchers import steps
     from launchers.failure import ERROR_DIR
     from launchers.torchrun import join_terminal
@@ -182,14 +196,19 @@ def _with_path(request: Request) -> dict[str, Any] | None:
     if not request.words:
         raise ConfigError(f"crosstune {request.command}", "needs a folder", remedy=WITH_PATH[request.command])
     path, overrides = Path(request.words[0]).expanduser(), request.words[1:]
+    if request.command != "resume":
+        if request.cfg:
+            raise ConfigError("--cfg", f"`crosstune {request.command}` has no config", remedy="leave it out")
+        _prepare_process(None)
+    if request.command == "prep inspect":
+        from launchers.look import inspect
+
+        return inspect(path, overrides)
     from launchers import steps
 
     if request.command == "report":
         if overrides:
             raise ConfigError(overrides[0], "`crosstune report` takes one path")
-        if request.cfg:
-            raise ConfigError("--cfg", "`crosstune report` has no config", remedy="leave it out")
-        _prepare_process(None)
         return steps.report(path)
     if request.resolved is not None:
         raise ConfigError("--resolved", "a run is resumed with its own resolved.yaml", remedy="leave it out")

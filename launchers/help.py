@@ -42,18 +42,35 @@ def command_help(command: str, about: str, config_dir: Path | None) -> str:
     lines += [line for key in keys if key[0] in TYPED_MOST for line in _key_lines(*key)]
     lines += ["", "all other keys:"]
     lines += [line for key in keys if key[0] not in TYPED_MOST for line in _key_lines(*key)]
+    if command == "prep":
+        lines += [
+            "",
+            "crosstune prep --dry-run ... reads 100 rows of each source, writes nothing and says what would happen.",
+        ]
+        lines += ["crosstune prep inspect PATH shows samples of prepared data with what is learned."]
     lines += ["", f"crosstune {command} ... --cfg job prints the values that would be used."]
     return "\n".join(lines)
 
 
 def path_command_help(command: str, about: str) -> str:
-    """The help text of `resume` and `report`."""
+    """The help text of a command that works on a folder."""
     text = f"crosstune {command}: {about}"
     if command == "resume":
         from launchers.steps import MAY_CHANGE_ON_RESUME
 
         text += "\n\nmay be changed on the way, as key=value or group=option:\n  " + ", ".join(MAY_CHANGE_ON_RESUME)
+    if command == "prep inspect":
+        text += "\n\nkeys:\n" + "\n".join(_inspect_lines())
     return text
+
+
+def _inspect_lines() -> Iterator[str]:
+    from data_prep.inspect import Wanted
+    from launchers.look import INSPECT_KEYS
+
+    docs, schema = field_docs(Wanted), {f.name: f for f in fields(Wanted)}
+    for key, name in INSPECT_KEYS.items():
+        yield from _key_lines(key, _value(schema[name], schema[name].type), docs[name])
 
 
 def _keys(command: str) -> Iterator[tuple[str, str, str]]:
