@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
 
 from train.loop import Hook, Record
+from train.observe.display import Display, clock_time
 
-PLAIN_EVERY_SECONDS = 5.0
 WINDOW_STEPS = 20
 """Speed and time left are means over so many steps: single steps differ widely in length."""
 
@@ -34,50 +32,37 @@ class Progress(Hook):
         self.console = console or Console(stderr=True)
         self.stage, self._clock = stage, clock
         self._times: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS + 1)
-        self._total = 0
-        self._last_plain = float("-inf")
+        self._first = self._total = 0
         self._validation = ""
-        self._bar: RichProgress | None = None
-        self._task = TaskID(0)
+        self._display: Display | None = None
 
     def on_start(self, first_step: int, total_steps: int) -> None:
         """Opens the display."""
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
         self._times.append((self._clock(), 0))
+        self._display = Display(self.stage, total_steps, completed=first_step, console=self.console, clock=self._clock)
         if first_step:
-            self.console.print(f"{self.stage}: going on after step {first_step} of {total_steps}", highlight=False)
-        if self.console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
-                console=self.console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(self.stage, total=total_steps, completed=first_step, line="starting")
-            self._bar.start()
+            self._display.say(f"going on after step {first_step} of {total_steps}")
 
     def on_step(self, record: Record) -> None:
         """Brings the display up to date."""
-        now = self._clock()
-        self._times.append((now, int(record["tokens"])))
+        assert self._display is not None
+        self._times.append((self._clock(), int(record["tokens"])))
         step = int(record["step"])
         if "validation_loss" in record:
             self._validation = f"  validation {record['validation_loss']:.4f}"
-            self._say(f"{self.stage}: step {step}{self._validation}")
-        line = self.line(record)
-        if self._bar:
-            self._bar.update(self._task, completed=step, line=line)
-        elif now - self._last_plain >= PLAIN_EVERY_SECONDS or step == self._total:
-            self._last_plain = now
-            self._say(f"{self.stage}: {line}")
+            self._display.say(f"step {step}{self._validation}")
+        self._display.show(step, self.line(record), always=step in (self._first + 1, self._total))
 
     def on_checkpoint(self, path: Path) -> None:
         """Says where the checkpoint is."""
-        self._say(f"{self.stage}: checkpoint {path}")
+        assert self._display is not None
+        self._display.say(f"checkpoint {path}")
 
     def on_end(self) -> None:
         """Closes the display."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        if self._display:
+            self._display.close()
 
     def line(self, record: Record) -> str:
         """All figures of a step in one line."""
@@ -88,17 +73,8 @@ class Progress(Hook):
         speed = tokens / seconds if seconds > 0 else float(record["tokens_per_second"])
         return (
             f"step {step}/{self._total}  loss {record['loss']:.4f}{self._validation}  {speed:,.0f} tok/s"
-            f"  {record['peak_gib']:.1f} GiB  ETA {_clock_time(left)}"
+            f"  {record['peak_gib']:.1f} GiB  ETA {clock_time(left)}"
         )
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
@@ -108,17 +84,10 @@ def counter(title: str, total: int, console: Console | None = None) -> Iterator[
     Yields:
         A function to call with (done, total).
     """
-    console = console or Console(stderr=True)
-    started = last = time.monotonic()
-    with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
+    started = time.monotonic()
+    with Display(title, total, console=console) as display:
 
         def show(done: int, of: int) -> None:
-            nonlocal last
-            bar.update(task, completed=done)
-            now = time.monotonic()
-            if not console.is_terminal and (now - last >= PLAIN_EVERY_SECONDS or done == of):
-                last = now
-                console.print(f"{title}: {done}/{of}  {now - started:.0f} s", highlight=False, markup=False)
+            display.show(done, f"{done}/{of}  {time.monotonic() - started:.0f} s", always=done == of)
 
         yield show
