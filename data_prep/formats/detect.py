@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.errors import ConfigError, DataError, nearest
-from configs.schema.dataset import RecordFormat
+from configs.schema.dataset import Learn, Preference, RecordFormat
 from data_prep.formats import FORMATS, Format
-from data_prep.formats.base import has_turns
+from data_prep.formats.base import TURN_KEYS, ConversationFormat
+from data_prep.formats.turns import SHAREGPT, Keys, has_turns
+from data_prep.records import ROLES
 
 SAMPLE_ROWS = 20
 """Rows of a file that are looked at before it is read."""
+
+_OTHER_NAMES = {"images": "image", "label": "kto_tag"}
+"""Column of ours -> a name that means nothing else beside a conversation."""
 
 
 def choose(
@@ -20,6 +25,10 @@ def choose(
     wanted: RecordFormat,
     columns: Mapping[str, str],
     system: str | None,
+    *,
+    roles: Mapping[str, str] | None = None,
+    preference: Preference = Preference.pairs,
+    learn: Learn = Learn.all,
 ) -> tuple[Format, str]:
     """The format that reads a file, and why it was chosen.
 
@@ -29,26 +38,39 @@ def choose(
         wanted: the configured format.
         columns: the configured mapping, our name -> theirs.
         system: system turn for rows that have none.
+        roles: the configured mapping, their name of a role -> ours.
+        preference: what becomes of preference pairs.
+        learn: which assistant turns are learned.
 
     Raises:
-        ConfigError: `columns` names a column of ours that does not exist.
+        ConfigError: `columns` names a column of ours that does not exist, or `roles` a role.
         DataError: the format cannot be told, or the file lacks a column.
     """
     found = list(dict.fromkeys(str(key) for row in samples for key in row))
     _check_mapping(columns, wanted)
+    _check_roles(roles or {})
+    view = _view(samples, columns)
+    aliases = _aliases(view, columns)
     if wanted is RecordFormat.auto:
-        name, aliases, why = _recognise(path, samples, found, columns)
-        columns = {**aliases, **columns}
+        name, why = _recognise(path, view | {ours: view[other] for ours, other in aliases.items()}, found, columns)
     else:
         name, why = wanted.value, f"dataset.format={wanted.value}"
-    chosen = FORMATS[name](columns, system)
+    kind = FORMATS[name]
+    columns = {o: columns.get(other, other) for o, other in aliases.items() if o in _columns_of(kind)} | dict(columns)
+    chosen = kind(columns, system, roles=roles, preference=preference, learn=learn)
     _check_columns(path, found, chosen)
-    return chosen, f"{name} ({why})"
+    unread = [column for column in found if column not in chosen.reads]
+    return chosen, f"{name} ({why})" + (f"; not read: {', '.join(unread)}" if unread else "")
+
+
+def _columns_of(kind: type[Format]) -> tuple[str, ...]:
+    return (*kind.required, *kind.optional)
 
 
 def _check_mapping(columns: Mapping[str, str], wanted: RecordFormat) -> None:
     formats = list(FORMATS.values()) if wanted is RecordFormat.auto else [FORMATS[wanted.value]]
-    known = list(dict.fromkeys(c for f in formats for c in (*f.required, *f.optional)))
+    known = list(dict.fromkeys(c for f in formats for c in _columns_of(f)))
+    known += TURN_KEYS if any(issubclass(f, ConversationFormat) for f in formats) else ()
     for ours in columns:
         if ours not in known:
             near = nearest(ours, known)
@@ -60,10 +82,21 @@ def _check_mapping(columns: Mapping[str, str], wanted: RecordFormat) -> None:
             )
 
 
+def _check_roles(roles: Mapping[str, str]) -> None:
+    for theirs, ours in roles.items():
+        if ours not in ROLES:
+            raise ConfigError(
+                f"dataset.roles.{theirs}",
+                f"no such role: '{ours}'",
+                allowed=", ".join(ROLES),
+                remedy="write their name first, then ours: dataset.roles={Kunde: user}",
+            )
+
+
 def _check_columns(path: str, found: list[str], chosen: Format) -> None:
     needed = {ours: chosen.theirs(ours) for ours in chosen.required} | chosen.columns
     for ours, theirs in needed.items():
-        if theirs in found:
+        if theirs in found or ours in TURN_KEYS:
             continue
         near = nearest(theirs, found)
         shown = f"'{theirs}'" + (f" (our '{ours}')" if ours != theirs else "")
@@ -75,27 +108,27 @@ def _check_columns(path: str, found: list[str], chosen: Format) -> None:
         )
 
 
-def _recognise(
-    path: str, samples: Sequence[Mapping[str, Any]], found: list[str], columns: Mapping[str, str]
-) -> tuple[str, dict[str, str], str]:
-    """(format, column aliases, why)."""
-    view: dict[str, Any] = {}
+def _view(samples: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Column -> the first value of it that is not null, mapped ones under our name only."""
+    values: dict[str, Any] = {}
     for row in samples:
         for key, value in row.items():
-            if view.get(key) is None:
-                view[str(key)] = value
-    view |= {ours: view[theirs] for ours, theirs in columns.items() if theirs in view}
-    aliases = _aliases(view)
-    view |= {ours: view[theirs] for ours, theirs in aliases.items()}
-    reasons = {name: why for name, f in FORMATS.items() if (why := f.recognise(view))}
-    if len(reasons) > 1:
-        reasons.pop("text", None)
-    if {"chosen", "rejected"} <= view.keys():
-        reasons = {"preference pairs, which are not read yet": "columns 'chosen' and 'rejected'", **reasons}
+            if values.get(key) is None:
+                values[str(key)] = value
+    mapped = {ours: theirs for ours, theirs in columns.items() if theirs in values and ours not in TURN_KEYS}
+    own = {key: value for key, value in values.items() if key not in mapped.values()}
+    return own | {ours: values[theirs] for ours, theirs in mapped.items()}
+
+
+def _recognise(path: str, view: Mapping[str, Any], found: list[str], columns: Mapping[str, str]) -> tuple[str, str]:
+    """(format, why)."""
+    keys = _keys(columns)
+    reasons = {name: why for name, kind in FORMATS.items() if (why := kind.recognise(view, keys))}
+    ranks = {name: FORMATS[name].rank(view) for name in reasons}
+    reasons = {name: why for name, why in reasons.items() if ranks[name] == max(ranks.values())}
     if len(reasons) == 1:
         (name, why), *_ = reasons.items()
-        if name in FORMATS:
-            return name, aliases, why
+        return name, why
     if reasons:
         candidates = "could be: " + "; ".join(f"{name} ({why})" for name, why in reasons.items())
     else:
@@ -108,10 +141,15 @@ def _recognise(
     )
 
 
-def _aliases(view: Mapping[str, Any]) -> dict[str, str]:
-    """Turns of one shape under the other shape's column name are common in exports."""
-    if "messages" not in view and has_turns(view.get("conversations"), ("role", "content")):
-        return {"messages": "conversations"}
-    if "conversations" not in view and has_turns(view.get("messages"), ("from", "value")):
-        return {"conversations": "messages"}
-    return {}
+def _keys(columns: Mapping[str, str]) -> Keys:
+    return columns.get("role", "role"), columns.get("content", "content")
+
+
+def _aliases(view: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Ours -> the name in `view` that stands for it in common exports, where the values leave no doubt."""
+    found = {ours: other for ours, other in _OTHER_NAMES.items() if ours not in view and other in view}
+    for ours, keys in (("messages", _keys(columns)), ("conversations", SHAREGPT)):
+        for other in ("messages", "conversations", "conversation"):
+            if ours not in view and has_turns(view.get(other), keys):
+                found.setdefault(ours, other)
+    return found

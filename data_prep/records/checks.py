@@ -116,6 +116,7 @@ def conversation(
         elif role == "tool" and message.call_id and call_ids and message.call_id not in call_ids:
             raise RowFault("a tool's answer to no call", f"turn {number}: {shown(message.call_id)}")
         refuse_empty(number, message)
+        assert not message.train or role == "assistant"
         previous = role
     if previous != "assistant":
         raise RowFault("no answer at the end", f"the last turn is {previous}'s")
@@ -130,7 +131,7 @@ def refuse_empty(number: int, message: Message) -> None:
     Raises:
         RowFault: user or assistant turn `number` is empty.
     """
-    if message.calls or message.role not in ("user", "assistant") or message.content.strip():
+    if message.content.strip() or message.calls or message.role not in ("user", "assistant"):
         return
     thought = ", has reasoning only" if message.reasoning else ""
     raise RowFault(f"empty {message.role} turn", f"turn {number}{thought}")
@@ -163,11 +164,10 @@ def as_context(messages: Iterable[Message]) -> list[Message]:
 
 
 def _something_learned(messages: Sequence[Message]) -> tuple[Message, ...]:
-    learned = [m for m in messages if m.train]
-    if not learned:
-        raise RowFault("no turn to learn from", "every assistant turn is marked as not trained")
-    assert all(m.role == "assistant" for m in learned)
-    return tuple(messages)
+    for message in messages:
+        if message.train:
+            return tuple(messages)
+    raise RowFault("no turn to learn from", "every assistant turn is marked as not trained")
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
