@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from data_prep.records import RowFault, ToolCall, kind_of, optional_text, shown, text_of, unique_keys
+from data_prep.records import RowFault, ToolCall, kind_of, optional_text, shown, strict_json, text_of
 
 MAX_DEPTH = 64
 """Nesting of a schema or of arguments that is still read; nobody means more."""
@@ -21,7 +21,7 @@ def tools_text(tools: Iterable[dict[str, Any]]) -> str:
 
 
 def tools_of(value: Any, column: str) -> tuple[dict[str, Any], ...]:
-    """The functions in a column: one or a list, bare or in ``{"type": "function", "function": ...}``, or JSON text of it.
+    """The functions in a column: one or a list, bare or in ``{"type": "function", "function": ...}``, or JSON text.
 
     Raises:
         RowFault: it is something else.
@@ -37,7 +37,7 @@ def tools_of(value: Any, column: str) -> tuple[dict[str, Any], ...]:
     for number, tool in enumerate(value if isinstance(value, list) else [value], start=1):
         what = f"{column}, function {number}"
         tool = _decoded(tool, what, "tools are not JSON")
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        function = tool.get("function", _without_type(tool)) if isinstance(tool, dict) else tool
         if not isinstance(function, dict) or tool.get("type", "function") not in ("function", None):
             raise RowFault("tools are not a list of functions", what)
         if not text_of(function.get("name"), f"name of {what}").strip():
@@ -59,6 +59,10 @@ def calls_of(value: Any, what: str) -> tuple[ToolCall, ...]:
         return ()
     calls = value if isinstance(value, list) else [value]
     return tuple(_call(call, what) for call in calls)
+
+
+def _without_type(tool: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tool.items() if key != "type"} if "type" in tool else tool
 
 
 def _call(call: Any, what: str) -> ToolCall:
@@ -84,7 +88,7 @@ def _decoded(value: Any, what: str, reason: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value, object_pairs_hook=unique_keys)
+        return strict_json(value)
     except (ValueError, RecursionError) as error:
         raise RowFault(reason, f"{what}: {error}") from None
 

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from configs.errors import ConfigError, DataError
-from configs.schema.dataset import RecordFormat
+from configs.schema.dataset import Learn, Preference, RecordFormat
 from data_prep.formats import FORMATS
 from data_prep.formats.detect import choose
-from data_prep.records import Origin, Record, RowFault, TextRecord
+from data_prep.formats.tools import tools_text
+from data_prep.records import AnyRecord, Message, Origin, Pair, Record, RowFault, TextRecord, ToolCall, Vote
 
 _HERE = Origin("rows.jsonl", 3)
 
 
-def _turns(name: str, row: dict[str, Any], system: str | None = None) -> list[tuple[str, str, bool]]:
-    record = FORMATS[name](system=system).read(row, _HERE)
+def _read(name: str, row: dict[str, Any], **settings: Any) -> AnyRecord:
+    return FORMATS[name](**settings).read(row, _HERE)
+
+
+def _record(name: str, row: dict[str, Any], **settings: Any) -> Record:
+    record = _read(name, row, **settings)
     assert isinstance(record, Record)
+    return record
+
+
+def _turns(name: str, row: dict[str, Any], **settings: Any) -> list[tuple[str, str, bool]]:
+    return _said(_record(name, row, **settings))
+
+
+def _said(record: Record) -> list[tuple[str, str, bool]]:
     return [(m.role, m.content, m.train) for m in record.messages]
+
+
+_TURN, _GPT = {"role": "user", "content": "q"}, {"from": "human", "value": "q"}
+
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def _call(arguments: str) -> dict[str, Any]:
+    return _assistant(None, tool_calls=[{"id": "x", "function": {"name": "f", "arguments": arguments}}])
 
 
 def test_messages() -> None:
@@ -40,27 +69,201 @@ def test_messages() -> None:
     ]
 
 
-def test_sharegpt_says_function_calls_and_shows_observations_and_tools() -> None:
+_WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+_OPENAI_TOOL = {"type": "function", "function": _WEATHER}
+
+
+def test_calls_in_openai_form() -> None:
+    calls = [
+        {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}},
+        {"id": "b", "type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}},
+    ]
+    row = {
+        "tools": [_OPENAI_TOOL],
+        "messages": [
+            _user("q"),
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "1", "tool_call_id": "b", "name": "weather"},
+            {"role": "tool", "content": "2", "tool_call_id": "a"},
+            {"role": "assistant", "content": "so", "function_call": {"name": "stop", "arguments": ""}},
+            {"role": "function", "content": "", "name": "stop"},
+            _assistant("done"),
+        ],
+    }
+    record = _record("messages", row)
+    assert record.tools == (_OPENAI_TOOL,)
+    assert record.messages[1:6] == (
+        Message(
+            "assistant",
+            "",
+            True,
+            calls=(ToolCall("weather", {"city": "Bonn"}, "a"), ToolCall("weather", {"city": "北京"}, "b")),
+        ),
+        Message("tool", "1", name="weather", call_id="b"),
+        Message("tool", "2", call_id="a"),
+        Message("assistant", "so", True, calls=(ToolCall("stop", {}),)),
+        Message("tool", "", name="stop"),
+    )
+
+
+@pytest.mark.parametrize("tools", [[_WEATHER], [_OPENAI_TOOL], _WEATHER, [{"type": "function", **_WEATHER}]])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_sharegpt_calls_observations_and_tools(tools: Any, as_text: bool) -> None:
     row = {
         "conversations": [
             {"from": "human", "value": "q"},
-            {"from": "function_call", "value": '{"name": "f"}'},
-            {"from": "observation", "value": "7"},
-            {"from": "gpt", "value": "seven"},
+            {"from": "gpt", "value": "I look."},
+            {"from": "function_call", "value": '[{"name": "f", "arguments": {"x": [1]}}, {"name": "g"}]'},
+            {"from": "function_call", "value": '<think>hm</think>{"name": "h", "arguments": "{}"}'},
         ],
-        "tools": '[{"name": "f"}]',
+        "tools": json.dumps(tools) if as_text else tools,
     }
-    system, *rest = _turns("sharegpt", row, system="Be kind.")
-    assert system[0] == "system"
-    assert system[1].startswith("Be kind.\n\n")
-    assert system[1].endswith('[{"name": "f"}]')
-    assert rest == [
-        ("user", "q", False),
-        ("assistant", '{"name": "f"}', True),
-        ("tool", "7", False),
-        ("assistant", "seven", True),
+    with pytest.raises(RowFault, match="its own reasoning"):  # which of the two turns thought it would be lost
+        _read("sharegpt", row)
+    row["conversations"][3:] = [
+        {"from": "function_call", "value": '{"name": "h", "arguments": "{}"}'},
+        {"from": "observation", "value": "7"},
+        {"from": "observation", "value": "8"},
+        {"from": "function_call", "value": '<think>hm</think>{"name": "h", "arguments": {}}'},
     ]
-    assert _turns("sharegpt", row | {"tools": "[]"})[0][0] == "user"
+    record = _record("sharegpt", row, system="Be kind.")
+    assert record.tools == (_OPENAI_TOOL,)
+    called = (ToolCall("f", {"x": [1]}), ToolCall("g", {}), ToolCall("h", {}))
+    assert record.messages == (
+        Message("system", "Be kind."),
+        Message("user", "q"),
+        Message("assistant", "I look.", True, calls=called),
+        Message("tool", "7"),
+        Message("tool", "8"),
+        Message("assistant", "", True, "hm", (ToolCall("h", {}),)),
+    )
+    assert json.dumps([_WEATHER]) in tools_text(record.tools)
+    assert _record("sharegpt", row | {"tools": "[]"}).tools == ()
+
+
+def test_reasoning_is_taken_apart() -> None:
+    for turn in (
+        _assistant("so", reasoning_content="hm"),
+        _assistant("so", thinking="hm\n", reasoning=None),
+        _assistant("<think>hm</think>so"),
+        _assistant("\n<think>\nhm\n</think>\n\nso", reasoning="hm"),
+    ):
+        answer = _record("messages", {"messages": [_user("<think> is a marker"), turn]}).messages[1]
+        assert (answer.reasoning, answer.content) == ("hm", "so")
+    for name, row in (
+        ("alpaca", {"instruction": "q", "output": "<think>hm</think>so"}),
+        ("prompt_completion", {"prompt": "q", "completion": "<think>hm</think>so"}),
+        ("sharegpt", {"conversations": [_GPT, {"from": "gpt", "value": "<think>hm</think>so"}]}),
+    ):
+        answer = _record(name, row).messages[-1]
+        assert (answer.reasoning, answer.content) == ("hm", "so")
+    nothing = _record("prompt_completion", {"prompt": "q", "completion": "<think>\n\n</think>\n\nso"}).messages[1]
+    assert (nothing.reasoning, nothing.content) == ("", "so")
+
+
+def test_learn_last_takes_the_mark_from_history_in_every_format() -> None:
+    chat = [_user("q"), _assistant("a"), _user("r"), _assistant("b")]
+    share = [{"from": n, "value": v} for n, v in (("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]
+    for name, row in (
+        ("messages", {"messages": chat}),
+        ("sharegpt", {"conversations": share}),
+        ("alpaca", {"instruction": "r", "output": "b", "history": [["q", "a"]]}),
+    ):
+        assert [t[2] for t in _turns(name, row)] == [False, True, False, True]
+        assert [t[2] for t in _turns(name, row, learn=Learn.last)] == [False, False, False, True]
+
+
+_SAID = [("user", "q", False), ("assistant", "a", False), ("user", "r", False)]
+_SHARE = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}]
+_CHAT = [_user("q"), _assistant("a"), _user("r")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": _CHAT, "chosen": "b", "rejected": "c"},
+        {"prompt": _CHAT, "chosen": [_assistant("b")], "rejected": [_assistant("c")]},
+        {"messages": _CHAT, "chosen": _assistant("b"), "rejected": _assistant("c")},
+        {
+            "conversations": _SHARE,
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
+        {"chosen": [*_CHAT, _assistant("b")], "rejected": [*_CHAT, _assistant("c")]},
+        {
+            "prompt": " q\n",
+            "chosen": [*_CHAT, _assistant("b")],
+            "rejected": [*_CHAT, _assistant("c")],
+            "messages": _CHAT,
+        },
+    ],
+)
+def test_preference_pairs(row: dict[str, Any]) -> None:
+    record = _read("preference", row)
+    assert isinstance(record, Pair)
+    assert _said(record.chosen) == [*_SAID, ("assistant", "b", True)]
+    assert _said(record.rejected) == [*_SAID, ("assistant", "c", True)]
+    assert (record.shared, record.origin, record.chosen.origin) == (3, _HERE, _HERE)
+    assert choose("f", [row], RecordFormat.auto, {}, None)[0].name == "preference"
+    row = row | {"rejected": None}
+    assert _turns("preference", row, preference=Preference.chosen) == [*_SAID, ("assistant", "b", True)]
+
+
+def test_all_that_the_assistant_says_after_a_shared_beginning_is_learned() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    chosen = [_user("q"), call, {"role": "tool", "content": "1"}, _assistant("b")]
+    row = {"chosen": chosen, "rejected": [_user("q"), _assistant("c", weight=1)]}
+    record = _read("preference", row)
+    assert isinstance(record, Pair)
+    assert [m.train for m in record.chosen.messages] == [False, True, False, True]
+    record = _read("preference", row, learn=Learn.last)
+    assert isinstance(record, Pair)
+    assert [m.train for m in record.chosen.messages] == [False, False, False, True]
+    alpaca = {"instruction": "q", "input": "i", "chosen": "b", "rejected": "c", "system": "s"}
+    record = _read("preference", alpaca)
+    assert isinstance(record, Pair)
+    assert [m.content for m in record.rejected.messages] == ["s", "q\ni", "c"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"messages": [*_CHAT, _assistant("b")]},
+        {"conversations": [*_SHARE, {"from": "gpt", "value": "b"}]},
+        {"prompt": _CHAT, "completion": [_assistant("b")]},
+        {"instruction": "r", "output": "b", "history": [["q", "a"]]},
+    ],
+)
+@pytest.mark.parametrize(("label", "liked"), [(True, True), ("false", False), ("True", True), (1, True), (0.0, False)])
+def test_votes(shape: dict[str, Any], label: Any, liked: bool) -> None:
+    record = _read("vote", shape | {"label": label})
+    assert isinstance(record, Vote)
+    assert record.liked is liked
+    assert _said(record.record) == [*_SAID, ("assistant", "b", True)]
+    if isinstance(label, bool | str):
+        assert choose("f", [shape | {"label": label}], RecordFormat.auto, {}, None)[0].name == "vote"
+
+
+def test_images_are_carried() -> None:
+    parts = [
+        {"type": "image_url", "image_url": {"url": "http://x/a.png"}},
+        {"type": "text", "text": "What is it, and "},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    row = {"messages": [_user(parts), _assistant("a cat"), _user("<image>?"), _assistant("none")]}
+    record = _record("messages", row | {"images": ["b.png", {"path": "c.png", "bytes": None}]})
+    assert record.messages[0] == Message("user", "<image>What is it, and <image>?", images=("http://x/a.png", "b.png"))
+    assert record.messages[2].images == ("c.png",)
+    for images in (["b.png"], ["b.png", "c.png", "d.png"], None):
+        with pytest.raises(RowFault, match="marks and images differ in number"):
+            _read("messages", row | {"images": images})
+    share = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    chosen, _ = choose("f", [{"conversations": share, "image": "a.png"}], RecordFormat.auto, {}, None)
+    record = chosen.read({"conversations": share, "image": "a.png"}, _HERE)
+    assert isinstance(record, Record)
+    assert record.messages[0].images == ("a.png",)
+    assert _record("sharegpt", {"conversations": share}).messages[0].images == ()  # in SVG it is a word like any other
 
 
 def test_alpaca_prompt_completion_and_text() -> None:
@@ -102,14 +305,78 @@ def test_alpaca_prompt_completion_and_text() -> None:
         ("sharegpt", {"conversations": [], "tools": "{"}, "tools are not JSON"),
         (
             "messages",
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "a part of the content is not text",
+            {"messages": [_user([{"type": "input_audio"}])]},
+            "a part of the content is neither text nor image",
+        ),
+        ("messages", {"messages": [_user("q")], "videos": ["a.mp4"]}, "'videos' is not read"),
+        (
+            "messages",
+            {"messages": [_user([{"type": "image", "image": {"bytes": "x"}}])]},
+            "an image is not a reference",
+        ),
+        ("messages", {"messages": [_user("q"), _assistant("", reasoning="hm")]}, "empty assistant turn"),
+        ("messages", {"messages": [_user("q"), _assistant("<think>a")]}, "reasoning is not closed"),
+        ("messages", {"messages": [_user("q"), _assistant("a</think>b")]}, "a stray reasoning marker"),
+        ("messages", {"messages": [_user("q"), _assistant("<think>a</think>b<think>")]}, "a stray reasoning marker"),
+        (
+            "messages",
+            {"messages": [_user("q"), _assistant("<think>a</think>b", thinking="c")]},
+            "reasoning is given twice",
         ),
         (
             "messages",
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
-            "'tool_calls' is not read",
+            {"messages": [_user("q"), _assistant("a"), {"role": "system", "content": ""}]},
+            "roles out of order",
         ),
+        ("messages", {"messages": [{"role": "system", "content": "a"}], "system": "b"}, "two system turns"),
+        (
+            "messages",
+            {"messages": [_user("q") | {"tool_calls": [1]}]},
+            "a call or reasoning that is not the assistant's",
+        ),
+        ("messages", {"messages": [_user("q"), _assistant("", tool_calls=[1])]}, "a call is not a function's"),
+        ("messages", {"messages": [_user("q"), _call("[1]")]}, "arguments are not an object"),
+        ("messages", {"messages": [_user("q"), _call("{")]}, "arguments are not JSON"),
+        ("messages", {"messages": [_user("q"), _call('{"a": NaN}')]}, "arguments are not JSON"),
+        ("messages", {"messages": [_user("q"), _call('{"a": "\\ud800"}')]}, "invalid UTF-8"),
+        ("messages", {"messages": [_user("q"), _call('{"a": 1, "a": 2}')]}, "a key stands twice"),
+        ("messages", {"messages": [_user("q"), _call('{"a":' + "[" * 64 + "]" * 64 + "}")]}, "nested too deeply"),
+        ("messages", {"messages": [_user("q"), _call('{"a":' + "[" * 9**5)]}, "arguments are not JSON"),
+        (
+            "messages",
+            {"messages": [_user("q"), _call("{}"), {"role": "tool", "content": "1", "tool_call_id": "y"}]},
+            "a tool's answer to no call",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [_GPT, {"from": "function_call", "value": "f(1)"}]},
+            "a function call is not JSON",
+        ),
+        ("sharegpt", {"conversations": [_GPT, {"from": "function_call", "value": " "}]}, "a function call is not JSON"),
+        ("sharegpt", {"conversations": [_GPT], "tools": "[1]"}, "tools are not a list of functions"),
+        ("sharegpt", {"conversations": [_GPT], "tools": '[{"name": " "}]'}, "a function has no name"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "no prompt"),
+        ("preference", {"prompt": "q", "messages": [_TURN], "chosen": "a", "rejected": "b"}, "more than one prompt"),
+        (
+            "preference",
+            {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("r"), _assistant("a")]},
+            "chosen and rejected answer different questions",
+        ),
+        (
+            "preference",
+            {"chosen": [*_CHAT, _assistant("b")], "rejected": _CHAT[:2]},
+            "one of chosen and rejected is the beginning of the other",
+        ),
+        (
+            "preference",
+            {"prompt": "other", "chosen": [_user("q"), _assistant("a")], "rejected": "b"},
+            "the prompt is not in the chosen conversation",
+        ),
+        ("vote", {"prompt": "q", "completion": "a", "label": -1}, "the label is neither true nor false"),
+        ("vote", {"prompt": "q", "completion": "a", "label": None}, "the label is neither true nor false"),
+        ("vote", {"prompt": "q", "label": True}, "no conversation to vote on"),
+        ("vote", {"prompt": "q", "completion": "a", "messages": [], "label": 1}, "more than one conversation"),
         (
             "messages",
             {"messages": [{"role": "assistant", "content": "a", "train": "no"}]},
@@ -128,9 +395,6 @@ def test_a_row_that_cannot_be_used_says_why(name: str, row: dict[str, Any], reas
     assert caught.value.reason == reason
 
 
-_TURN, _GPT = {"role": "user", "content": "q"}, {"from": "human", "value": "q"}
-
-
 @pytest.mark.parametrize(
     ("row", "name", "columns"),
     [
@@ -140,6 +404,8 @@ _TURN, _GPT = {"role": "user", "content": "q"}, {"from": "human", "value": "q"}
         ({"messages": [_GPT]}, "sharegpt", {"conversations": "messages"}),
         ({"instruction": "i", "input": "", "output": "o", "text": "i o"}, "alpaca", {}),
         ({"prompt": "p", "completion": "c"}, "prompt_completion", {}),
+        ({"prompt": "p", "completion": "c", "label": "mit"}, "prompt_completion", {}),
+        ({"conversation": [_TURN], "kto_tag": True}, "vote", {"messages": "conversation", "label": "kto_tag"}),
         ({"text": "t", "url": "u"}, "text", {}),
     ],
 )
@@ -147,6 +413,7 @@ def test_auto_recognises(row: dict[str, Any], name: str, columns: dict[str, str]
     chosen, why = choose("f.jsonl", [row], RecordFormat.auto, {}, None)
     assert (chosen.name, chosen.columns) == (name, columns)
     assert why.startswith(f"{name} (")
+    assert why.endswith("; not read: url") == ("url" in row)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +421,8 @@ def test_auto_recognises(row: dict[str, Any], name: str, columns: dict[str, str]
     [
         ({"question": "q", "answer": "a"}, "question, answer; none of the known shapes"),
         ({"messages": [_TURN], "prompt": "p", "completion": "c"}, r"messages \(.*prompt_completion \("),
-        ({"conversations": [_GPT], "chosen": {}, "rejected": {}}, "preference pairs"),
+        ({"chosen": "Human: q Assistant: a", "rejected": "b"}, "none of the known shapes"),
+        ({"prompt": "p", "completion": "c", "label": 0}, r"prompt_completion \(.*vote \("),
     ],
 )
 def test_auto_stops_when_unsure(row: dict[str, Any], message: str) -> None:
@@ -173,3 +441,32 @@ def test_columns_are_mapped_and_checked() -> None:
         choose("f", [{"question": "q", "answers": "a"}], RecordFormat.prompt_completion, mapping, None)
     with pytest.raises(ConfigError, match="dataset.columns.promt: .*did you mean 'prompt'"):
         choose("f", [{"q": "q"}], RecordFormat.auto, {"promt": "q"}, None)
+
+
+def test_turns_under_other_keys_and_roles_under_other_names() -> None:
+    row = {"dialogue": [{"speaker": "Kundin", "text": "q"}, {"speaker": "助手", "text": "a"}]}
+    columns, roles = {"messages": "dialogue", "role": "speaker", "content": "text"}, {"Kundin": "user"}
+    for wanted in (RecordFormat.auto, RecordFormat.messages):
+        chosen, _ = choose("f", [row], wanted, columns, None, roles=roles)
+        record = chosen.read(row, _HERE)
+        assert isinstance(record, Record)
+        assert _said(record) == [("user", "q", False), ("assistant", "a", True)]
+    with pytest.raises(RowFault, match="unknown role.*'Kundin'.*dataset.roles"):
+        choose("f", [row], RecordFormat.auto, columns, None)[0].read(row, _HERE)
+    with pytest.raises(ConfigError, match=r"dataset.roles.Kundin: no such role: 'customer'"):
+        choose("f", [row], RecordFormat.auto, columns, None, roles={"Kundin": "customer"})
+    votes = {"completion": [_TURN, _assistant("a")], "prompt": "q", "label": True}  # as one well-known export has them
+    chosen, _ = choose("f", [votes], RecordFormat.auto, {"messages": "completion"}, None)
+    assert isinstance(chosen.read(votes, _HERE), Vote)
+
+
+def test_rows_of_another_shape_become_rejects_not_other_records() -> None:
+    chosen, _ = choose("f", [{"messages": [_TURN]}], RecordFormat.auto, {}, None)
+    for row, fault in (
+        ({"conversations": [_GPT]}, "missing column: messages"),
+        ({"messages": [_GPT]}, "a turn lacks 'role': turn 1 has 'from', 'value'"),
+        ({"messages": "q"}, "turns are not a list: messages is a text"),
+    ):
+        with pytest.raises(RowFault) as caught:
+            chosen.read(row, _HERE)
+        assert str(caught.value) == fault
