@@ -14,6 +14,7 @@ from configs.errors import DataError, ModelError
 from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
 from data_prep.samples import Decode, ShownSample, find_samples, first_rejects, place, read_rejects, samples_of, visible
+from data_prep.summary import summary_lines
 from data_prep.terminal import legend, print_line, print_sample
 from data_prep.tokenizer import load_tokenizer, tokenizer_sha256
 
@@ -86,7 +87,7 @@ def inspect(wanted: Wanted) -> Inspection:
     """
     _refuse_raw_records(wanted.path)
     manifest = manifests.read(wanted.path)
-    summary = manifests.summary_lines(manifest)
+    summary = summary_lines(manifest, wanted.path)
     if wanted.rejects:
         counts = manifest["rejects"]["by_reason"]
         return Inspection(wanted.path, summary, rejects=first_rejects(wanted.path, counts, wanted.n), counts=counts)

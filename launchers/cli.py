@@ -171,11 +171,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         _print_config(cfg)
         return None
     _prepare_process(cfg)
-    if request.dry_run:
-        from launchers.look import dry_run
-
-        return dry_run(cfg)
-    from launchers import steps
+    from launchers import prep, steps
     from launchers.failure import ERROR_DIR
     from launchers.torchrun import join_terminal
 
@@ -184,7 +180,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     if request.command == "train":
         return steps.train(cfg, worker=ERROR_DIR in os.environ, resume=request.resume)
     commands: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "prep": steps.prep,
+        "prep": prep.dry_run if request.dry_run else prep.prep,
         "run": steps.run,
         "export": steps.export,
         "eval": steps.evaluate,
@@ -201,7 +197,7 @@ def _with_path(request: Request) -> dict[str, Any] | None:
             raise ConfigError("--cfg", f"`crosstune {request.command}` has no config", remedy="leave it out")
         _prepare_process(None)
     if request.command == "prep inspect":
-        from launchers.look import inspect
+        from launchers.prep import inspect
 
         return inspect(path, overrides)
     from launchers import steps

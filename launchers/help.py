@@ -66,7 +66,7 @@ def path_command_help(command: str, about: str) -> str:
 
 def _inspect_lines() -> Iterator[str]:
     from data_prep.inspect import Wanted
-    from launchers.look import INSPECT_KEYS
+    from launchers.prep import INSPECT_KEYS
 
     docs, schema = field_docs(Wanted), {f.name: f for f in fields(Wanted)}
     for key, name in INSPECT_KEYS.items():

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-COUNT_SECONDS = 5.0
-"""Between two notes of how far a stage is."""
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from data_prep.progress import PrepProgress, Progress
+    from train.observe.display import Display
+
+WINDOW = 60
+"""Speed and time left are means over so many of the last calls: files differ in the length of their rows."""
 
 
 def is_first_rank() -> bool:
@@ -38,21 +46,26 @@ class Stages:
         yield
         self.note(f"done in {time.monotonic() - started:.1f} s")
 
+    def line(self, text: str) -> None:
+        """A line that belongs to no stage."""
+        self._say(text)
+
     def note(self, text: str) -> None:
         """A line below the current stage."""
         self._say(f"      {text}")
 
-    def row_counter(self) -> Callable[[int, int], None]:
-        """A function to call with (rows, tokens) so far; it makes a note of them now and then."""
-        said = time.monotonic()
+    @contextmanager
+    def preparation(self) -> Iterator[Progress]:
+        """Shows how far a preparation is: a bar on a terminal, else a note now and then.
 
-        def count(rows: int, tokens: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= COUNT_SECONDS:
-                said = time.monotonic()
-                self.note(f"{rows:,} rows read, {tokens:,} tokens")
-
-        return count
+        Yields:
+            A function to call with the figures so far.
+        """
+        meter = PrepMeter(say=self.note)
+        try:
+            yield (lambda figures: None) if self.quiet else meter.show
+        finally:
+            meter.close()
 
     def end(self, text: str) -> None:
         """The last line, with the time of all stages."""
@@ -66,3 +79,59 @@ class Stages:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, flush=True)
+
+
+class PrepMeter:
+    """Turns the figures of a preparation into a line: percent, rows, speed, time left. One display per stage.
+
+    Args:
+        say: prints plain lines where there is no terminal.
+        console: where the bar is; None: standard error.
+        clock: seconds; a test passes its own.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say, self._console, self._clock = say, console, clock
+        self._stage = ""
+        self._display: Display | None = None
+        self._last: deque[tuple[float, PrepProgress]] = deque(maxlen=WINDOW)
+
+    def show(self, figures: PrepProgress) -> None:
+        """Brings the display up to date."""
+        if self._display is None or self._stage != figures.stage:
+            self.close()
+            from train.observe.display import Display
+
+            self._stage = figures.stage
+            self._last.clear()
+            self._display = Display(
+                figures.stage, figures.bytes_total, console=self._console, say=self._say, clock=self._clock
+            )
+        self._last.append((self._clock(), figures))
+        self._display.show(figures.bytes_done, self.line(figures))
+
+    def line(self, figures: PrepProgress) -> str:
+        """The figures in one line; speed and time left once there is something to measure them by."""
+        from train.observe.display import clock_time
+
+        (begin, first), (now, _) = self._last[0], self._last[-1]
+        share = figures.bytes_done / figures.bytes_total if figures.bytes_total else 1.0
+        line = f"{share:.0%}  {figures.rows:,} rows"
+        seconds, done = now - begin, figures.bytes_done - first.bytes_done
+        if seconds <= 0 or done <= 0:
+            return line
+        line += f"  {(figures.rows - first.rows) / seconds:,.0f} rows/s"
+        if figures.stage == "prepare":
+            line += f"  {(figures.tokens - first.tokens) / seconds:,.0f} tok/s"
+        return line + f"  ETA {clock_time((figures.bytes_total - figures.bytes_done) * seconds / done)}"
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._display:
+            self._display.close()
+            self._display = None

@@ -20,6 +20,7 @@ from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
 
 if TYPE_CHECKING:
+    from data_prep.prepare import Prepared
     from train.run_folder import RunFolder, RunRecord
 
 Result = dict[str, Any]
@@ -29,16 +30,6 @@ MAY_CHANGE_ON_RESUME = (
     *("checkpoint", "eval_every", "export", "eval", "cache_dir"),
 )
 """How a run is computed may change on the way; what it computes may not."""
-
-
-def prep(cfg: PrepConfig) -> Result:
-    """`crosstune prep`: raw records -> prepared data."""
-    stages = Stages(2)
-    choose_accelerator("cpu")
-    model_dir = _model(cfg, stages)
-    prepared, reused = _data(cfg, model_dir, stages, out=Path(cfg.out).expanduser() if cfg.out else None)
-    stages.end(f"prepared data: {prepared}")
-    return {"prepared": str(prepared), "reused": reused}
 
 
 def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Result:
@@ -173,7 +164,7 @@ def report(path: Path) -> Result:
     )
 
 
-def _model(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> Path:
+def model_folder(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> Path:
     """The model's folder; for a resumed run the one it began with, wherever the command is called now."""
     from train.models.load import ensure_model
 
@@ -188,24 +179,34 @@ def _model(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> 
     return model_dir
 
 
-def _data(
-    cfg: PrepConfig, model_dir: Path, stages: Stages, *, out: Path | None = None, record: RunRecord | None = None
-) -> tuple[Path, bool]:
-    """Prepares the data, or finds it prepared; refuses at once what `crosstune run` would miss at its end."""
+def prepared_data(
+    cfg: PrepConfig,
+    model_dir: Path,
+    stages: Stages,
+    *,
+    out: Path | None = None,
+    record: RunRecord | None = None,
+    whole: bool = False,
+) -> Prepared:
+    """Prepares the data, or finds it prepared; refuses at once what `crosstune run` would miss at its end.
+
+    `whole`: the summary says all, not just how many samples there are.
+    """
     from data_prep.prepare import find_prepared, prepare
+    from data_prep.summary import summary_lines
 
     with stages.stage("data"):
         if record and _same_data(record, Path(record.prepared)):
             prepared = find_prepared(Path(record.prepared))
         else:
-            prepared = prepare(cfg, model_dir, out=out, on_progress=stages.row_counter())
+            with stages.preparation() as on_progress:
+                prepared = prepare(cfg, model_dir, out=out, on_progress=on_progress)
             if record and not _same_data(record, prepared.path):
                 raise DataError(
                     str(prepared.path),
                     "differs from the data that the run began with",
                     remedy="bring back the original records, or start a new run",
                 )
-        splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
         if isinstance(cfg, RunConfig) and cfg.eval.split not in prepared.manifest["splits"]:
             raise ConfigError(
                 "eval.split",
@@ -213,20 +214,26 @@ def _data(
                 remedy="dataset.test_fraction=0.1 or dataset.test_path=FILE, when the records are prepared; "
                 "or stop after `crosstune train`",
             )
-        rejected = prepared.manifest["rejects"]["total"]
         stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
         for note in prepared.notes:
             stages.note(note)
-        stages.note(f"samples: {splits}" + (f"; {rejected:,} rejected, see rejects.jsonl there" if rejected else ""))
-    return prepared.path, prepared.reused
+        for line in summary_lines(prepared.manifest, prepared.path) if whole else [_in_short(prepared)]:
+            stages.note(line)
+    return prepared
+
+
+def _in_short(prepared: Prepared) -> str:
+    splits = ", ".join(f"{name} {split['rows']:,}" for name, split in prepared.manifest["splits"].items())
+    rejected = prepared.manifest["rejects"]["total"]
+    return f"samples: {splits}" + (f"; {rejected:,} rejected, see rejects.jsonl there" if rejected else "")
 
 
 def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
     """Model, data and training; in this process, or in `nproc` workers."""
     check_processes(cfg)
     record = _run_folder(folder).read_record() if resume else None
-    model_dir = _model(cfg, stages, record)
-    prepared, _ = _data(cfg, model_dir, stages, record=record)
+    model_dir = model_folder(cfg, stages, record)
+    prepared = prepared_data(cfg, model_dir, stages, record=record).path
     with stages.stage("train"):
         if cfg.nproc == 1 or "RANK" in os.environ:
             from train.run import train as train_here

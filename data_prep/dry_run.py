@@ -1,0 +1,235 @@
+"""`crosstune prep --dry-run`: reads the first rows of each source and says what would happen. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from configs.compose import build
+from configs.errors import CrosstuneError
+from configs.schema.dataset import MixDatasetConfig
+from configs.schema.roots import PrepConfig
+from data_prep.clean import Cleaner
+from data_prep.dataset import SPLITS, Dataset, Holdout, RowsDataset
+from data_prep.mixture import epochs_per_source
+from data_prep.outlook import Outlook, outlook, sequences
+from data_prep.packing import fill
+from data_prep.render import Renderer
+from data_prep.rendered import AnySample, PairSample, VoteSample
+from data_prep.samples import Decode, ShownSample, ShownText, shown_text, visible
+from data_prep.summary import labelled
+from data_prep.terminal import legend, print_line, print_sample
+from data_prep.tokenizer import load_tokenizer
+from data_prep.verdict import doubts_of, faults_of, untold_of
+
+ROWS = 100
+"""Of each file."""
+ALL_ROWS = 2000
+"""Of all files together; of very many files fewer rows are read."""
+ROW_LENGTHS = (1024, 2048, 4096, 8192)
+"""Tokens of a row for which the packing fill is told."""
+_SAMPLES_SHOWN = 2
+_OUTLOOKS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a preparation would do."""
+
+    outlooks: list[Outlook]
+    rows_per_second: float
+    """Of cleaning, rendering and tokenizing in this process."""
+    splits: dict[str, int]
+    """Rows of each split, about."""
+    epochs: dict[str, float]
+    """Of a mixture: how often an epoch shows each source, about."""
+    fills: dict[int, float]
+    """Row length -> packing fill, about."""
+    samples: list[ShownSample]
+    notes: list[str]
+    faults: list[CrosstuneError]
+    """Why a preparation would certainly stop."""
+    doubts: list[str]
+    """What would probably go wrong."""
+    untold: list[str]
+    """What these rows cannot tell."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources, about."""
+        return round(sum(each.read * each.factor for each in self.outlooks))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources, about."""
+        return round(sum(sum(each.lengths) * each.factor for each in self.outlooks))
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines; without the faults, which have a form of their own."""
+        return {
+            "sources": [each.to_json() for each in self.outlooks],
+            "estimated_rows": self.rows,
+            "estimated_tokens": self.tokens,
+            "rows_per_second": self.rows_per_second,
+            "splits": self.splits,
+            "mixture_epochs": self.epochs,
+            "packing_fill": {str(length): share for length, share in self.fills.items()},
+            "samples": [sample.to_json() for sample in self.samples],
+            "notes": self.notes,
+            "doubts": self.doubts,
+            "cannot_be_told": self.untold,
+        }
+
+    def lines(self) -> list[str]:
+        """All but the samples, as the terminal shows it."""
+        lines = [line for each in self.outlooks[:_OUTLOOKS_SHOWN] for line in each.lines()]
+        if more := len(self.outlooks) - _OUTLOOKS_SHOWN:
+            lines += [f"and {more} more files", ""] if more > 0 else []
+        seconds = self.rows / self.rows_per_second if self.rows_per_second else 0
+        time_needed = f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+        lines.append(
+            labelled(
+                "in all",
+                f"about {self.rows:,} rows and {self.tokens:,} tokens; {time_needed} in one process, "
+                f"at {self.rows_per_second:,.0f} rows/s",
+            )
+        )
+        figures = {
+            "splits": [f"{name} about {count:,}" for name, count in self.splits.items()],
+            "mixture": [f"{name} {times:.3g} times" for name, times in self.epochs.items()],
+            "packing": [f"{share:.1%} full at {length}" for length, share in self.fills.items()],
+        }
+        lines += [labelled(label, ", ".join(parts)) for label, parts in figures.items() if parts]
+        lines += [labelled("note", note) for note in self.notes]
+        lines += [labelled("doubt", doubt) for doubt in self.doubts]
+        return lines + ([labelled("not known", ", ".join(self.untold))] if self.untold else [])
+
+    def show(self, console: Console) -> None:
+        """Prints it."""
+        for line in self.lines():
+            print_line(console, visible(line))
+        if self.samples:
+            print_line(console, "")
+            print_line(console, legend(console))
+        for sample in self.samples:
+            print_sample(console, sample)
+
+
+def dry_run(cfg: PrepConfig, model_dir: Path) -> DryRun:
+    """Reads, cleans and renders the first rows of each file.
+
+    Args:
+        cfg: the resolved config.
+        model_dir: local folder of the model whose tokenizer and template are used.
+
+    Raises:
+        DataError: a source cannot be read, or its format cannot be told.
+        ModelError: tokenizer or chat template is missing.
+    """
+    dataset = build(cfg.dataset, Dataset, seed=cfg.seed)
+    previews = dataset.preview(max(5, min(ROWS, ALL_ROWS // len(dataset.parts()))))
+    template = Path(cfg.template.path) if cfg.template.path is not None else None
+    tokenizer = load_tokenizer(model_dir, template=template, trust_remote_code=cfg.model.trust_remote_code)
+    renderer = Renderer(
+        tokenizer,
+        max_length=cfg.max_length,
+        model_name=str(model_dir),
+        too_long=cfg.too_long,
+        template_kwargs=cfg.template.kwargs,
+    )
+    cleaner = Cleaner(cfg.clean)
+    outlooks = [outlook(preview, cleaner, renderer) for preview in previews]
+    notes = [*dataset.notes, *(f"{what}: {count:,}" for what, count in sorted(renderer.notes.items()))]
+    splits = _splits(dataset, cfg, outlooks)
+    epochs, faults = _mixture(cfg, dataset, outlooks)
+    return DryRun(
+        outlooks,
+        _rows_per_second(outlooks, cleaner, renderer),
+        {name: round(count) for name, count in splits.items()},
+        epochs,
+        _fills(cfg, outlooks),
+        _shown(outlooks, renderer.decode),
+        notes,
+        [*faults_of(cfg, outlooks, splits), *faults],
+        doubts_of(cfg, outlooks),
+        untold_of(cfg, outlooks),
+    )
+
+
+def _rows_per_second(outlooks: Sequence[Outlook], cleaner: Cleaner, renderer: Renderer) -> float:
+    """Measured on rows that were rendered once already: the first time, libraries and template are set up."""
+    previews = [each.preview for each in sorted(outlooks, key=lambda each: -each.preview.source.bytes)[:3]]
+    begin = time.perf_counter()
+    for preview in previews:
+        outlook(preview, cleaner, renderer)
+    return sum(len(preview.items) for preview in previews) / max(1e-9, time.perf_counter() - begin)
+
+
+def _splits(dataset: Dataset, cfg: PrepConfig, outlooks: Sequence[Outlook]) -> dict[str, float]:
+    """Kept rows of each split, about."""
+    holdouts = {part.source.path: part.holdout for part in dataset.parts()}
+    found = dict.fromkeys(SPLITS, 0.0)
+    for each in outlooks:
+        rows = each.kept * each.factor
+        if each.preview.split is not None:
+            found[each.preview.split] += rows
+            continue
+        validation, test = _shares(dataset, cfg, holdouts.get(each.preview.source.path))
+        for name, share in zip(SPLITS, (1 - validation - test, validation, test), strict=True):
+            found[name] += rows * share
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _shares(dataset: Dataset, cfg: PrepConfig, holdout: Holdout | None) -> tuple[float, float]:
+    if holdout is not None:
+        return holdout.validation, holdout.test
+    if isinstance(dataset, RowsDataset):  # decides row by row; its config says what it aims at
+        return getattr(cfg.dataset, "validation_fraction", 0.0), getattr(cfg.dataset, "test_fraction", 0.0)
+    return 0.0, 0.0
+
+
+def _mixture(
+    cfg: PrepConfig, dataset: Dataset, outlooks: Sequence[Outlook]
+) -> tuple[dict[str, float], list[CrosstuneError]]:
+    if not isinstance(cfg.dataset, MixDatasetConfig):
+        return {}, []
+    tokens = dict.fromkeys(cfg.dataset.source_configs(), 0.0)
+    for each in outlooks:
+        if each.preview.split in (None, "train"):
+            tokens[each.preview.source.name] += sum(each.lengths) * each.factor
+    try:
+        return epochs_per_source(cfg.dataset, {name: round(count) for name, count in tokens.items()}), []
+    except CrosstuneError as fault:
+        return {}, [fault]
+
+
+def _fills(cfg: PrepConfig, outlooks: Sequence[Outlook]) -> dict[int, float]:
+    """Packing fill if all rows were like the first ones."""
+    histogram: Counter[int] = Counter()
+    for each in outlooks:
+        for sample in each.samples:
+            histogram.update({max(len(s.input_ids) for s in sequences(sample)): max(1, round(each.factor))})
+    longest = max(histogram, default=0)
+    return {length: fill(histogram, length) for length in ROW_LENGTHS if histogram and length >= longest}
+
+
+def _shown(outlooks: Sequence[Outlook], decode: Decode) -> list[ShownSample]:
+    """One sample of each of the first sources, or two of the only one."""
+    firsts = [sample for each in outlooks for sample in each.samples[:1]]
+    more = [sample for each in outlooks for sample in each.samples[1:_SAMPLES_SHOWN]]
+    split = {id(sample): each.preview.split or "" for each in outlooks for sample in each.samples[:_SAMPLES_SHOWN]}
+    return [_shown_sample(sample, split[id(sample)], decode) for sample in (firsts + more)[:_SAMPLES_SHOWN]]
+
+
+def _shown_sample(sample: AnySample, split: str, decode: Decode) -> ShownSample:
+    texts: list[ShownText] = [
+        shown_text(each.input_ids, [edge for span in each.spans for edge in span], decode) for each in sequences(sample)
+    ]
+    rejected = texts[1] if isinstance(sample, PairSample) else None
+    return ShownSample(sample.id, split, texts[0], rejected, sample.liked if isinstance(sample, VoteSample) else None)
