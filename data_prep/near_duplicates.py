@@ -1,31 +1,27 @@
 """Texts that are nearly the same, by the Jaccard index of their word shingles, computed exactly.
 
 A. Broder, "On the resemblance and containment of documents" (1997). An inverted index makes it fast for thousands
-of texts; it does not estimate by MinHash, which corpora would need.
+of texts; corpora need the estimate of `minhash.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
-_WORD = re.compile(r"\w+")
+from data_prep import shingles as hashed
 
-Shingles = frozenset[Hashable]
+Shingles = frozenset[int]
 
 
 def shingles(text: str, size: int) -> Shingles:
-    """Runs of `size` words, without case and punctuation; a shorter text is one shingle of all its words."""
-    words = _WORD.findall(text.lower())
-    if not words:
-        return frozenset()
-    return frozenset(tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+    """Hashes of the runs of `size` words; a shorter text is one shingle of all its words."""
+    return frozenset(hashed.shingles([text], size)[0].tolist())
 
 
 def near_duplicates(texts: Sequence[Shingles], held_out: Sequence[Shingles], threshold: float) -> set[int]:
     """Positions of `texts` whose Jaccard index with any of `held_out` is `threshold` or more."""
-    holders: dict[Hashable, list[int]] = defaultdict(list)
+    holders: dict[int, list[int]] = defaultdict(list)
     for k, held in enumerate(held_out):
         for shingle in held:
             holders[shingle].append(k)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 _SEPARATOR, _PART_OF_WORD, _WORD = 0, 1, 2
 
-_WITHOUT_SPACES = (
+WITHOUT_SPACES = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Burmese
     (0x1780, 0x17FF),  # Khmer
@@ -28,6 +28,7 @@ _WITHOUT_SPACES = (
     (0xF900, 0xFAFF),
     (0x20000, 0x323AF),
 )
+"""Code points, first and last, of scripts that put no spaces between words."""
 _LAST = 0x323B0
 """From here on there are no letters (Unicode 17)."""
 
@@ -44,7 +45,7 @@ def normal(text: str) -> str:
 def letters(text: str) -> bytes:
     """What is left of a text without case, white space and punctuation; UTF-32."""
     codes = _codes(normal(text))
-    return codes[_kinds(codes) != _SEPARATOR].tobytes()
+    return bytes(codes[_kinds(codes) != _SEPARATOR])
 
 
 def shingles(texts: Sequence[str], size: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -57,17 +58,17 @@ def shingles(texts: Sequence[str], size: int) -> tuple[NDArray[np.uint64], NDArr
     Returns:
         Hashes, [number of shingles], and where each text's begin, [number of texts + 1]. The same on every machine.
     """
-    codes = _codes("\n".join(map(normal, texts)))
-    first, words = _words(codes)
-    lengths = np.fromiter((len(normal(text)) + 1 for text in texts), np.int64, len(texts))
+    normalised = [normal(text) for text in texts]
+    first, hashed = _words(_codes("\n".join(normalised)))
+    lengths = np.fromiter((len(text) + 1 for text in normalised), np.int64, len(texts))
     bounds = np.searchsorted(first, np.concatenate([[0], np.cumsum(lengths)]))
     counts = np.diff(bounds)
 
     # Each text is followed by size - 1 empty words, so that no run reaches into the next text.
     text_of_word = np.repeat(np.arange(len(texts)), counts)
-    place = np.arange(len(words)) + text_of_word * (size - 1)
-    padded = np.zeros(len(words) + len(texts) * (size - 1) + size, np.uint64)
-    padded[place] = words
+    place = np.arange(len(hashed)) + text_of_word * (size - 1)
+    padded = np.zeros(len(hashed) + len(texts) * (size - 1) + size, np.uint64)
+    padded[place] = hashed
     runs = np.maximum(counts - size + 1, np.minimum(counts, 1))
     ends = np.cumsum(runs)
     starts = np.concatenate([[0], ends])
@@ -97,7 +98,7 @@ def _kinds(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:
 def _table() -> NDArray[np.uint8]:
     """Code point -> what it is."""
     table = np.fromiter((_is_part_of_word(chr(code)) for code in range(_LAST + 1)), np.uint8, _LAST + 1)
-    for start, end in _WITHOUT_SPACES:
+    for start, end in WITHOUT_SPACES:
         table[start : end + 1] *= _WORD
     return table
 

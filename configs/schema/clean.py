@@ -38,21 +38,21 @@ class CleanConfig:
 
     unicode: UnicodeForm = UnicodeForm.none
     control_characters: bool = False
-    """Take out control and zero-width characters other than tab and line feed; CRLF becomes LF."""
+    """Take out control and zero-width characters that no script or emoji needs; every line ends in a line feed."""
     whitespace: bool = False
-    """Take out spaces at the ends of lines and of texts, and more than two line breaks in a row."""
+    """Take out white space at the ends of lines and texts, and more than two line breaks in a row."""
     min_chars: int = 0
-    """Characters of all turns together; shorter records are left out."""
+    """Characters of all turns together; records with fewer are left out."""
     max_chars: int = 0
     """As `min_chars`; 0: no limit."""
     languages: list[str] = field(default_factory=list)
-    """ISO 639-1 codes, e.g. ``[en, zh]``; records in other languages are left out. Empty: all."""
+    """ISO 639-1 codes, e.g. ``[en, zh]``; records surely in others are left out. Needs ``crosstune[languages]``."""
     max_repetition: float = 0.0
-    """Share of characters in repeated lines or repeated runs of ten words above which a record is left out; 0: off."""
+    """Share of a turn in repeated lines or repeated runs of ten words above which a record is left out; 0: off."""
     drop_matching: list[str] = field(default_factory=list)
-    """Regular expressions; a record with a match is left out."""
+    """Regular expressions; a record with a match in a turn is left out."""
     keep_matching: list[str] = field(default_factory=list)
-    """Regular expressions; a record without a match of each is left out."""
+    """Regular expressions; a record without a match of each in some turn is left out."""
     mask_pii: list[Pii] = field(default_factory=list)
     """Personal data replaced by ``<EMAIL>`` and so on, in every turn."""
 
