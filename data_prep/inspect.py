@@ -70,12 +70,16 @@ class Inspection:
             print_sample(console, sample, self.specials)
         for reason, rows in self.rejects.items():
             print_line(console, "")
-            head = Text(visible(reason), style="bold red").append(f"  {self.counts[reason]:,} rows", style="not bold")
+            head = Text(visible(reason), style="bold red").append(f"  {_rows(self.counts[reason])}", style="not bold")
             print_line(console, head.append(", the first:" if self.counts[reason] > len(rows) else ":"))
             for row in rows:
                 print_line(
                     console, f"  {visible(place(row))}" + visible(f"  {row['detail']}" if "detail" in row else "")
                 )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("s" if count != 1 else "")
 
 
 def inspect(wanted: Wanted) -> Inspection:
