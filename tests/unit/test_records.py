@@ -77,11 +77,11 @@ _JUNK = st.recursive(
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value where something may be put: (container, key)."""
+    """Every place in a JSON value where something may be put: (container, key), the deepest first."""
     if not isinstance(value, dict | list):
         return []
     here = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
-    return here + [place for container, key in here for place in _places(container[key])]
+    return [place for container, key in here for place in _places(container[key])] + here
 
 
 @st.composite
