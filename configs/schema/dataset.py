@@ -171,7 +171,7 @@ class MixDatasetConfig(DatasetConfig):
             raise ConfigError(
                 "dataset.sources", "none is given", remedy="'dataset.sources={a: {path: a.jsonl}, b: {path: b.jsonl}}'"
             )
-        if self.temperature <= 0:
+        if not self.temperature > 0:  # NaN is not
             raise ConfigError("dataset.temperature", str(self.temperature), allowed="above 0")
         if self.tokens < 0:
             raise ConfigError("dataset.tokens", str(self.tokens), allowed="0 or more")
