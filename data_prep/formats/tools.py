@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from data_prep.records import RowFault, ToolCall, kind_of, optional_text, shown, strict_json, text_of
+from data_prep.records import RowFault, ToolCall, kind_of, optional_text, shown, text_of, unique_keys
 
 MAX_DEPTH = 64
 """Nesting of a schema or of arguments that is still read; nobody means more."""
+
+_STRICT = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 _TOOLS_TEXT = """You may call these functions. To call one, answer only with a JSON object of its name and arguments.
 {tools}"""
@@ -88,7 +90,7 @@ def _decoded(value: Any, what: str, reason: str) -> Any:
     if not value.strip():
         return None
     try:
-        return strict_json(value)
+        return _STRICT.decode(value)
     except (ValueError, RecursionError) as error:
         raise RowFault(reason, f"{what}: {error}") from None
 

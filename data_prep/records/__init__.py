@@ -14,8 +14,8 @@ from data_prep.records.checks import (
     pair,
     plain_text,
     shown,
-    strict_json,
     text_of,
+    unique_keys,
     with_system,
 )
 from data_prep.records.content import content_json, from_json, texts_of, to_json, with_texts
@@ -57,10 +57,10 @@ __all__ = [
     "pair",
     "plain_text",
     "shown",
-    "strict_json",
     "text_of",
     "texts_of",
     "to_json",
+    "unique_keys",
     "with_system",
     "with_texts",
 ]

@@ -5,7 +5,6 @@ Every fault is a `RowFault` whose reason is one of a few phrases, so that reject
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,26 +64,17 @@ def shown(value: Any) -> str:
     return repr(value[:40]) if isinstance(value, str) else kind_of(value)
 
 
-def strict_json(text: str) -> Any:
-    """As ``json.loads``, but no key may stand twice in an object: which value is meant cannot be told.
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.JSONDecoder(object_pairs_hook=...)``: which of two values is meant cannot be told.
 
     Raises:
-        RowFault: one does.
-        ValueError: it is not JSON.
-        RecursionError: it is nested too deeply.
+        RowFault: a key stands twice in one object.
     """
-    return _STRICT.decode(text)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         raise RowFault("a key stands twice", shown(next(key for key in keys if keys.count(key) > 1)))
     return found
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def plain_text(origin: Origin, text: str) -> TextRecord:
