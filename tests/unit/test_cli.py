@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from configs.compose import compose, save_resolved
 from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError
 from configs.schema.roots import TrainConfig
-from launchers import cli, environment, failure, run_dir, stages
+from data_prep.progress import PrepProgress
+from launchers import cli, environment, failure, prep, run_dir, stages
 from launchers.torchrun import new_attempt, torchrun_command, worker_environment
 
 
@@ -63,6 +68,10 @@ def test_cfg_job_prints_the_config_that_runs(capsys):
         (["resume"], "crosstune resume RUN"),
         (["report", "a", "b"], "takes one path"),
         (["report", "a", "--cfg", "job"], "has no config"),
+        (["prep", "inspect"], "crosstune prep inspect PATH"),
+        (["prep", "inspect", "a", "--cfg", "job"], "has no config"),
+        (["prep", "inspect", "a", "m=3"], "allowed: n, split, id, rejects, model.path"),
+        (["train", "--dry-run"], "an option of `crosstune prep` alone"),
         (["resume", "a", "--resolved", "b"], "with its own resolved.yaml"),
         (["--json"], "no command"),
     ],
@@ -193,13 +202,61 @@ def test_the_torchrun_command_and_the_workers_environment(tmp_path):
     assert new_attempt(tmp_path) != new_attempt(tmp_path)
 
 
-def test_a_long_preparation_says_how_far_it_is(monkeypatch, capsys):
-    count = stages.Stages(1).row_counter()
-    count(1, 2)
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(stages, "COUNT_SECONDS", 0.0)
-    count(1024, 99_000)
-    assert "1,024 rows read, 99,000 tokens" in capsys.readouterr().out
+def figures(stage, rows, tokens, done, **more):
+    return PrepProgress(stage, rows, tokens, done, 10_000, **more)
+
+
+def preparation(terminal: bool) -> list[str]:
+    now, said, text = [0.0], [], io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120)
+    meter = stages.PrepMeter(said.append, console, clock=lambda: now[0])
+    # The first figures are of a preparation that goes on: what was done before says nothing about speed.
+    shown = [
+        ("survey", 5000, 0, 5000),
+        ("survey", 5600, 0, 6000),
+        ("prepare", 100, 0, 0),
+        ("prepare", 1100, 9000, 1000),
+    ]
+    for stage, *rest in shown:
+        meter.show(figures(stage, *rest, resumed_bytes=5000))
+        now[0] += 6.0
+    meter.close()
+    return said if not terminal else text.getvalue().splitlines()
+
+
+def test_a_long_preparation_says_how_far_it_is_with_speed_and_time_left():
+    assert preparation(terminal=False) == [
+        "survey: 60%  5,600 rows  100 rows/s  ETA 0:24",
+        "prepare: 10%  1,100 rows  167 rows/s  1,500 tok/s  ETA 0:54",
+    ]
+
+
+def test_on_a_terminal_a_preparation_has_a_bar():
+    shown = "\n".join(preparation(terminal=True))
+    assert "10%  1,100 rows  167 rows/s  1,500 tok/s  ETA 0:54" in shown and "survey" in shown and "\x1b[" in shown
+
+
+def test_a_preparation_is_quiet_where_its_stages_are(capsys, monkeypatch):
+    monkeypatch.setattr("train.observe.display.PLAIN_EVERY_SECONDS", 0.0)
+    for quiet in (True, False):
+        with stages.Stages(1, quiet=quiet).preparation() as show:
+            show(figures("prepare", 1, 2, 3))
+    assert capsys.readouterr().out == "      prepare: 0%  1 rows\n"
+
+
+@pytest.mark.parametrize("out", ["made", "made here"])
+def test_a_preparation_ends_with_what_to_type_next(out, tmp_path):
+    def told(kind, longest):
+        manifest = {"kind": kind, "splits": {"train": {"max_length": longest}}}
+        return prep.next_commands(SimpleNamespace(path=tmp_path / out, manifest=manifest), Path("/models/m"))
+
+    folder = shlex.quote(str(tmp_path / out))
+    assert told("samples", 900) == [
+        f"look:  crosstune prep inspect {folder}",
+        f"train: crosstune train model.path=/models/m dataset.path={folder}",
+    ]
+    assert told("samples", 3000)[1].endswith(" max_length=3000 micro_batch_tokens=3000")
+    assert told("pairs", 900) == [f"look:  crosstune prep inspect {folder}"]
 
 
 def test_processes_of_an_outer_launcher_need_one_common_folder(monkeypatch):
