@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from configs.errors import CrosstuneError
 from configs.schema.dataset import MixDatasetConfig
 from configs.schema.roots import PrepConfig
 from data_prep.clean import Cleaner
+from data_prep.counts import Counts, split_entry
 from data_prep.dataset import SPLITS, Dataset, Holdout, RowsDataset
 from data_prep.mixture import epochs_per_source
-from data_prep.outlook import Outlook, outlook, sequences
-from data_prep.packing import fill
+from data_prep.outlook import SHOWN_SAMPLES, Outlook, outlook
 from data_prep.render import Renderer
 from data_prep.rendered import AnySample, PairSample, VoteSample
 from data_prep.samples import Decode, ShownSample, ShownText, shown_text, visible
+from data_prep.shards import sequences
 from data_prep.summary import labelled
 from data_prep.terminal import legend, print_line, print_sample
 from data_prep.tokenizer import load_tokenizer
@@ -32,9 +32,6 @@ ROWS = 100
 """Of each file."""
 ALL_ROWS = 2000
 """Of all files together; of very many files fewer rows are read."""
-ROW_LENGTHS = (1024, 2048, 4096, 8192)
-"""Tokens of a row for which the packing fill is told."""
-_SAMPLES_SHOWN = 2
 _OUTLOOKS_SHOWN = 8
 
 
@@ -49,7 +46,7 @@ class DryRun:
     """Rows of each split, about."""
     epochs: dict[str, float]
     """Of a mixture: how often an epoch shows each source, about."""
-    fills: dict[int, float]
+    fills: dict[str, float]
     """Row length -> packing fill, about."""
     samples: list[ShownSample]
     notes: list[str]
@@ -68,7 +65,7 @@ class DryRun:
     @property
     def tokens(self) -> int:
         """Tokens of all sources, about."""
-        return round(sum(sum(each.lengths) * each.factor for each in self.outlooks))
+        return round(sum(each.tokens for each in self.outlooks))
 
     def to_json(self) -> dict[str, Any]:
         """For machines; without the faults, which have a form of their own."""
@@ -79,7 +76,7 @@ class DryRun:
             "rows_per_second": self.rows_per_second,
             "splits": self.splits,
             "mixture_epochs": self.epochs,
-            "packing_fill": {str(length): share for length, share in self.fills.items()},
+            "packing_fill": self.fills,
             "samples": [sample.to_json() for sample in self.samples],
             "notes": self.notes,
             "doubts": self.doubts,
@@ -202,29 +199,30 @@ def _mixture(
     tokens = dict.fromkeys(cfg.dataset.source_configs(), 0.0)
     for each in outlooks:
         if each.preview.split in (None, "train"):
-            tokens[each.preview.source.name] += sum(each.lengths) * each.factor
+            tokens[each.preview.source.name] += each.tokens
     try:
         return epochs_per_source(cfg.dataset, {name: round(count) for name, count in tokens.items()}), []
     except CrosstuneError as fault:
         return {}, [fault]
 
 
-def _fills(cfg: PrepConfig, outlooks: Sequence[Outlook]) -> dict[int, float]:
+def _fills(cfg: PrepConfig, outlooks: Sequence[Outlook]) -> dict[str, float]:
     """Packing fill if all rows were like the first ones."""
-    histogram: Counter[int] = Counter()
+    whole = Counts()
     for each in outlooks:
-        for sample in each.samples:
-            histogram.update({max(len(s.input_ids) for s in sequences(sample)): max(1, round(each.factor))})
-    longest = max(histogram, default=0)
-    return {length: fill(histogram, length) for length in ROW_LENGTHS if histogram and length >= longest}
+        times = max(1, round(each.factor))
+        whole.lengths.update({length: count * times for length, count in each.counts.lengths.items()})
+    fills: dict[str, float] = split_entry({"": whole}, cfg.max_length, [])["packing_fill"] if whole.lengths else {}
+    return fills
 
 
 def _shown(outlooks: Sequence[Outlook], decode: Decode) -> list[ShownSample]:
-    """One sample of each of the first sources, or two of the only one."""
-    firsts = [sample for each in outlooks for sample in each.samples[:1]]
-    more = [sample for each in outlooks for sample in each.samples[1:_SAMPLES_SHOWN]]
-    split = {id(sample): each.preview.split or "" for each in outlooks for sample in each.samples[:_SAMPLES_SHOWN]}
-    return [_shown_sample(sample, split[id(sample)], decode) for sample in (firsts + more)[:_SAMPLES_SHOWN]]
+    """The first sample of each of the first sources, or two of the only one."""
+    ranked = [
+        (rank, number, sample) for number, each in enumerate(outlooks) for rank, sample in enumerate(each.samples)
+    ]
+    chosen = sorted(ranked, key=lambda entry: entry[:2])[:SHOWN_SAMPLES]
+    return [_shown_sample(sample, outlooks[number].preview.split or "", decode) for _, number, sample in chosen]
 
 
 def _shown_sample(sample: AnySample, split: str, decode: Decode) -> ShownSample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,17 @@ from rich.text import Text
 from configs.errors import DataError, ModelError
 from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
-from data_prep.samples import Decode, ShownSample, find_samples, first_rejects, place, read_rejects, samples_of, visible
+from data_prep.samples import (
+    Decode,
+    ShownSample,
+    find_samples,
+    first_rejects,
+    origin_pattern,
+    place,
+    read_rejects,
+    samples_of,
+    visible,
+)
 from data_prep.summary import summary_lines
 from data_prep.terminal import legend, print_line, print_sample
 from data_prep.tokenizer import load_tokenizer, tokenizer_sha256
@@ -120,7 +131,7 @@ def _one_record(
     """The samples of a row, or why there are none."""
     origin = str(wanted.id)
     samples = find_samples(wanted.path, manifest, origin, decode)
-    gone = [row for row in read_rejects(wanted.path) if f"/{place(row)}".endswith(f"/{origin}")]
+    gone = [row for row in read_rejects(wanted.path) if re.search(origin_pattern(origin), place(row))]
     if not samples and not gone:
         files = [source["path"] for source in manifest["sources"]]
         shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if files[5:] else "")

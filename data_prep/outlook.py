@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from rich.filesize import decimal
 
 from data_prep.clean import Cleaner
+from data_prep.counts import Counts
 from data_prep.dataset import Preview
 from data_prep.records import Reject
 from data_prep.render import Renderer
-from data_prep.rendered import AnySample, PairSample, Sample, VoteSample
+from data_prep.rendered import AnySample
 from data_prep.summary import labelled, listed
 
+SHOWN_SAMPLES = 2
 SHOWN_REJECTS = 2
 """Of each reason."""
 
@@ -27,6 +29,9 @@ class Outlook:
 
     preview: Preview
     samples: list[AnySample] = field(default_factory=list)
+    """The first few."""
+    counts: Counts = field(default_factory=Counts)
+    """Of all samples."""
     kept: int = 0
     """Rows that gave a sample, or several."""
     rejects: list[Reject] = field(default_factory=list)
@@ -49,19 +54,9 @@ class Outlook:
         return 1.0 if self.is_whole else self.preview.source.bytes / max(1, self.preview.bytes_read)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample; of a pair, those of both its conversations."""
-        return [sum(len(each.input_ids) for each in sequences(sample)) for sample in self.samples]
-
-    @property
-    def supervised(self) -> int:
-        """Tokens that are learned."""
-        return sum(each.supervised for sample in self.samples for each in sequences(sample))
-
-    @property
-    def cut(self) -> list[int]:
-        """Tokens cut away, of each sequence that was too long."""
-        return [each.cut for sample in self.samples for each in sequences(sample) if each.cut]
+    def tokens(self) -> float:
+        """Of the whole source, about."""
+        return self.counts.tokens * self.factor
 
     @property
     def by_reason(self) -> dict[str, list[Reject]]:
@@ -73,7 +68,7 @@ class Outlook:
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        source, lengths = self.preview.source, self.lengths
+        source, counts = self.preview.source, self.counts
         return {
             "source": source.name,
             "path": source.path,
@@ -92,46 +87,46 @@ class Outlook:
                 }
                 for reason, rows in self.by_reason.items()
             },
-            "cut": {"sequences": len(self.cut), "tokens": sum(self.cut)},
+            "truncated": {"rows": counts.cut_rows, "tokens": counts.cut_tokens},
             "changed": dict(self.changed),
-            "tokens": {"mean": fmean(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None,
-            "supervised_share": self.supervised / sum(lengths) if lengths else None,
+            "tokens": _lengths(counts),
+            "supervised_share": counts.supervised / counts.tokens if counts.tokens else None,
             "estimated_rows": round(self.read * self.factor),
-            "estimated_tokens": round(sum(lengths) * self.factor),
+            "estimated_tokens": round(self.tokens),
         }
 
     def lines(self) -> list[str]:
         """As the terminal shows it."""
-        source, lengths = self.preview.source, self.lengths
+        source, counts = self.preview.source, self.counts
         split = f", {self.preview.split}" if self.preview.split else ""
         lines = [f"{source.path} ({decimal(source.bytes)}{split})", labelled("read as", self.preview.recognised)]
         rows = f"{self.read:,} read{', all there are' if self.is_whole else ''}: {self.kept:,} kept"
         lines.append(labelled("rows", rows + (f", {len(self.rejects):,} left out" if self.rejects else "")))
         lines += [labelled("", _reason(reason, rejects)) for reason, rejects in self.by_reason.items()]
-        if self.cut:
-            lines.append(labelled("cut", f"{len(self.cut):,} to max_length, {sum(self.cut):,} tokens away"))
+        if counts.cut_rows:
+            lines.append(labelled("cut", f"{counts.cut_rows:,} to max_length, {counts.cut_tokens:,} tokens away"))
         if self.changed:
             lines.append(labelled("cleaned", ", ".join(f"{count:,} {what}" for what, count in self.changed.items())))
-        if lengths:
-            figures = f"mean {fmean(lengths):,.0f}, median {median(lengths):,.0f}, longest {max(lengths):,}"
-            lines.append(labelled("tokens", f"{figures}; {self.supervised / sum(lengths):.0%} supervised"))
+        if lengths := _lengths(counts):
+            figures = ", ".join(f"{what} {length:,.0f}" for what, length in lengths.items())
+            lines.append(labelled("tokens", f"{figures}; {counts.supervised / counts.tokens:.0%} supervised"))
         if not self.is_whole:
-            whole = f"about {self.read * self.factor:,.0f} rows, {sum(lengths) * self.factor:,.0f} tokens"
+            whole = f"about {self.read * self.factor:,.0f} rows, {self.tokens:,.0f} tokens"
             lines.append(labelled("the whole", whole))
         return [*lines[:1], *(f"  {line}" for line in lines[1:]), ""]
+
+
+def _lengths(counts: Counts) -> dict[str, float]:
+    """Mean, median and longest of the token sequences; {} where there are none."""
+    if not counts.lengths:
+        return {}
+    lengths = sorted(counts.lengths.elements())
+    return {"mean": fmean(lengths), "median": median(lengths), "longest": lengths[-1]}
 
 
 def _reason(reason: str, rejects: Sequence[Reject]) -> str:
     shown = [f"{reject.origin}" + (f" ({reject.detail})" if reject.detail else "") for reject in rejects]
     return f"{len(rejects):,} {reason}: {listed(shown, SHOWN_REJECTS)}"
-
-
-def sequences(sample: AnySample) -> Iterator[Sample]:
-    """The sequences of tokens that a sample is made of."""
-    if isinstance(sample, PairSample):
-        yield from (sample.chosen, sample.rejected)
-    else:
-        yield sample.sample if isinstance(sample, VoteSample) else sample
 
 
 def outlook(preview: Preview, cleaner: Cleaner, renderer: Renderer) -> Outlook:
@@ -143,7 +138,9 @@ def outlook(preview: Preview, cleaner: Cleaner, renderer: Renderer) -> Outlook:
     for item in cleaned:
         results = [item] if isinstance(item, Reject) else next(rendered)
         samples = [each for each in results if not isinstance(each, Reject)]
-        found.samples += samples
+        found.samples += samples[: SHOWN_SAMPLES - len(found.samples)]
+        for sample in samples:
+            found.counts.add(sample)
         found.rejects += [each for each in results if isinstance(each, Reject)]
         found.kept += bool(samples)
     return found

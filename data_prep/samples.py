@@ -142,7 +142,7 @@ def find_samples(prepared: Path, manifest: Mapping[str, Any], origin: str, decod
     """
     import pyarrow.compute as pc
 
-    pattern = f"(^|/){re.escape(origin)}([#/][0-9]+)*$"  # RE2; rows on one line are #2, samples of one row /2
+    pattern = origin_pattern(origin)
     shown: list[ShownSample] = []
     for split, entry in manifest["splits"].items():
         for shard in entry["shards"]:
@@ -151,6 +151,11 @@ def find_samples(prepared: Path, manifest: Mapping[str, Any], origin: str, decod
             if rows:
                 shown += _read(prepared / shard["file"], rows, split, decode)
     return shown
+
+
+def origin_pattern(origin: str) -> str:
+    """A regular expression for the ids of a row's samples, or of the rows on its line, in any folder."""
+    return f"(^|/){re.escape(origin)}([#/][0-9]+)*$"  # rows on one line are #2, samples of one row /2
 
 
 def first_rejects(folder: Path, counts: Mapping[str, int], n: int) -> dict[str, list[dict[str, Any]]]:
@@ -168,8 +173,8 @@ def first_rejects(folder: Path, counts: Mapping[str, int], n: int) -> dict[str, 
 
 
 def place(reject: Mapping[str, Any]) -> str:
-    """``file:line`` of a line of ``rejects.jsonl``."""
-    return f"{reject['file']}:{reject['line']}"
+    """``file:line`` of a line of ``rejects.jsonl``, with the row's number if several stand on that line."""
+    return f"{reject['file']}:{reject['line']}" + (f"#{reject['part']}" if "part" in reject else "")
 
 
 def read_rejects(folder: Path) -> Iterator[dict[str, Any]]:

@@ -75,7 +75,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
         "faq train 1,000 620,000 92,000 25.0%",
         "faq 3.50 2,170,000 53.8%",
         "train 95.4% 98.7%",
-        "up to 96 tokens: 7990 rows",
+        "up to 96 tokens: 7,990 sequences",
         "malformed JSON 2 tickets.jsonl:7 at column 81",
         "exact duplicates 120",
         "duplicates across splits 13",
