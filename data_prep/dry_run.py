@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from configs.schema.dataset import MixDatasetConfig
 from configs.schema.roots import PrepConfig
 from data_prep.clean import Cleaner
 from data_prep.counts import Counts, split_entry
-from data_prep.dataset import SPLITS, Dataset, Holdout, RowsDataset
+from data_prep.dataset import SPLITS, Dataset, RowsDataset
 from data_prep.mixture import epochs_per_source
 from data_prep.outlook import SHOWN_SAMPLES, Outlook, outlook
 from data_prep.render import Renderer
@@ -142,9 +142,12 @@ def dry_run(cfg: PrepConfig, model_dir: Path) -> DryRun:
     )
     cleaner = Cleaner(cfg.clean)
     outlooks = [outlook(preview, cleaner, renderer) for preview in previews]
-    notes = [*dataset.notes, *(f"{what}: {count:,}" for what, count in sorted(renderer.notes.items()))]
-    splits = _splits(dataset, cfg, outlooks)
-    epochs, faults = _mixture(cfg, dataset, outlooks)
+    shown_above = tuple(f"read as {preview.recognised}" for preview in previews)
+    notes = [note for note in dataset.notes if not note.endswith(shown_above)]
+    notes += [*(f"{what}: {count:,}" for what, count in sorted(renderer.notes.items()))]
+    shares = _shares(dataset, cfg, outlooks)
+    splits = _splits(outlooks, shares)
+    epochs, faults = _mixture(cfg, outlooks, shares)
     return DryRun(
         outlooks,
         _rows_per_second(outlooks, cleaner, renderer),
@@ -155,7 +158,7 @@ def dry_run(cfg: PrepConfig, model_dir: Path) -> DryRun:
         notes,
         [*faults_of(cfg, outlooks, splits), *faults],
         doubts_of(cfg, outlooks),
-        untold_of(cfg, outlooks),
+        untold_of(cfg, outlooks, splits),
     )
 
 
@@ -168,38 +171,39 @@ def _rows_per_second(outlooks: Sequence[Outlook], cleaner: Cleaner, renderer: Re
     return sum(len(preview.items) for preview in previews) / max(1e-9, time.perf_counter() - begin)
 
 
-def _splits(dataset: Dataset, cfg: PrepConfig, outlooks: Sequence[Outlook]) -> dict[str, float]:
-    """Kept rows of each split, about."""
+def _shares(dataset: Dataset, cfg: PrepConfig, outlooks: Sequence[Outlook]) -> list[dict[str, float]]:
+    """For each source, the share of its rows that a split gets."""
     holdouts = {part.source.path: part.holdout for part in dataset.parts()}
-    found = dict.fromkeys(SPLITS, 0.0)
+    shares = []
     for each in outlooks:
-        rows = each.kept * each.factor
+        holdout = holdouts.get(each.preview.source.path)
+        held_out = {"validation": holdout.validation, "test": holdout.test} if holdout else {}
+        if isinstance(dataset, RowsDataset):  # it decides row by row; its config says what it aims at
+            held_out = {name: getattr(cfg.dataset, f"{name}_fraction", 0.0) for name in SPLITS[1:]}
         if each.preview.split is not None:
-            found[each.preview.split] += rows
-            continue
-        validation, test = _shares(dataset, cfg, holdouts.get(each.preview.source.path))
-        for name, share in zip(SPLITS, (1 - validation - test, validation, test), strict=True):
-            found[name] += rows * share
+            shares.append({each.preview.split: 1.0})
+        else:
+            shares.append({SPLITS[0]: 1 - sum(held_out.values()), **held_out})
+    return shares
+
+
+def _splits(outlooks: Sequence[Outlook], shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Kept rows of each split that has any, about."""
+    found = dict.fromkeys(SPLITS, 0.0)
+    for each, share in zip(outlooks, shares, strict=True):
+        for name in share:
+            found[name] += each.kept * each.factor * share[name]
     return {name: rows for name, rows in found.items() if rows}
 
 
-def _shares(dataset: Dataset, cfg: PrepConfig, holdout: Holdout | None) -> tuple[float, float]:
-    if holdout is not None:
-        return holdout.validation, holdout.test
-    if isinstance(dataset, RowsDataset):  # decides row by row; its config says what it aims at
-        return getattr(cfg.dataset, "validation_fraction", 0.0), getattr(cfg.dataset, "test_fraction", 0.0)
-    return 0.0, 0.0
-
-
 def _mixture(
-    cfg: PrepConfig, dataset: Dataset, outlooks: Sequence[Outlook]
+    cfg: PrepConfig, outlooks: Sequence[Outlook], shares: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], list[CrosstuneError]]:
     if not isinstance(cfg.dataset, MixDatasetConfig):
         return {}, []
     tokens = dict.fromkeys(cfg.dataset.source_configs(), 0.0)
-    for each in outlooks:
-        if each.preview.split in (None, "train"):
-            tokens[each.preview.source.name] += each.tokens
+    for each, share in zip(outlooks, shares, strict=True):
+        tokens[each.preview.source.name] += each.tokens * share.get("train", 0.0)
     try:
         return epochs_per_source(cfg.dataset, {name: round(count) for name, count in tokens.items()}), []
     except CrosstuneError as fault:

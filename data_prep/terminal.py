@@ -55,7 +55,8 @@ def print_sample(console: Console, sample: ShownSample, specials: Sequence[str] 
         head.append(f"  {part.tokens:,} tokens, {part.supervised:,} learned ({share:.0%})", style="not bold dim")
         print_line(console, "")
         print_line(console, head)
-        print_line(console, marked(part, console, specials))
+        text = marked(part, console, specials)
+        print_line(console, text[:-1] if text.plain.endswith("\n") else text)
 
 
 def print_line(console: Console, text: str | Text) -> None:

@@ -57,11 +57,11 @@ def doubts_of(cfg: PrepConfig, outlooks: Sequence[Outlook]) -> list[str]:
     return doubts
 
 
-def untold_of(cfg: PrepConfig, outlooks: Sequence[Outlook]) -> list[str]:
+def untold_of(cfg: PrepConfig, outlooks: Sequence[Outlook], splits: Mapping[str, float]) -> list[str]:
     """What the first rows cannot tell."""
     untold = [] if all(each.is_whole for each in outlooks) else ["faults and lengths of later rows"]
     if cfg.dedup.exact or cfg.dedup.near:
         untold.append("how many rows are duplicates")
-    if any(each.preview.split is None for each in outlooks):
+    if splits.keys() - {each.preview.split for each in outlooks} - {"train"}:
         untold.append("which rows are held out")
     return untold
