@@ -2,34 +2,40 @@ r"""A conversation as the text its chat template makes of it, with the character
 
 The template renders the conversation whole, and once more for each turn to learn: the turns before it plus the
 generation prompt. That text, which is what inference starts from, must be a prefix of the whole; what follows it is
-the answer. A template with ``{% generation %}`` marks says itself where answers are. An answer ends with the first
-special token after the assistant's text: the end token, which is learned too; a line break after it is not.
+the answer (`answers.py`). ``{% generation %}`` marks must agree with that.
+
+Templates that drop or change earlier turns, mostly their reasoning, show an answer as the assistant wrote it only in
+the conversation cut after it. Such a turn becomes a conversation of its own, learned alone, and stays in the whole as
+context. Where a template opens its prompts with a reasoning marker that it does not write before answers without
+reasoning, they are learned from behind the place where the marker would be, and a note counts them.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import ModelError
-from data_prep.records import Record, RowFault, answers
+from data_prep.answers import Answer, AnswerFinder, Part, parts_of, without_opener
+from data_prep.openai_form import Tools, openai_form, spoken
+from data_prep.records import Message, Record, RowFault
+from data_prep.rendered import Span
+from data_prep.template import DAY, Template, Turn, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
-"""Half-open; of characters or of token indices."""
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NO_MARKER = "answers without the reasoning marker that the generation prompt ends with"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatText:
-    """A conversation's text and, per answer in order, its characters, end token included."""
+    """A conversation's text and the answers in it that are learned, in order."""
 
     text: str
-    spans: list[Span]
+    answers: list[Answer]
 
 
 class ChatTemplate:
@@ -38,123 +44,218 @@ class ChatTemplate:
     Args:
         tokenizer: with the template to use.
         model_name: how messages name the model.
+        variables: what the template is given besides the conversation.
+        notes: counts what a reader of the manifest should know, by conversation or answer.
 
     Raises:
         ModelError: there is no template, or it does not compile.
+        ConfigError: `variables` holds a name that is not free.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
-        self._tokenizer: Any = tokenizer
-        if not isinstance(tokenizer.chat_template, str):
-            raise ModelError(
-                model_name,
-                "its tokenizer has no chat template, and the records are conversations",
-                remedy="template.path=<Jinja file>; or dataset.format=text for plain text",
-            )
-        self._template: str = tokenizer.chat_template
-        self._marked = _GENERATION_MARK.search(self._template) is not None
-        specials = _special_tokens(tokenizer)
-        self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, specials)) + ")") if specials else None
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model_name: str,
+        variables: Mapping[str, Any],
+        notes: Counter[str],
+    ) -> None:
+        self._template = Template(tokenizer, model_name, variables)
+        self._notes = notes
+        specials = special_tokens(tokenizer)
+        self._finder = AnswerFinder(specials, tokenizer.eos_token, self._template.empty_block)
         frame = {tokenizer.bos_token, tokenizer.eos_token}
-        control = [token for token in specials if token in frame or token in self._template]
-        self._control = re.compile("|".join(map(re.escape, control))) if control else None
-        self._check_compiles(model_name)
+        shown = "\0".join([self._template.source, *self._template.probes])
+        self._control = [token for token in specials if token in frame or token in shown]
+        self._bos = _begin_token(tokenizer, self._template)
 
-    def render(self, record: Record) -> ChatText:
-        """The text of a conversation and where its answers are.
+    def render(self, record: Record) -> list[ChatText]:
+        """The text of a conversation with its answers, then those of its turns that need a conversation of their own.
 
         Raises:
             RowFault: the template refuses it, or does not keep prompts or answers as they are.
         """
+        self._refuse_images(record)
         self._refuse_control_tokens(record)
-        messages = [{"role": m.role, "content": m.content} for m in record.messages]
         try:
-            return self._render(messages, record)
+            turns, tools = openai_form(record, self._template, self._notes)
+            found = self._rendered(_Talk(self._template, record, turns, tools))
         except RowFault:
             raise
         except Exception as error:  # a template is a program of somebody's: it may divide by zero
             raise RowFault("the chat template refuses the conversation", str(error) or type(error).__name__) from None
+        if self._template.dated:
+            self._notes[f"conversations rendered as of {DAY}: the chat template writes today's date"] += 1
+        return found
 
-    def _check_compiles(self, model_name: str) -> None:
-        from jinja2.exceptions import TemplateSyntaxError
+    def lead(self, text: str) -> int:
+        """Tokens at the beginning of a conversation's text that stay when its beginning is cut off."""
+        return int(self._bos is not None and text.startswith(self._bos))
 
-        try:
-            self._text([{"role": "user", "content": "a"}], prompt=True)
-        except TemplateSyntaxError as error:
-            raise ModelError(model_name, f"its chat template does not compile: {error}") from error
-        except Exception:
-            return  # it compiles; what it thinks of this conversation does not matter
+    def _refuse_images(self, record: Record) -> None:
+        for number, message in enumerate(record.messages, start=1):
+            if message.images:
+                raise RowFault("images need a model that sees", f"turn {number}: {len(message.images)} of them")
 
     def _refuse_control_tokens(self, record: Record) -> None:
         """Text that spells a turn's end would end the turn: at best noise, at worst an injected one."""
         for number, message in enumerate(record.messages, start=1):
-            if self._control is not None and (match := self._control.search(message.content)):
-                raise RowFault("the text holds a control token of the template", f"turn {number}: {match[0]}")
+            plain = not (message.reasoning or message.calls or message.name)
+            self._refuse_control(message.content if plain else _all_text(message), f"turn {number}")
+        if record.tools:
+            self._refuse_control("\n".join(_strings(record.tools)), "tools")
 
-    def _render(self, messages: list[dict[str, str]], record: Record) -> ChatText:
-        marks: list[Span] = []
-        if self._marked:
-            whole, marks = self._with_marks(messages)
+    def _refuse_control(self, text: str, where: str) -> None:
+        for token in self._control:
+            if token in text:
+                raise RowFault("the text holds a control token of the template", f"{where}: {token}")
+
+    def _rendered(self, talk: _Talk) -> list[ChatText]:
+        whole: list[Answer] = []
+        own: list[ChatText] = []
+        for i, message in enumerate(talk.record.messages):
+            if message.train:
+                answer, upto = self._answer(talk, i)
+                if upto == talk.length:
+                    whole.append(answer)
+                else:
+                    own.append(ChatText(talk.text(upto), [answer]))
+        return [ChatText(talk.text(talk.length), whole), *own] if whole else own
+
+    def _answer(self, talk: _Talk, i: int) -> tuple[Answer, int]:
+        """Answer `i`, and the number of turns of the conversation it was found in: all, else those up to it.
+
+        Raises:
+            RowFault: it is in neither as the assistant wrote it; the whole's fault is told.
+        """
+        first: RowFault | None = None
+        for prompt, opened in _prompts(talk, i):
+            for upto in dict.fromkeys((talk.length, i + 1)):
+                try:
+                    answer = self._find(talk, upto, prompt, i)
+                except RowFault as fault:
+                    first = first or fault
+                    continue
+                if opened:
+                    self._notes[_NO_MARKER] += 1
+                return answer, upto
+        assert first is not None
+        raise first
+
+    def _find(self, talk: _Talk, upto: int, prompt: str, i: int) -> Answer:
+        """Answer `i` behind `prompt` in the conversation of the first `upto` turns."""
+        message = talk.record.messages[i]
+        text = _after(talk.text(upto), prompt, i)
+        calls = message.calls if self._template.knows_calls else ()
+        content = spoken(message, self._template)
+        if calls or message.reasoning:
+            parts = parts_of(message.reasoning, content, calls)
+            answer = self._find_parts(talk, upto, prompt, i, parts)
         else:
-            whole = self._text(messages, prompt=False)
-        spans = []
-        for i, content in answers(record):
-            start, limit = _mark(messages, i, marks) if self._marked else (self._start(messages, i, whole), len(whole))
-            end = self._answer_end(whole, start, content)
-            if end > limit:
-                raise RowFault("the template's generation marks leave the end token out", f"turn {i + 1}")
-            spans.append((start, end))
-        return ChatText(whole, spans)
+            answer = self._finder.content(text, len(prompt), content)
+        return self._within_mark(text, answer, talk.mark(upto, i)) if self._template.marked else answer
 
-    def _text(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        return text
+    def _find_parts(self, talk: _Talk, upto: int, prompt: str, i: int, parts: list[Part]) -> Answer:
+        """An answer with reasoning or calls: the conversation cut after it shows where it ends."""
+        cut = _after(talk.text(i + 1), prompt, i)
+        reasoned = bool(talk.record.messages[i].reasoning)
+        answer, ended = self._finder.parts(cut, len(prompt), parts, reasoned=reasoned)
+        if upto == i + 1 and ended:
+            return answer
+        said = cut[answer.start : answer.end]
+        return self._finder.again(talk.text(upto), len(prompt), said, answer.token - answer.start)
 
-    def _with_marks(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
-        """The text and the marked characters: what ``return_assistant_tokens_mask`` makes its mask of."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _within_mark(self, text: str, answer: Answer, mark: Span) -> Answer:
+        """The answer, which must be marked but for white space and an empty reasoning block before it."""
+        start, end = mark
+        if answer.end > end:
+            raise RowFault("the template's generation marks leave the end token out", repr(text[end : answer.end][:20]))
+        if start <= answer.start:
+            return answer
+        gap = text[answer.start : start]
+        if gap.strip() and len(gap) not in self._finder.blocks(gap, 0):
+            raise RowFault("the template's generation marks leave a part of the answer out", repr(gap[:20]))
+        return Answer(start, answer.token, answer.end)
 
-        texts, marks = render_jinja_template(
-            conversations=[messages],
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
+
+class _Talk:
+    """A conversation and the texts of its beginnings, each rendered once."""
+
+    __slots__ = ("_marks", "_prompts", "_template", "_texts", "_tools", "_turns", "_shift", "length", "record")
+
+    def __init__(self, template: Template, record: Record, turns: list[Turn], tools: Tools) -> None:
+        self.record = record
+        self.length = len(record.messages)
+        self._template, self._turns, self._tools = template, turns, tools
+        self._shift = len(turns) - self.length
+        """1 where a system turn was put before the record's own turns."""
+        self._texts: dict[int, str] = {}
+        self._prompts: dict[int, str] = {}
+        self._marks: dict[int, list[Span]] = {}
+
+    def text(self, upto: int) -> str:
+        """Of the record's first turns."""
+        if upto not in self._texts:
+            turns = self._turns[: upto + self._shift]
+            if self._template.marked:
+                self._texts[upto], self._marks[upto] = self._template.text_with_marks(turns, self._tools)
+            else:
+                self._texts[upto] = self._template.text(turns, self._tools, prompt=False)
+        return self._texts[upto]
+
+    def prompt(self, i: int) -> str:
+        """What inference starts from to make turn `i`."""
+        if i not in self._prompts:
+            self._prompts[i] = self._template.text(self._turns[: i + self._shift], self._tools, prompt=True)
+        return self._prompts[i]
+
+    def mark(self, upto: int, i: int) -> Span:
+        """The generation mark of turn `i` in the text of the first turns: templates mark assistant turns, in order."""
+        self.text(upto)
+        turns = [k for k, m in enumerate(self.record.messages[:upto]) if m.role == "assistant"]
+        marks = self._marks[upto]
+        if len(marks) != len(turns):
+            found = f"{len(marks)} marks, {len(turns)} assistant turns"
+            raise RowFault("the template's generation marks do not match the answers", found)
+        return marks[turns.index(i)]
+
+
+def _prompts(talk: _Talk, i: int) -> Iterator[tuple[str, bool]]:
+    """The prompt of turn `i`; then, if it ends with a reasoning marker, the prompt without that."""
+    prompt = talk.prompt(i)
+    yield prompt, False
+    bare = without_opener(prompt)
+    if bare is not None:
+        yield bare, True
+
+
+def _after(text: str, prompt: str, i: int) -> str:
+    if not text.startswith(prompt):
+        raise RowFault(
+            "the chat template changes what came before an answer",
+            f"the prompt of turn {i + 1} is no prefix of the conversation",
         )
-        return texts[0], [(start, end) for start, end in marks[0]]
-
-    def _start(self, messages: list[dict[str, str]], i: int, whole: str) -> int:
-        prompt = self._text(messages[:i], prompt=True)
-        if not whole.startswith(prompt):
-            raise RowFault(
-                "the chat template changes what came before an answer",
-                f"the prompt of turn {i + 1} is no prefix of the whole conversation",
-            )
-        return len(prompt)
-
-    def _answer_end(self, whole: str, start: int, content: str) -> int:
-        """End of the answer in the whole text: after the end token that follows the assistant's text."""
-        body = content.strip()
-        begin = len(whole) - len(whole[start:].lstrip())
-        if not whole.startswith(body, begin):
-            raise RowFault(
-                "the chat template changes the assistant's text", f"'{body[:20]}' became '{whole[begin:][:20]}'"
-            )
-        match = self._end.match(whole, begin + len(body)) if self._end else None
-        if match is None:
-            raise RowFault("no end token after the answer", f"followed by {whole[begin + len(body) :][:20]!r}")
-        return match.end()
+    return text
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Texts of the special tokens, longer ones first so that a search finds the whole token."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda token: (-len(token), token))
+def _begin_token(tokenizer: PreTrainedTokenizerBase, template: Template) -> str | None:
+    """The begin token, if the tokenizer's is one: ChatML models name the token so that opens every turn."""
+    bos = tokenizer.bos_token
+    return bos if isinstance(bos, str) and bos and bos not in template.answer_opener else None
 
 
-def _mark(messages: list[dict[str, str]], i: int, marks: list[Span]) -> Span:
-    """The mark of turn `i`: templates mark every assistant turn, in order."""
-    turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-    if len(marks) != len(turns):
-        found = f"{len(marks)} marks, {len(turns)} assistant turns"
-        raise RowFault("the template's generation marks do not match the answers", found)
-    return marks[turns.index(i)]
+def _all_text(message: Message) -> str:
+    calls = [text for call in message.calls for text in (call.name, *_strings(call.arguments))]
+    return "\n".join([message.reasoning, message.content, message.name or "", *calls])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)

@@ -1,46 +1,35 @@
 """Records in, token ids and the spans to learn out. Pure but for the tokenizer.
 
-The text of a conversation (`chat.py`) is cut where answers begin and end, and the pieces are tokenised each by itself.
-The prompt's tokens are then those of inference, even where prompt and answer tokenised at once would merge characters
-across the border. Tokenizers that put something before every text they are given (SentencePiece's space) cannot be fed
-pieces: there the text is tokenised at once, and a row whose prompt tokens differ from inference's, or that has a token
-across a border, is rejected.
-
-Then the supervised tokens are decoded and compared with the answer and its end token; what differs is rejected. Nothing
-is ever decided by a token's id, so pad == eos costs nothing. It does not render tools, reasoning or images, and it does
-not truncate.
+The chat template makes a text of a conversation and shows where its answers are (`chat.py`), the text is tokenised
+(`encode.py`), the tokens of each answer are decoded and compared with it (`verify.py`), and what is too long is treated
+as configured (`length.py`). What differs is rejected. Nothing is ever decided by a token's id, so pad == eos costs
+nothing. Images are not rendered.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from data_prep.chat import ChatTemplate, ChatText, Span
-from data_prep.records import AnyRecord, Record, Reject, RowFault, TextRecord
+from configs.schema.roots import TooLong
+from data_prep.chat import ChatTemplate, ChatText
+from data_prep.encode import Encoder, Tokens
+from data_prep.length import LengthFault, fitted
+from data_prep.records import AnyRecord, Pair, Record, Reject, RowFault, TextRecord, Vote
+from data_prep.rendered import AnySample, PairSample, Sample, Span, VoteSample
+from data_prep.verify import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_Tokens = tuple[list[int], list[Span]]
-"""Token ids and the token spans of the answers."""
+__all__ = ["AnySample", "PairSample", "Renderer", "Sample", "Span", "VoteSample"]
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A record as the model will see it."""
-
-    id: str
-    input_ids: list[int]
-    spans: list[Span]
-    """Token indices learned as targets: half-open, sorted, disjoint; never index 0, which nothing predicts."""
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens learned."""
-        return sum(end - start for start, end in self.spans)
+Result = AnySample | Reject
+_Part = tuple[ChatText, Tokens | RowFault]
+_Draft = RowFault | list[list[ChatText]]
+"""A record's conversations, of a pair two, each with those of its answers that need one of their own."""
 
 
 class Renderer:
@@ -48,148 +37,138 @@ class Renderer:
 
     Args:
         tokenizer: with the chat template to use.
-        max_length: tokens; longer samples are rejected.
+        max_length: tokens of the longest sample.
         model_name: how messages name the model.
+        too_long: what becomes of longer samples.
+        template_kwargs: what the chat template is given besides the conversation.
+        fast: use the shortcuts that the tokenizer's kind allows; the results are the same.
+
+    Attributes:
+        notes: counts what a reader of the manifest should know.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, model_name: str = "the model") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        model_name: str = "the model",
+        too_long: TooLong = TooLong.reject,
+        template_kwargs: Mapping[str, Any] | None = None,
+        fast: bool = True,
+    ) -> None:
         self.max_length = max_length
-        self._tokenizer: Any = tokenizer
-        self._model_name = model_name
+        self.notes: Counter[str] = Counter()
+        self._too_long = too_long
+        self._tokenizer, self._model_name, self._variables = tokenizer, model_name, template_kwargs or {}
         self._chat: ChatTemplate | None = None
-        self._pieces = pieces_add_up(tokenizer)
+        self._encoder = Encoder(tokenizer, fast=fast)
+        self._verifier = Verifier(tokenizer, exact=self._encoder.pieces_add_up, fast=fast)
 
-    def render(self, records: Sequence[AnyRecord]) -> list[Sample | Reject]:
-        """One result per record, in order.
+    def render(self, records: Sequence[AnyRecord]) -> list[list[Result]]:
+        """The samples of each record, in order: one, but for answers that need a conversation of their own and chunks.
 
         Raises:
             ModelError: there are conversations, and the model has no chat template or one that does not compile.
         """
-        results: dict[int, Sample | Reject] = {}
-        chats: list[tuple[int, Record, ChatText]] = []
-        texts: list[tuple[int, TextRecord]] = []
-        for i, record in enumerate(records):
-            if isinstance(record, TextRecord):
-                texts.append((i, record))
-                continue
-            try:
-                chats.append((i, record, self._template().render(record)))
-            except RowFault as fault:
-                results[i] = _reject(record, fault)
-        for (i, chat, text), tokens in zip(chats, self._tokenize([t for _, _, t in chats]), strict=True):
-            results[i] = self._checked(chat, text, tokens)
-        for (i, plain), ids in zip(texts, self._ids([r.text for _, r in texts], specials=True), strict=True):
-            results[i] = self._plain(plain, ids)
-        return [results[i] for i in range(len(records))]
+        drafts = [[] if isinstance(record, TextRecord) else self._draft(record) for record in records]
+        chats = [chat for draft in drafts if isinstance(draft, list) for side in draft for chat in side]
+        tokens = iter(self._encoder.conversations(chats))
+        documents = iter(self._encoder.documents([r.text for r in records if isinstance(r, TextRecord)]))
+        results: list[list[Result]] = []
+        for record, draft in zip(records, drafts, strict=True):
+            if isinstance(draft, RowFault):
+                results.append([_reject(record, draft)])
+            elif isinstance(record, TextRecord):
+                results.append(self._document(record, next(documents)))
+            else:
+                sides = [[(chat, part) for chat in side for part in next(tokens)] for side in draft]
+                results.append(self._conversation(record, sides))
+        return results
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return self._verifier.decode(ids)
 
     def _template(self) -> ChatTemplate:
         """Made when the first conversation comes: plain text needs none."""
         if self._chat is None:
-            self._chat = ChatTemplate(self._tokenizer, self._model_name)
+            self._chat = ChatTemplate(self._tokenizer, self._model_name, self._variables, self.notes)
         return self._chat
 
-    def _ids(self, texts: list[str], *, specials: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(texts, add_special_tokens=specials, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+    def _draft(self, record: Record | Pair | Vote) -> _Draft:
+        template = self._template()
+        draft = []
+        for what, side in _sides(record):
+            try:
+                draft.append(template.render(side))
+            except RowFault as fault:
+                return RowFault(fault.reason, what + fault.detail)
+        return draft
 
-    def _tokenize(self, chats: list[ChatText]) -> list[_Tokens | RowFault]:
-        return self._in_pieces(chats) if self._pieces else [self._at_once(chat) for chat in chats]
+    def _conversation(self, record: Record | Pair | Vote, sides: list[list[_Part]]) -> list[Result]:
+        if isinstance(record, Record):
+            return [self._sample(record, _numbered(record, n), *part) for n, part in enumerate(sides[0], start=1)]
+        samples: list[Sample] = []
+        for (what, _), side in zip(_sides(record), sides, strict=True):
+            if len(side) > 1:
+                return [_reject(record, RowFault("a preference's answers do not stay in one conversation"))]
+            sample = self._sample(record, record.id, *side[0])
+            if isinstance(sample, Reject):
+                return [replace(sample, detail=what + sample.detail)]
+            samples.append(sample)
+        if isinstance(record, Vote):
+            return [VoteSample(record.id, samples[0], record.liked)]
+        if not _same_prompt(*(side[0][0] for side in sides)):
+            return [_reject(record, RowFault("chosen and rejected have different prompts in the chat template"))]
+        return [PairSample(record.id, *samples)]
 
-    def _in_pieces(self, chats: list[ChatText]) -> list[_Tokens | RowFault]:
-        texts: list[str] = []
-        for chat in chats:
-            cuts = [0, *(cut for span in chat.spans for cut in span), len(chat.text)]
-            texts += [chat.text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-        ids = iter(self._ids(texts))
-        results: list[_Tokens | RowFault] = []
-        for chat in chats:
-            tokens, spans = list(next(ids)), []
-            for _ in chat.spans:
-                begin = len(tokens)
-                tokens += next(ids)
-                spans.append((begin, len(tokens)))
-                tokens += next(ids)
-            results.append((tokens, spans))
-        return results
-
-    def _at_once(self, chat: ChatText) -> _Tokens | RowFault:
-        encoded = self._tokenizer(
-            chat.text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        tokens, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        spans = []
-        for start, end in chat.spans:
-            inside = [k for k, (a, b) in enumerate(offsets) if a < end and b > start]
-            if not inside or offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end:
-                return RowFault("a token crosses the border of an answer")
-            if tokens[: inside[0]] != self._ids([chat.text[:start]])[0]:
-                return RowFault("the prompt alone has other tokens than before its answer")
-            spans.append((inside[0], inside[-1] + 1))
-        return tokens, spans
-
-    def _checked(self, record: Record, chat: ChatText, tokens: _Tokens | RowFault) -> Sample | Reject:
+    def _sample(self, record: AnyRecord, sample_id: str, chat: ChatText, tokens: Tokens | RowFault) -> Sample | Reject:
+        """The sample, checked and short enough."""
         if isinstance(tokens, RowFault):
             return _reject(record, tokens)
-        ids, spans = tokens
-        if len(ids) > self.max_length:
-            return self._too_long(record, len(ids))
-        if spans[0][0] == 0:
+        if tokens.spans[0][0] == 0:
             return _reject(record, RowFault("the answer has no token before it"))
-        for (start, end), (a, b) in zip(spans, chat.spans, strict=True):
-            decoded = self.decode(ids[start:end])
-            if not _same_text(decoded, chat.text[a:b], exact=self._pieces):
+        for (start, end), text in zip(tokens.spans, tokens.texts, strict=True):
+            decoded = self._verifier.difference(tokens.ids[start:end], text)
+            if decoded is not None:
                 return _reject(record, RowFault("the tokens of the answer decode to another text", repr(decoded[:40])))
-        return Sample(record.id, ids, spans)
+        sample = Sample(sample_id, tokens.ids, tokens.spans)
+        (fit,) = self._fitted(record, sample, lead=self._template().lead(chat.text))
+        return fit
 
-    def _plain(self, record: TextRecord, ids: list[int]) -> Sample | Reject:
-        end = self._tokenizer.eos_token_id
-        if end is not None and (not ids or ids[-1] != end):
-            ids = [*ids, end]
-        if len(ids) > self.max_length:
-            return self._too_long(record, len(ids))
+    def _document(self, record: TextRecord, ids: list[int] | RowFault) -> list[Result]:
+        if isinstance(ids, RowFault):
+            return [_reject(record, ids)]
         if len(ids) < 2:
-            return _reject(record, RowFault("too short to learn from", f"{len(ids)} token"))
-        return Sample(record.id, ids, [(1, len(ids))])
+            return [_reject(record, RowFault("too short to learn from", f"{len(ids)} token"))]
+        sample = Sample(record.id, ids, [(1, len(ids))])
+        return [*self._fitted(record, sample, lead=self._encoder.lead, document=True)]
 
-    def _too_long(self, record: AnyRecord, tokens: int) -> Reject:
-        return Reject(record.origin, "longer than max_length", f"{tokens} tokens", counts=False)
-
-
-def pieces_add_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text's pieces tokenise to the text's tokens, at borders that nothing merges across.
-
-    It fails for tokenizers that put a space before every text they are given.
-    """
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
-
-    probes = [("\n", "a"), (".", "\n"), ("a", "\n")]
-    if tokenizer.eos_token:
-        probes += [(tokenizer.eos_token, "a"), (tokenizer.eos_token, "\n")]
-    return all(ids(left + right) == ids(left) + ids(right) for left, right in probes)
+    def _fitted(self, record: AnyRecord, sample: Sample, *, lead: int, document: bool = False) -> list[Sample | Reject]:
+        try:
+            pieces = fitted(sample, self.max_length, self._too_long, lead=lead, document=document)
+        except LengthFault as fault:
+            return [Reject(record.origin, fault.reason, fault.detail, counts=False)]
+        if len(pieces) == 1:
+            return [*pieces]
+        return [Sample(_numbered(record, n), piece.input_ids, piece.spans) for n, piece in enumerate(pieces, start=1)]
 
 
-def _same_text(decoded: str, expected: str, *, exact: bool) -> bool:
-    """Equal but for Unicode composition, which some tokenizers normalise; SentencePiece drops a first space."""
-    if decoded == expected:
-        return True
-    if not exact:
-        decoded, expected = decoded.strip(), expected.strip()
-    return unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", expected)
+def _sides(record: Record | Pair | Vote) -> tuple[tuple[str, Record], ...]:
+    """The conversations of a record, each with what a fault's detail begins with."""
+    if isinstance(record, Pair):
+        return ("chosen: ", record.chosen), ("rejected: ", record.rejected)
+    return (("", record if isinstance(record, Record) else record.record),)
+
+
+def _same_prompt(chosen: ChatText, rejected: ChatText) -> bool:
+    starts = [chat.answers[0].start for chat in (chosen, rejected)]
+    return chosen.text[: starts[0]] == rejected.text[: starts[1]]
+
+
+def _numbered(record: AnyRecord, n: int) -> str:
+    return record.id if n == 1 else f"{record.id}/{n}"
 
 
 def _reject(record: AnyRecord, fault: RowFault) -> Reject:
