@@ -1,4 +1,4 @@
-"""Raw rows become records, or are refused with a reason; `auto` recognises what is certain and stops at the rest."""
+"""Raw rows become records, or are refused with a reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from configs.errors import ConfigError, DataError
 from configs.schema.dataset import Learn, Preference, RecordFormat
 from data_prep.formats import FORMATS
 from data_prep.formats.detect import choose
@@ -82,7 +81,7 @@ def test_calls_in_openai_form() -> None:
         "tools": [_OPENAI_TOOL],
         "messages": [
             _user("q"),
-            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "assistant", "tool_calls": calls},
             {"role": "tool", "content": "1", "tool_call_id": "b", "name": "weather"},
             {"role": "tool", "content": "2", "tool_call_id": "a"},
             {"role": "assistant", "content": "so", "function_call": {"name": "stop", "arguments": ""}},
@@ -109,7 +108,7 @@ def test_calls_in_openai_form() -> None:
 @pytest.mark.parametrize("tools", [[_WEATHER], [_OPENAI_TOOL], _WEATHER, [{"type": "function", **_WEATHER}]])
 @pytest.mark.parametrize("as_text", [False, True])
 def test_sharegpt_calls_observations_and_tools(tools: Any, as_text: bool) -> None:
-    row = {
+    row: dict[str, Any] = {
         "conversations": [
             {"from": "human", "value": "q"},
             {"from": "gpt", "value": "I look."},
@@ -157,6 +156,8 @@ def test_reasoning_is_taken_apart() -> None:
     ):
         answer = _record(name, row).messages[-1]
         assert (answer.reasoning, answer.content) == ("hm", "so")
+    history = {"instruction": "q", "output": "so", "history": [["q", "<think>hm</think>so"]]}
+    assert _record("alpaca", history).messages[1] == Message("assistant", "so", True, "hm")
     nothing = _record("prompt_completion", {"prompt": "q", "completion": "<think>\n\n</think>\n\nso"}).messages[1]
     assert (nothing.reasoning, nothing.content) == ("", "so")
 
@@ -258,11 +259,15 @@ def test_images_are_carried() -> None:
     for images in (["b.png"], ["b.png", "c.png", "d.png"], None):
         with pytest.raises(RowFault, match="marks and images differ in number"):
             _read("messages", row | {"images": images})
+    with pytest.raises(RowFault, match="2 <image> marks, 1 images"):  # which mark is the image's cannot be told
+        _read("messages", {"messages": [_user([*parts[:1], {"type": "text", "text": "<image>"}]), _assistant("a")]})
+    svg = {"messages": [_user(parts[:2]), _assistant("a"), _user("and <image> in SVG?"), _assistant("b")]}
+    assert [m.images for m in _record("messages", svg).messages] == [("http://x/a.png",), (), (), ()]
     share = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     chosen, _ = choose("f", [{"conversations": share, "image": "a.png"}], RecordFormat.auto, {}, None)
-    record = chosen.read({"conversations": share, "image": "a.png"}, _HERE)
-    assert isinstance(record, Record)
-    assert record.messages[0].images == ("a.png",)
+    shown = chosen.read({"conversations": share, "image": "a.png"}, _HERE)
+    assert isinstance(shown, Record)
+    assert shown.messages[0].images == ("a.png",)
     assert _record("sharegpt", {"conversations": share}).messages[0].images == ()  # in SVG it is a word like any other
 
 
@@ -393,71 +398,6 @@ def test_a_row_that_cannot_be_used_says_why(name: str, row: dict[str, Any], reas
     with pytest.raises(RowFault) as caught:
         FORMATS[name]().read(row, _HERE)
     assert caught.value.reason == reason
-
-
-@pytest.mark.parametrize(
-    ("row", "name", "columns"),
-    [
-        ({"messages": [_TURN]}, "messages", {}),
-        ({"conversations": [_GPT]}, "sharegpt", {}),
-        ({"conversations": [_TURN]}, "messages", {"messages": "conversations"}),
-        ({"messages": [_GPT]}, "sharegpt", {"conversations": "messages"}),
-        ({"instruction": "i", "input": "", "output": "o", "text": "i o"}, "alpaca", {}),
-        ({"prompt": "p", "completion": "c"}, "prompt_completion", {}),
-        ({"prompt": "p", "completion": "c", "label": "mit"}, "prompt_completion", {}),
-        ({"conversation": [_TURN], "kto_tag": True}, "vote", {"messages": "conversation", "label": "kto_tag"}),
-        ({"text": "t", "url": "u"}, "text", {}),
-    ],
-)
-def test_auto_recognises(row: dict[str, Any], name: str, columns: dict[str, str]) -> None:
-    chosen, why = choose("f.jsonl", [row], RecordFormat.auto, {}, None)
-    assert (chosen.name, chosen.columns) == (name, columns)
-    assert why.startswith(f"{name} (")
-    assert why.endswith("; not read: url") == ("url" in row)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "q", "answer": "a"}, "question, answer; none of the known shapes"),
-        ({"messages": [_TURN], "prompt": "p", "completion": "c"}, r"messages \(.*prompt_completion \("),
-        ({"chosen": "Human: q Assistant: a", "rejected": "b"}, "none of the known shapes"),
-        ({"prompt": "p", "completion": "c", "label": 0}, r"prompt_completion \(.*vote \("),
-    ],
-)
-def test_auto_stops_when_unsure(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=f"f.jsonl: the format cannot be told[^\n]*{message}"):
-        choose("f.jsonl", [row], RecordFormat.auto, {}, None)
-
-
-def test_columns_are_mapped_and_checked() -> None:
-    mapping = {"prompt": "question", "completion": "answer"}
-    for wanted in (RecordFormat.auto, RecordFormat.prompt_completion):
-        chosen, _ = choose("f", [{"question": "q", "answer": "a"}], wanted, mapping, None)
-        record = chosen.read({"question": "q", "answer": "a"}, _HERE)
-        assert isinstance(record, Record)
-        assert record.messages[1].content == "a"
-    with pytest.raises(DataError, match="f: no column 'answer' .*found: question, answers; nearest: 'answers'"):
-        choose("f", [{"question": "q", "answers": "a"}], RecordFormat.prompt_completion, mapping, None)
-    with pytest.raises(ConfigError, match="dataset.columns.promt: .*did you mean 'prompt'"):
-        choose("f", [{"q": "q"}], RecordFormat.auto, {"promt": "q"}, None)
-
-
-def test_turns_under_other_keys_and_roles_under_other_names() -> None:
-    row = {"dialogue": [{"speaker": "Kundin", "text": "q"}, {"speaker": "助手", "text": "a"}]}
-    columns, roles = {"messages": "dialogue", "role": "speaker", "content": "text"}, {"Kundin": "user"}
-    for wanted in (RecordFormat.auto, RecordFormat.messages):
-        chosen, _ = choose("f", [row], wanted, columns, None, roles=roles)
-        record = chosen.read(row, _HERE)
-        assert isinstance(record, Record)
-        assert _said(record) == [("user", "q", False), ("assistant", "a", True)]
-    with pytest.raises(RowFault, match="unknown role.*'Kundin'.*dataset.roles"):
-        choose("f", [row], RecordFormat.auto, columns, None)[0].read(row, _HERE)
-    with pytest.raises(ConfigError, match=r"dataset.roles.Kundin: no such role: 'customer'"):
-        choose("f", [row], RecordFormat.auto, columns, None, roles={"Kundin": "customer"})
-    votes = {"completion": [_TURN, _assistant("a")], "prompt": "q", "label": True}  # as one well-known export has them
-    chosen, _ = choose("f", [votes], RecordFormat.auto, {"messages": "completion"}, None)
-    assert isinstance(chosen.read(votes, _HERE), Vote)
 
 
 def test_rows_of_another_shape_become_rejects_not_other_records() -> None:

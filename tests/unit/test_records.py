@@ -37,7 +37,7 @@ from data_prep.records import (
 _HERE = Origin("a/rows.json", 3, 2)
 _TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
 _CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": ["y", {"z": "w"}]}'}}]
-_SAID = [
+_SAID: list[dict[str, Any]] = [
     {"role": "system", "content": "s"},
     {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image", "image": "a.png"}]},
     {"role": "assistant", "content": "<think>hm</think>a", "tool_calls": _CALLS, "weight": 0},
@@ -81,7 +81,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     if not isinstance(value, dict | list):
         return []
     here = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
-    return [place for container, key in here for place in _places(container[key])] + here
+    return [place for _, key in here for place in _places(value[key])] + here
 
 
 @st.composite
