@@ -16,6 +16,7 @@ from data_prep.dataset import Preview
 from data_prep.records import Reject
 from data_prep.render import Renderer
 from data_prep.rendered import AnySample
+from data_prep.shards import kind_of_record
 from data_prep.summary import labelled, listed
 
 SHOWN_SAMPLES = 2
@@ -34,6 +35,8 @@ class Outlook:
     """Of all samples."""
     kept: int = 0
     """Rows that gave a sample, or several."""
+    kinds: set[str] = field(default_factory=set)
+    """Of data that the rows become: samples, pairs, votes."""
     rejects: list[Reject] = field(default_factory=list)
     changed: Counter[str] = field(default_factory=Counter)
     """What cleaning changed -> how often."""
@@ -143,4 +146,6 @@ def outlook(preview: Preview, cleaner: Cleaner, renderer: Renderer) -> Outlook:
             found.counts.add(sample)
         found.rejects += [each for each in results if isinstance(each, Reject)]
         found.kept += bool(samples)
+        if not isinstance(item, Reject):
+            found.kinds.add(kind_of_record(item))
     return found

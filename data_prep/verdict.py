@@ -23,6 +23,15 @@ def faults_of(cfg: PrepConfig, outlooks: Sequence[Outlook], splits: Mapping[str,
     faults: list[CrosstuneError] = []
     if "train" not in splits:
         faults.append(DataError(where, f"no record is left for training; there are {', '.join(splits)}"))
+    kinds = sorted({kind for each in outlooks for kind in each.kinds})
+    if len(kinds) > 1:
+        faults.append(
+            DataError(
+                where,
+                f"holds {' and '.join(kinds)}; a folder of prepared data holds one kind",
+                remedy="prepare them apart; dataset.preference=chosen makes samples of pairs",
+            )
+        )
     at_fault = [reject for reject in rejects if reject.counts]
     if 0 <= cfg.dataset.max_rejects < len(at_fault):
         faults.append(

@@ -119,10 +119,11 @@ def test_a_mixture_says_how_often_each_source_is_shown(tmp_path: Path, model: Pa
         ([_good(0), *[_EMPTY] * 5], ["dataset.max_rejects=4"], "more than dataset.max_rejects=4 rows are at fault"),
         ([{"foo": 1}] * 3, [], "the format cannot be told"),
         ([_good(0)], ["dataset.format=alpaca"], "no column 'instruction'"),
+        ("two kinds", [], "holds pairs and samples; a folder of prepared data holds one kind"),
     ],
 )
 def test_where_a_preparation_would_stop_the_exit_code_is_2_and_so_does_the_real_one(
-    rows: list[Any],
+    rows: Any,
     words: list[str],
     told: str,
     tmp_path: Path,
@@ -130,8 +131,11 @@ def test_where_a_preparation_would_stop_the_exit_code_is_2_and_so_does_the_real_
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    words = [f"dataset.path={path}", *words]
+    pairs = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    files = {"a": [_good(0)], "b": pairs} if rows == "two kinds" else {"rows": rows}
+    for name, content in files.items():
+        write_jsonl(tmp_path / f"data/{name}.jsonl", content)
+    words = [f"dataset.path={tmp_path / 'data'}", *words]
     assert _command(monkeypatch, tmp_path, model, *words) == 2
     assert told in capsys.readouterr().err
     with pytest.raises(DataError):

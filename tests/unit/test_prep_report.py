@@ -130,6 +130,9 @@ def test_the_same_inputs_give_the_same_bytes_and_a_thousand_sources_stay_a_page(
 def test_the_summary_is_a_dozen_lines_with_every_kind_of_figure(tmp_path: Path) -> None:
     manifest = _manifest()
     manifest["notes"] *= 20
+    found = {"exact": 7, "near": 0, "across_splits": 2, "removed": 0}
+    kept = "\n".join(summary_lines(manifest | {"duplicates": found}, tmp_path))
+    assert "7 rows repeat another, 2 across splits; dedup=exact takes them out" in kept
     lines = summary_lines(manifest, tmp_path)
     text = "\n".join(lines)
     assert len(lines) <= 14
