@@ -92,7 +92,7 @@ def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **cha
 
 
 def write_prepared(folder: Path, splits: dict[str, list[Sample]]) -> Path:
-    """A folder of prepared data with exactly these samples."""
+    """A folder of prepared data with exactly these samples, without what only people read."""
     entries = {}
     for name, samples in splits.items():
         shard = folder / name / "shard-00000.arrow"
@@ -106,6 +106,7 @@ def write_prepared(folder: Path, splits: dict[str, list[Sample]]) -> Path:
         )
         with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
-        entries[name] = {"rows": len(samples), "shards": [{"file": f"{name}/{shard.name}", "rows": len(samples)}]}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "splits": entries}))
+        shards = [{"file": f"{name}/{shard.name}", "source": "tiny", "rows": len(samples)}]
+        entries[name] = {"rows": len(samples), "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 2, "kind": "samples", "splits": entries}))
     return folder

@@ -57,14 +57,18 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
     with closing(init_world(device)) as world:
         note: Note = logger.info if world.rank == 0 else logger.debug
-        run, data = RunFolder(run_dir), PreparedData.open(prepared)
+        run, objective = RunFolder(run_dir), build(cfg.objective, Objective)
+        data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
         split = data.split("train")
         check_lengths("train", split, cfg, prepared)
         validation = validation_split(data, cfg)
         trusted = cfg.model.trust_remote_code
         family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
-        plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens)
+        mix = data.mix()
+        for share in mix:
+            note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
+        plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
         rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
         total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
@@ -73,7 +77,7 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
                 state = restore(engine, latest(run.checkpoints), world)
             loop = Loop(
                 engine=engine,
-                objective=build(cfg.objective, Objective),
+                objective=objective,
                 sampler=StepSampler(split, plan, rows),
                 schedule=build(cfg.schedule, Schedule, total_steps),
                 device=device,

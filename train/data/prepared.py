@@ -1,12 +1,16 @@
 """Reads a folder of prepared data, memory-mapped: memory does not grow with the data set.
 
-Costs 8 bytes a sample (its length and its number of supervised tokens) in RAM; token ids stay on disk.
+Costs 8 bytes a sample (its length and its number of supervised tokens) in RAM; token ids stay on disk. Of the kinds of
+data, only samples are read; of the others it is said what they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,28 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from configs.errors import DataError
+from train.data.mix import Share
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREPARE_AGAIN = "prepare the data again"
+
+
+class DataKind(Enum):
+    """What a row of a folder is."""
+
+    samples = "samples"
+    """A text of which spans are learned."""
+    pairs = "pairs"
+    """Two answers to one prompt, of which one was chosen."""
+    votes = "votes"
+    """An answer that was liked or not."""
+
+
+_AS_SAMPLES = {
+    DataKind.pairs: "prepare the data again with dataset.preference=chosen, which learns the chosen answers",
+    DataKind.votes: "prepare data whose answers are all to be learned, in another dataset.format than vote",
+}
+"""What to do with data of a kind where samples are needed."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class PreparedSplit:
         """``[n]`` int32, supervised tokens of each sample."""
         return self._per_sample(_supervised)
 
-    def _per_sample(self, figure: Any) -> np.ndarray:
+    def _per_sample(self, figure: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
         parts = [figure(table) for table in self._tables]
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
@@ -69,8 +92,8 @@ class PreparedSplit:
 class PreparedData:
     """A folder made by `crosstune prep`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: dict[str, Any], kind: DataKind) -> None:
+        self.path, self.manifest, self.kind = path, manifest, kind
 
     @classmethod
     def open(cls, path: Path) -> PreparedData:
@@ -80,18 +103,34 @@ class PreparedData:
             DataError: it is not prepared data, is unfinished, or of another format version.
         """
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            version, splits = manifest["format_version"], manifest["splits"]
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            version = manifest["format_version"]
+            if version != FORMAT_VERSION:
+                raise DataError(str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy=PREPARE_AGAIN)
+            if not isinstance(manifest["splits"], dict):
+                raise TypeError("splits")
+            return cls(path, manifest, DataKind(manifest["kind"]))
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 str(path), "no manifest.json: not a folder of prepared data", remedy="crosstune prep"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(str(path / "manifest.json"), f"damaged: {error!r}", remedy=PREPARE_AGAIN) from None
-        if version != FORMAT_VERSION:
-            raise DataError(str(path), f"format {version}", allowed=str(FORMAT_VERSION), remedy=PREPARE_AGAIN)
-        assert isinstance(splits, dict)
-        return cls(path, manifest)
+
+    def require(self, kind: DataKind, user: str) -> PreparedData:
+        """This data, if it is of the kind that its user needs.
+
+        Args:
+            kind: what is needed.
+            user: who needs it, in words.
+
+        Raises:
+            DataError: it is of another kind.
+        """
+        if self.kind is kind:
+            return self
+        remedy = _AS_SAMPLES.get(self.kind) if kind is DataKind.samples else f"prepare data of kind {kind.value}"
+        raise DataError(str(self.path), f"holds {self.kind.value}, and {user} needs {kind.value}", remedy=remedy)
 
     def split_names(self) -> list[str]:
         """The splits that are there."""
@@ -106,7 +145,34 @@ class PreparedData:
         splits = self.manifest["splits"]
         if name not in splits:
             raise DataError(str(self.path), f"no split '{name}'", allowed=", ".join(self.split_names()))
-        return PreparedSplit(self.path, [shard["file"] for shard in splits[name]["shards"]])
+        shards = splits[name]["shards"]
+        split = PreparedSplit(self.path, [shard["file"] for shard in shards])
+        if len(split) != (rows := sum(shard["rows"] for shard in shards)):
+            found = f"the shards of '{name}' hold {len(split)} rows, the manifest says {rows}"
+            raise DataError(str(self.path), found, remedy=PREPARE_AGAIN)
+        return split
+
+    def mix(self) -> tuple[Share, ...]:
+        """How often an epoch shows each source of the training split; empty: it shows every sample once.
+
+        Raises:
+            DataError: the manifest does not say so of one of them.
+        """
+        mix = self.manifest.get("mix")
+        if not mix:
+            return ()
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        at = 0
+        try:
+            for shard in self.manifest["splits"]["train"]["shards"]:
+                ranges.setdefault(shard["source"], []).append((at, at + shard["rows"]))
+                at += shard["rows"]
+            shares = tuple(Share(name, float(mix[name]["epochs"]), tuple(found)) for name, found in ranges.items())
+            if not all(0 < share.epochs < math.inf for share in shares):
+                raise ValueError("epochs")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(str(self.path / "manifest.json"), f"damaged mix: {error!r}", remedy=PREPARE_AGAIN) from None
+        return shares
 
 
 def _map_shard(path: Path) -> pa.Table:

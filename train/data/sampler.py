@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from train.data.collate import Batch, collate
-from train.data.plan import BatchPlan, MicroBatch, RowKind, layout
+from train.data.plan import BatchPlan, MicroBatch, RowKind, cut, layout
 from train.data.prepared import PreparedSplit
 
 
@@ -83,10 +84,5 @@ def batches_of(split: PreparedSplit, step: GlobalStep, rows: RowLayout) -> Itera
 
 def chunks(split: PreparedSplit, batch_tokens: int) -> Iterator[np.ndarray]:
     """The whole split in order, in sets of at most `batch_tokens` tokens (at least one sample): for evaluation."""
-    ends = np.cumsum(split.lengths, dtype=np.int64)
-    start = 0
-    while start < len(ends):
-        before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
+    for start, stop in pairwise(cut(split.lengths, batch_tokens).tolist()):
         yield np.arange(start, stop)
-        start = stop

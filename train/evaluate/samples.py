@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import DataError
-from train.data.prepared import PreparedData
+from train.data.prepared import DataKind, PreparedData
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
         limit: only the first so many samples; 0: all.
 
     Raises:
-        DataError: no such split, or nothing in it to measure.
+        DataError: data of another kind, no such split, or nothing in it to measure.
     """
-    prepared = PreparedData.open(data)
+    prepared = PreparedData.open(data).require(DataKind.samples, "evaluation")
     if split not in prepared.split_names():
         raise DataError(
             f"eval.split={split}",

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 
 from train.data.collate import Batch
+from train.data.prepared import DataKind
 
 
 class Objective(ABC):
     """What is minimised: the sum over supervised tokens, which the loop divides by their number in the global step."""
+
+    name: str
+    needs: DataKind
+    """The kind of prepared data that it learns from."""
 
     @abstractmethod
     def loss_sum(self, forward: Callable[..., Any], batch: Batch) -> torch.Tensor:

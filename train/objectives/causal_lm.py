@@ -10,11 +10,15 @@ import torch.nn.functional as F
 
 from configs.schema.objective import CausalLMConfig
 from train.data.collate import Batch
+from train.data.prepared import DataKind
 from train.objectives.base import Objective
 
 
 class CausalLM(Objective):
     """Cross-entropy of each supervised token given those before it."""
+
+    name = "causal_lm"
+    needs = DataKind.samples
 
     def __init__(self, cfg: CausalLMConfig) -> None:
         self.cfg = cfg
