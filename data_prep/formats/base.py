@@ -11,7 +11,7 @@ from configs.schema.dataset import Learn, Preference
 from data_prep.formats.images import references_of, with_images
 from data_prep.formats.reasoning import split_reasoning
 from data_prep.formats.tools import tools_of
-from data_prep.formats.turns import OPENAI, SHAREGPT, Keys, TurnReader, has_turns
+from data_prep.formats.turns import NOT_READ, OPENAI, SHAREGPT, Keys, TurnReader, has_turns
 from data_prep.records import (
     AnyRecord,
     Message,
@@ -26,9 +26,6 @@ from data_prep.records import (
 
 TURN_KEYS = ("role", "content")
 """Ours of the keys of a turn; `columns` may map them like columns."""
-
-_NOT_READ = ("audio", "audios", "video", "videos")
-"""Columns that change what the model hears or sees: a row that fills one is refused, not read in part."""
 
 
 class Format(ABC):
@@ -125,7 +122,7 @@ class ConversationFormat(Format):
 
     def read(self, row: Mapping[str, Any], origin: Origin) -> AnyRecord:
         """See `Format.read`."""
-        for column in _NOT_READ:
+        for column in NOT_READ:
             if row.get(column):
                 raise RowFault(f"'{column}' is not read", f"column {column}")
         return super().read(row, origin)

@@ -29,8 +29,8 @@ _CALL_ROLES = ("function_call", "tool_call")
 """ShareGPT's: the assistant's turn is nothing but a call, or several."""
 
 _CALL_FIELDS = ("tool_calls", "function_call")
-_NOT_READ = ("audio", "audios", "video", "videos")
-"""Fields that change what the model hears or sees: a turn that fills one is refused, not read in part."""
+NOT_READ = ("audio", "audios", "video", "videos")
+"""Fields and columns that change what the model hears or sees: what fills one is refused, not read in part."""
 
 
 class TurnReader:
@@ -129,7 +129,7 @@ def _calls(turn: dict[str, Any], what: str) -> tuple[ToolCall, ...]:
 
 
 def _images(turn: dict[str, Any], images: tuple[str, ...], what: str) -> tuple[str, ...]:
-    for field in _NOT_READ:
+    for field in NOT_READ:
         if turn.get(field):
             raise RowFault(f"'{field}' is not read", what)
     own = references_of(turn.get("images"), f"images of {what}")
