@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_USER_FAULT = 2
@@ -31,6 +33,10 @@ class CrosstuneError(Exception):
     def __init__(self, where: str, found: str, *, allowed: str | None = None, remedy: str | None = None) -> None:
         self.where, self.found, self.allowed, self.remedy = where, found, allowed, remedy
         super().__init__(self.render())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker's fault reaches its parent as it was."""
+        return partial(type(self), self.where, self.found, allowed=self.allowed, remedy=self.remedy), ()
 
     def render(self) -> str:
         """The message as the terminal shows it, a few lines."""
@@ -84,6 +90,10 @@ class ErrorGroup(CrosstuneError):
     def __init__(self, errors: Sequence[CrosstuneError]) -> None:
         self.errors = list(errors)
         super().__init__(self.errors[0].where, self.errors[0].found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `CrosstuneError.__reduce__`."""
+        return type(self), (self.errors,)
 
     def render(self) -> str:
         """All messages, one under the other."""

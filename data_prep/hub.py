@@ -15,13 +15,13 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.schema.model import HUB_PREFIX
-from data_prep.dataset import file_sha256
-from data_prep.readers import RawRow
+from data_prep.columns import table_chunks
+from data_prep.dataset import Chunk, Mark, file_sha256
 
 _FORM = re.compile(
     r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/:]+))?(?:/(?P<config>[^/:]+))?(?::(?P<split>[^/:]+))?$"
 )
-_BATCH_ROWS = 256
+_BATCH_ROWS = 1024
 
 
 def is_hub(path: str) -> bool:
@@ -58,17 +58,21 @@ class HubDataset:
                 remedy="check name, config and split; without a network, name a folder of files instead",
             ) from error
 
+    @property
+    def files(self) -> list[Path]:
+        """The Arrow files that `datasets` keeps for it."""
+        return [Path(file["filename"]) for file in self._data.cache_files]
+
     def sha256(self) -> str:
-        """Hash of the Arrow files that `datasets` keeps for it."""
+        """Hash of those files."""
         digest = hashlib.sha256(self._split.encode())
-        for file in self._data.cache_files:
-            digest.update(file_sha256(Path(file["filename"])).encode())
+        for file in self.files:
+            digest.update(file_sha256(file).encode())
         return digest.hexdigest()
 
-    def rows(self) -> Iterator[RawRow]:
-        """Its rows, numbered from 1."""
-        number = 0
-        for batch in self._data.iter(batch_size=_BATCH_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield RawRow(number, dict(zip(batch, values, strict=True)))
+    def chunks(self, after: Mark) -> Iterator[Chunk]:
+        """Its rows from a mark on, numbered from 1."""
+        size, total = sum(file.stat().st_size for file in self.files), max(1, len(self._data))
+        batches = self._data.with_format("arrow").skip(after.offset).iter(batch_size=_BATCH_ROWS)
+        tables = (batch for table in batches for batch in table.to_batches())
+        yield from table_chunks(tables, after.offset, after, lambda done: size * done // total)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from configs.errors import DataError
+from data_prep import raw
+from data_prep.records import RowFault, unique_keys
 
 _CHUNK_BYTES = 2**18
-MAX_ELEMENT_CHARS = 64 * 2**20
 
 
 class JsonArrayReader:
-    """Elements of ``[...]`` with the line each begins on.
+    """Elements of ``[...]`` with the line each begins on; an object with a key twice is a `RowFault`.
 
     Bytes that are not UTF-8 are carried along as lone surrogates; `records.text_of` rejects the row that has them.
     What is not JSON stops the reading with `DataError`: after a fault in a list, no later element can be trusted.
@@ -23,11 +24,11 @@ class JsonArrayReader:
     def __init__(self, stream: BinaryIO, shown: str) -> None:
         self._stream, self._shown = stream, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._json = json.JSONDecoder()
+        self._strict, self._lax = json.JSONDecoder(object_pairs_hook=unique_keys), json.JSONDecoder()
         self._buffer, self._at, self._line, self._ended = "", 0, 1, False
 
-    def rows(self) -> Iterator[tuple[int, int, Any]]:
-        """(line, ordinal among the elements that begin on this line, value)."""
+    def rows(self) -> Iterator[tuple[int, int, Any, int]]:
+        """(line, ordinal among the elements that begin on this line, value, its characters)."""
         self._expect("[")
         previous, part = 0, 1
         if self._next_char() == "]":
@@ -38,7 +39,8 @@ class JsonArrayReader:
                 line = self._line
                 part = part + 1 if line == previous else 1
                 previous = line
-                yield line, part, self._element()
+                value, size = self._element()
+                yield line, part, value, size
                 if self._expect(",]") == "]":
                     break
         if self._next_char():
@@ -49,8 +51,8 @@ class JsonArrayReader:
         if self._ended:
             return False
         rest = self._buffer[self._at :]
-        if len(rest) > MAX_ELEMENT_CHARS:
-            raise self._fault(f"an element above {MAX_ELEMENT_CHARS // 2**20} Mi characters, or an unclosed quote")
+        if len(rest) > raw.MAX_ROW_BYTES:
+            raise self._fault(f"an element above {raw.MAX_ROW_BYTES // 2**20} Mi characters, or an unclosed quote")
         data = self._stream.read(max(_CHUNK_BYTES, len(rest)))
         self._ended = not data
         self._buffer, self._at = rest + self._decoder.decode(data, final=self._ended), 0
@@ -76,10 +78,10 @@ class JsonArrayReader:
         self._at += 1
         return found
 
-    def _element(self) -> Any:
+    def _element(self) -> tuple[Any, int]:
         while True:
             try:
-                value, end = self._json.raw_decode(self._buffer, self._at)
+                value, end = self._decode()
             except json.JSONDecodeError as error:
                 if self._fill():
                     continue
@@ -91,8 +93,14 @@ class JsonArrayReader:
             if end == len(self._buffer) and not isinstance(value, dict | list | str) and self._fill():
                 continue
             self._line += self._buffer.count("\n", self._at, end)
-            self._at = end
-            return value
+            size, self._at = end - self._at, end
+            return value, size
+
+    def _decode(self) -> tuple[Any, int]:
+        try:
+            return self._strict.raw_decode(self._buffer, self._at)
+        except RowFault as fault:
+            return fault, self._lax.raw_decode(self._buffer, self._at)[1]
 
     def _fault(self, what: str) -> DataError:
         return DataError(

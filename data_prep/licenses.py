@@ -20,7 +20,7 @@ import yaml
 
 from configs.errors import DataError
 from configs.schema.dataset import LicensesDatasetConfig
-from data_prep.dataset import Dataset, Source
+from data_prep.dataset import RowsDataset, Source
 from data_prep.near_duplicates import near_duplicates, shingles
 from data_prep.records import AnyRecord, Message, Origin, Reject, RowFault, conversation, text_of, with_system
 
@@ -41,13 +41,14 @@ class Notice:
     label: str
 
 
-class LicensesDataset(Dataset):
+class LicensesDataset(RowsDataset):
     """See `LicensesDatasetConfig`. The files (35,000 small ones) are read once, for their hash and the records."""
 
     def __init__(self, cfg: LicensesDatasetConfig, *, seed: int = 0) -> None:
         super().__init__(cfg, seed=seed)
         self._cfg = cfg
-        self._source: Source | None = None
+        self._source: tuple[Source, str] | None = None
+        self._files = 0
         self._candidates: dict[str, bytes] = {}
         self._rejects: list[Reject] = []
 
@@ -56,15 +57,17 @@ class LicensesDataset(Dataset):
         cfg, skipped = self._cfg, {"_target_", "name", "license", "path", "max_rejects"}
         return {"seed": self.seed, **{k: v for k, v in vars(cfg).items() if k not in skipped}}
 
-    def sources(self) -> list[Source]:
-        """See `Dataset.sources`: one source, the folder of rule files."""
+    def source(self) -> tuple[Source, str]:
+        """See `RowsDataset.source`: the folder of rule files."""
         if self._source is None:
             folder, shown = _folder(self._cfg.path)
-            self._source, self._candidates = _read_folder(folder, shown)
-        return [self._source]
+            sha256, size, self._files, self._candidates = _read_folder(folder, shown)
+            self._source = Source(shown, self.name, size), sha256
+        return self._source
 
     def rows(self) -> Iterator[tuple[str, AnyRecord | Reject]]:
-        """See `Dataset.rows`."""
+        """See `RowsDataset.rows`."""
+        self.notes, self._rejects = [], []
         splits = self.notices()
         yield from (("train", reject) for reject in self._rejects)
         for split, notices in splits.items():
@@ -77,7 +80,7 @@ class LicensesDataset(Dataset):
         Raises:
             DataError: nothing is left.
         """
-        (source,) = self.sources()
+        source, _ = self.source()
         found = self._kept(self._parsed())
         if not found:
             raise DataError(
@@ -114,9 +117,8 @@ class LicensesDataset(Dataset):
             by_label[notice.label].append(notice)
         frequent = {k: v for k, v in sorted(by_label.items()) if len(v) >= self._cfg.min_per_label}
         kept = {label: self._shuffled(found)[: self._cfg.max_per_label] for label, found in frequent.items()}
-        assert self._source is not None
         self.notes.append(
-            f"{self._source.rows} rule files: {len(notices)} notices and texts within the limits, "
+            f"{self._files} rule files: {len(notices)} notices and texts within the limits, "
             f"{len(distinct)} distinct, {sum(map(len, frequent.values()))} of frequent labels, "
             f"{sum(map(len, kept.values()))} after capping labels at {self._cfg.max_per_label}"
         )
@@ -171,19 +173,20 @@ def _folder(path: str | None) -> tuple[Path, str]:
     return folder, shown
 
 
-def _read_folder(folder: Path, shown: str) -> tuple[Source, dict[str, bytes]]:
-    """All rule files hashed in order of their names, and the bytes of those that may be wanted."""
+def _read_folder(folder: Path, shown: str) -> tuple[str, int, int, dict[str, bytes]]:
+    """Of all rule files, in order of their names: hash, bytes, number, and the content of those that may be wanted."""
     names = sorted(name for name in os.listdir(folder) if name.endswith(".RULE"))
     if not names:
         raise DataError(shown, f"no *.RULE file in {folder}")
-    digest, candidates = hashlib.sha256(), {}
+    digest, size, candidates = hashlib.sha256(), 0, {}
     for name in names:
         with open(folder / name, "rb", buffering=0) as file:
             data = file.read()
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        size += len(data)
         if any(f"{flag}: yes".encode() in data for flag in _WANTED):
             candidates[name] = data
-    return Source(shown, digest.hexdigest(), rows=len(names)), candidates
+    return digest.hexdigest(), size, len(names), candidates
 
 
 def _notice(name: str, data: bytes, min_chars: int, max_chars: int) -> Notice | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import glob
 import re
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from configs.errors import DataError, nearest
 from data_prep.readers import READERS, kind_of_file
+from data_prep.streams import COMPRESSED
 
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![A-Za-z])", re.IGNORECASE)
 _SPLITS = {"train": "train", "test": "test"}
+_ALIKE = 0.85
+"""`SequenceMatcher.ratio` from which a missing file's name may be a slip for another's."""
 _NOT_RECORDS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """What `datasets` and others lay beside records, to describe them."""
 
@@ -50,20 +54,35 @@ def locate(key: str, path: str) -> tuple[list[LocalFile], list[str]]:
                 f"{key}={path}", f"no file that can be read matches ({len(matches)} match at all)", allowed=_kinds()
             )
         return files, [f"{m}: passed over, its kind is not read" for m in matches if kind_of_file(Path(m)) is None]
-    siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
-    near = nearest(expanded.name, siblings)
+    near = _alike(expanded)
     raise DataError(
         f"{key}={path}", "no such file or folder" + (f"; did you mean '{expanded.parent / near}'?" if near else "")
     )
+
+
+def _alike(path: Path) -> str | None:
+    """The name of a neighbour that may be meant: a letter or two differ, or the ending."""
+    try:
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir() or kind_of_file(p) is not None]
+    except OSError:
+        return None
+    near = nearest(path.name, siblings)
+    if near and (Path(near).stem == path.stem or SequenceMatcher(None, near, path.name).ratio() >= _ALIKE):
+        return near
+    return None
 
 
 def _in_folder(key: str, path: str, folder: Path) -> tuple[list[LocalFile], list[str]]:
     files, notes = [], []
     for file in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         relative = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in relative.parts):
             continue
         shown = f"{path.rstrip('/')}/{relative.as_posix()}"
+        if file.is_symlink() and not file.is_file():
+            notes.append(f"{shown}: passed over, a link to {'a folder' if file.is_dir() else 'nothing'}")
+        if not file.is_file():
+            continue
         if kind_of_file(file) is None or file.name in _NOT_RECORDS:
             notes.append(f"{shown}: passed over, it holds no records by its name")
             continue
@@ -80,4 +99,4 @@ def _split_of(name: str) -> str | None:
 
 
 def _kinds() -> str:
-    return ", ".join(f".{kind}" for kind in READERS) + " (text kinds also .gz)"
+    return ", ".join(f".{kind}" for kind in READERS) + f" (text kinds also packed: {', '.join(COMPRESSED)})"

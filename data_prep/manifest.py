@@ -8,17 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import DataError
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+FORMAT_VERSION = 2
 """Of the folder's layout. A reader refuses others."""
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when the same inputs would now give other tokens or spans, so that cached data is made anew."""
 
 NAME = "manifest.json"
+
+
+def plain(settings: DataclassInstance) -> dict[str, Any]:
+    """A group of the config as JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=lambda choice: choice.value))
+    return values
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

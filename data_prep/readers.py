@@ -1,168 +1,129 @@
-"""Raw rows out of one local file, a row at a time, each with its line.
+"""One local file as chunks of raw rows, each row with its line.
 
-A row that is broken comes out as a `RowFault` and reading goes on, where the file allows that. A file that is broken as
-a whole (a damaged gzip, JSON that ends in the middle, a torn parquet footer) raises `DataError`: what follows the fault
-cannot be told, and silently reading half a file is worse than stopping.
+The process that reads decodes as little as the kind of file allows: JSON lines travel as bytes, tables of columns as
+Arrow buffers. A row that is broken becomes a `RowFault` and reading goes on, where the file allows that. A file that is
+broken as a whole (a damaged gzip, JSON that ends in the middle, a torn parquet footer) raises `DataError`: what follows
+the fault cannot be told, and silently reading half a file is worse than stopping.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from configs.errors import DataError
+from data_prep import raw
+from data_prep.columns import arrow_chunks, parquet_chunks
+from data_prep.dataset import Chunk, Mark
 from data_prep.json_array import JsonArrayReader
+from data_prep.raw import LineBlock, RawRow, RowBlock, decoded, too_long
 from data_prep.records import RowFault
+from data_prep.streams import COMPRESSED, Stream, file_faults
 
-MAX_ROW_BYTES = 64 * 2**20
-"""A longer line is not read into memory; it becomes a reject. A row of this size fits no model."""
+_MAX_ROWS = 4096
 
-_BATCH_ROWS = 256
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row: its line (text files) or number (tables), from 1, and the decoded value or what is wrong with it."""
-
-    line: int
-    value: Any
-    part: int = 1
-    """Ordinal among the rows that start on the same line."""
+_SizedRows = Iterator[tuple[RawRow, int]]
+"""Rows, and about how many bytes each takes."""
 
 
 def kind_of_file(path: Path) -> str | None:
     """The kind of file by its name, the key into `READERS`; None if it is not one that is read."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        kind = Path(name[:-3]).suffix[1:]
-        return kind if kind in _TEXT_KINDS else None
-    kind = Path(name).suffix[1:]
-    return kind if kind in READERS else None
+    name = Path(path.name.lower())
+    packed = name.suffix in COMPRESSED
+    kind = (Path(name.stem) if packed else name).suffix[1:]
+    return kind if kind in (_TEXT_KINDS if packed else READERS) else None
 
 
-def read_rows(path: Path, shown: str) -> Iterator[RawRow]:
-    """All rows of a file.
+def read_chunks(path: Path, shown: str, after: Mark = Mark()) -> Iterator[Chunk]:  # noqa: B008 (frozen)
+    """The chunks of a file from a mark on.
 
     Args:
         path: the file; its kind must be one of `READERS`.
         shown: how messages name it.
+        after: where to begin: the end of an earlier chunk.
 
     Raises:
         DataError: the file cannot be read as what its name says.
     """
     kind = kind_of_file(path)
     assert kind is not None
-    with _file_faults(shown):
-        if kind not in _TEXT_KINDS:
-            yield from READERS[kind](path, shown)
-            return
-        with _open(path) as stream:
-            yield from READERS[kind](stream, shown)
-
-
-@contextmanager
-def _file_faults(shown: str) -> Iterator[None]:
-    """What libraries raise on a damaged file, as a message for its owner."""
-    import pyarrow
-
-    try:
-        yield
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(shown, f"the gzip file is damaged: {error}", remedy="copy or compress it again") from error
-    except pyarrow.ArrowException as error:
-        raise DataError(shown, f"cannot be read: {str(error).splitlines()[0]}", remedy="write it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(shown, f"holds text that is not UTF-8: {error.reason}", remedy="write it again") from error
-    except OSError as error:
-        raise DataError(shown, f"cannot be read: {error.strerror or error}") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked, after its byte-order mark."""
-    gzipped = path.name.lower().endswith(".gz")
-    stream: Any = gzip.open(path, "rb") if gzipped else path.open("rb", buffering=2**20)
-    start = stream.peek(3)[:3]
-    if start[:2] in _UTF16_MARKS:
-        raise DataError(str(path), "the file is UTF-16", allowed="UTF-8", remedy=f"iconv -f UTF-16 -t UTF-8 {path}")
-    if start == b"\xef\xbb\xbf":
-        stream.read(3)
-    return stream  # type: ignore[no-any-return]
-
-
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | RowFault]]:
-    """Numbered lines without their ends; a line above `MAX_ROW_BYTES` is skipped over in pieces."""
-    number = 0
-    while line := stream.readline(MAX_ROW_BYTES):
-        number += 1
-        if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield number, RowFault("line too long", f"above {MAX_ROW_BYTES // 2**20} MiB")
+    with file_faults(shown) as place:
+        if kind in _TEXT_KINDS:
+            with Stream(path, shown) as stream:
+                for chunk in _TEXT_KINDS[kind](stream, shown, after):
+                    place.line = chunk.end.line
+                    yield chunk
         else:
-            yield number, line.rstrip(b"\r\n")
+            yield from _TABLE_KINDS[kind](path, shown, after)
 
 
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowFault("invalid UTF-8", f"byte {error.start + 1} of the line") from None
+def _read_jsonl(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:
+    """Whole lines, not decoded. A line that is too long is passed over in pieces."""
+    stream.skip(after.offset)
+    offset, line = after.offset, after.line
+    while data := stream.read(raw.CHUNK_BYTES):
+        rest = b"" if data.endswith(b"\n") else stream.readline(raw.MAX_ROW_BYTES)
+        overlong = len(rest) == raw.MAX_ROW_BYTES and not rest.endswith(b"\n")
+        whole = data[: data.rfind(b"\n") + 1] if overlong else data + rest
+        if whole:
+            block = LineBlock(line + 1, whole)
+            offset, line = offset + len(whole), line + block.lines
+            yield Chunk(block, Mark(offset, line), stream.stored)
+        if overlong:
+            offset += len(data) - len(whole) + len(rest) + stream.pass_line()
+            line += 1
+            yield Chunk(RowBlock([RawRow(line, too_long())]), Mark(offset, line), stream.stored)
 
 
-def _read_jsonl(stream: BinaryIO, shown: str) -> Iterator[RawRow]:
-    for number, line in _lines(stream):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        yield RawRow(number, line if isinstance(line, RowFault) else _json_object(line))
-
-
-def _json_object(line: bytes) -> Any:
-    try:
-        value = json.loads(_decode(line))
-    except RowFault as fault:
-        return fault
-    except json.JSONDecodeError as error:
-        return RowFault("malformed JSON", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return RowFault("malformed JSON", str(error))
-    return value
-
-
-def _read_json(stream: BinaryIO, shown: str) -> Iterator[RawRow]:
+def _read_json(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:
     """A list of objects, streamed; or, as many exports name it, JSON lines in a file called .json."""
-    head = stream.peek(64).lstrip()  # type: ignore[attr-defined]
-    if head.startswith(b"["):
-        for line, part, value in JsonArrayReader(stream, shown).rows():
-            yield RawRow(line, value, part)
+    if stream.peek().lstrip().startswith(b"["):
+        elements = JsonArrayReader(stream.file, shown).rows()
+        rows = ((RawRow(line, value, part), size) for line, part, value, size in elements)
+        yield from _in_blocks(rows, stream, after)
         return
-    rows = _read_jsonl(stream, shown)
-    first = next(rows, None)
-    if first is not None and not isinstance(first.value, dict):
-        raise DataError(
-            shown,
-            "neither a list of objects nor one object a line",
-            allowed="[{...}, {...}], or JSON lines",
-            remedy="take the list out of the object around it, or name a file of JSON lines .jsonl",
-        )
-    if first is not None:
-        yield first
-        yield from rows
+    for number, chunk in enumerate(_read_jsonl(stream, shown, after)):
+        if number == 0 and after == Mark():
+            first = next(iter(chunk.payload.rows()), None)
+            if first is not None and not isinstance(first.value, dict):
+                raise DataError(
+                    shown,
+                    "neither a list of objects nor one object a line",
+                    allowed="[{...}, {...}], or JSON lines",
+                    remedy="take the list out of the object around it, or name a file of JSON lines .jsonl",
+                )
+        yield chunk
 
 
-def _read_table(stream: BinaryIO, shown: str, delimiter: str) -> Iterator[RawRow]:
+def _in_blocks(rows: _SizedRows, stream: Stream, after: Mark) -> Iterator[Chunk]:
+    """Chunks of rows that must be decoded to be found; those before the mark are decoded and passed over."""
+    found: list[RawRow] = []
+    number = size = 0
+    for row, row_bytes in rows:
+        number += 1
+        if number <= after.offset:
+            continue
+        found.append(row)
+        size += row_bytes
+        if size >= raw.CHUNK_BYTES or len(found) == _MAX_ROWS:
+            yield Chunk(RowBlock(found), Mark(number, row.line), stream.stored)
+            found, size = [], 0
+    if found:
+        yield Chunk(RowBlock(found), Mark(number, found[-1].line), stream.stored)
+
+
+def _read_table(stream: Stream, shown: str, after: Mark, *, delimiter: str) -> Iterator[Chunk]:
+    yield from _in_blocks(_table_rows(stream, shown, delimiter), stream, after)
+
+
+def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
     """Comma or tab separated, the first row naming the columns; the line is the one where the row begins."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    csv.field_size_limit(raw.MAX_ROW_BYTES)
+    text = io.TextIOWrapper(stream.file, encoding="utf-8", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(rows, None)
@@ -176,9 +137,9 @@ def _read_table(stream: BinaryIO, shown: str, delimiter: str) -> Iterator[RawRow
         for fields in rows:
             if fields and len(fields) != len(header):
                 fault = RowFault("wrong number of fields", f"{len(fields)}, the header has {len(header)}")
-                yield RawRow(begin, fault)
+                yield RawRow(begin, fault), 0
             elif fields:
-                yield RawRow(begin, dict(zip(header, fields, strict=True)))
+                yield RawRow(begin, dict(zip(header, fields, strict=True))), sum(map(len, fields))
             begin = rows.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -186,72 +147,45 @@ def _read_table(stream: BinaryIO, shown: str, delimiter: str) -> Iterator[RawRow
         ) from error
 
 
-def _read_txt(stream: BinaryIO, shown: str) -> Iterator[RawRow]:
+def _read_txt(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:
+    yield from _in_blocks(_txt_rows(stream), stream, after)
+
+
+def _txt_rows(stream: Stream) -> _SizedRows:
     """Records are blocks of lines between blank lines, so that a record has a line and memory stays bounded."""
     block: list[str] = []
     begin, size = 1, 0
     fault: RowFault | None = None
-    for number, line in _lines(stream):
+    for number, line in stream.lines():
         if isinstance(line, bytes) and not line.strip():
             if block or fault:
-                yield RawRow(begin, fault or {"text": "\n".join(block)})
+                yield RawRow(begin, fault or {"text": "\n".join(block)}), size
             block, size, fault = [], 0, None
             continue
         if not block and fault is None:
             begin = number
         try:
             size += 0 if isinstance(line, RowFault) else len(line)
-            if isinstance(line, RowFault) or size > MAX_ROW_BYTES:
-                raise RowFault("line too long", f"a record above {MAX_ROW_BYTES // 2**20} MiB")
-            block.append(_decode(line))
+            if isinstance(line, RowFault) or size > raw.MAX_ROW_BYTES:
+                raise too_long("a record ")
+            block.append(decoded(line))
         except RowFault as met:
             block, fault = [], met
     if block or fault:
-        yield RawRow(begin, fault or {"text": "\n".join(block)})
+        yield RawRow(begin, fault or {"text": "\n".join(block)}), size
 
 
-def _read_parquet(path: Path, shown: str) -> Iterator[RawRow]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from _from_batches(file.iter_batches(batch_size=_BATCH_ROWS))
-
-
-def _read_arrow(path: Path, shown: str) -> Iterator[RawRow]:
-    """Arrow IPC, the file form or the stream form (which `datasets` writes)."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as source:
-        magic = source.read(6)
-        source.seek(0)
-        if magic == b"ARROW1":
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = iter(pyarrow.ipc.open_stream(source))
-        small = (b.slice(i, _BATCH_ROWS) for b in batches for i in range(0, b.num_rows, _BATCH_ROWS))
-        yield from _from_batches(small)
-
-
-def _from_batches(batches: Any) -> Iterator[RawRow]:
-    number = 0
-    for batch in batches:
-        for value in batch.to_pylist():
-            number += 1
-            yield RawRow(number, value)
-
-
-_TEXT_KINDS: dict[str, Callable[[BinaryIO, str], Iterator[RawRow]]] = {
+_TEXT_KINDS: dict[str, Callable[[Stream, str, Mark], Iterator[Chunk]]] = {
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
     "json": _read_json,
-    "csv": lambda stream, shown: _read_table(stream, shown, ","),
-    "tsv": lambda stream, shown: _read_table(stream, shown, "\t"),
+    "csv": partial(_read_table, delimiter=","),
+    "tsv": partial(_read_table, delimiter="\t"),
     "txt": _read_txt,
 }
-READERS: dict[str, Callable[[Any, str], Iterator[RawRow]]] = {
-    **_TEXT_KINDS,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
+_TABLE_KINDS: dict[str, Callable[[Path, str, Mark], Iterator[Chunk]]] = {
+    "parquet": parquet_chunks,
+    "arrow": arrow_chunks,
 }
-"""Kind of file, which is its name's ending -> reader. The text kinds may also be gzipped."""
+READERS = (*_TEXT_KINDS, *_TABLE_KINDS)
+"""Kinds of file that are read, by their names' endings. The text kinds may also be packed (`streams.COMPRESSED`)."""

@@ -3,63 +3,77 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from configs.errors import DataError
+from data_prep.journal import cut
 from data_prep.records import Reject
 
 _SHOWN = 5
 
 
 class RejectLog:
-    """Writes rejects as they come; a context manager.
+    """Writes rejects as they come.
 
     Args:
         path: the file to write.
         max_rejects: more faults of rows than this stop the preparation; -1: no limit. Rows that only exceed a limit of
             the config (too long) are written and counted, but are no fault.
+        state: what `state` returned in an earlier process; rejects that came after it are forgotten.
     """
 
-    def __init__(self, path: Path, max_rejects: int) -> None:
+    def __init__(self, path: Path, max_rejects: int, state: dict[str, Any] | None = None) -> None:
         self._max = max_rejects
-        self._file = path.open("w", encoding="utf-8", newline="\n")
-        self.by_reason: Counter[str] = Counter()
-        self._first: list[Reject] = []
-        self._first_faults: list[Reject] = []
-        self._faults = 0
+        state = state or {"bytes": 0, "reasons": {}, "faults": {}, "sources": {}, "first": []}
+        self.by_reason = Counter[str](state["reasons"])
+        self._faults = Counter[str](state["faults"])
+        self._by_source = Counter[str](state["sources"])
+        self._first: list[tuple[bool, str]] = [(bool(counts), text) for counts, text in state["first"]]
+        """The first few faults of rows, and the first few of the others."""
+        if state["bytes"]:
+            cut(path, state["bytes"])
+        self._file = path.open("ab" if state["bytes"] else "wb")
 
-    def __enter__(self) -> RejectLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def add(self, reject: Reject, split: str | None = None) -> None:
+    def add(self, reject: Reject, split: str | None, source: str) -> None:
         """Writes one.
 
         Raises:
             DataError: it is one too many.
         """
         split = reject.split or split
-        line = {"file": reject.origin.file, "line": reject.origin.line, "reason": reject.reason}
+        line = {"file": reject.origin.file, "line": reject.origin.line}
+        line |= {"part": reject.origin.part} if reject.origin.part > 1 else {}
+        line |= {"reason": reject.reason}
         line |= {"detail": reject.detail} if reject.detail else {}
         line |= {"split": split} if split else {}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self.by_reason[reject.reason] += 1
-        self._faults += reject.counts
-        for shown in [self._first, self._first_faults] if reject.counts else [self._first]:
-            if len(shown) < _SHOWN:
-                shown.append(reject)
-        if 0 <= self._max < self._faults:
-            raise DataError(
-                reject.origin.file,
-                f"more than dataset.max_rejects={self._max} rows are at fault; the first:\n{self.first()}",
-                remedy="mend the rows, or raise dataset.max_rejects (-1: no limit) to leave them out",
-            )
+        self._by_source[source] += 1
+        if sum(counts == reject.counts for counts, _ in self._first) < _SHOWN:
+            self._first.append((reject.counts, str(reject)))
+        if reject.counts:
+            self._faults[reject.reason] += 1
+            if 0 <= self._max < self._faults.total():
+                raise self._too_many(reject.origin.file)
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to go on from here, once it is on the disk; JSON values."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {
+            "bytes": self._file.tell(),
+            "reasons": self.by_reason,
+            "faults": self._faults,
+            "sources": self._by_source,
+            "first": self._first,
+        }
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
     @property
     def total(self) -> int:
@@ -68,9 +82,25 @@ class RejectLog:
 
     def first(self) -> str:
         """The first few, a line each, as ``file:line: reason``: faults of rows if there are any."""
-        return "\n".join(f"    {reject}" for reject in self._first_faults or self._first)
+        faults = [text for counts, text in self._first if counts]
+        return "\n".join(f"    {text}" for text in faults or [text for _, text in self._first])
 
-    def summary(self) -> dict[str, object]:
-        """For the manifest: the total, and counts by reason with the commonest first."""
-        ordered = sorted(self.by_reason.items(), key=lambda item: (-item[1], item[0]))
-        return {"total": self.total, "by_reason": dict(ordered)}
+    def summary(self) -> dict[str, Any]:
+        """For the manifest: the total, and counts by reason and by source with the commonest first."""
+        return {
+            "total": self.total,
+            "by_reason": _commonest_first(self.by_reason),
+            "by_source": _commonest_first(self._by_source),
+        }
+
+    def _too_many(self, file: str) -> DataError:
+        reasons = "\n".join(f"    {count:,} {reason}" for reason, count in _commonest_first(self._faults).items())
+        return DataError(
+            file,
+            f"more than dataset.max_rejects={self._max} rows are at fault:\n{reasons}\n  the first:\n{self.first()}",
+            remedy="mend the rows, or raise dataset.max_rejects (-1: no limit) to leave them out",
+        )
+
+
+def _commonest_first(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,106 +1,182 @@
-"""Arrow shards of one split, written in order with bounded memory."""
+"""Samples as Arrow, and the shards of one split, written in order with bounded memory.
+
+A worker encodes what it made; the main process appends the encoded batches, unread, to a partial file in Arrow's
+stream form, which can be cut at any batch and continued. A full shard is then written in Arrow's file form, in
+batches of equal size: its bytes depend on the rows alone, not on how they came.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from data_prep.dataset import file_sha256
-from data_prep.render import Sample
+from data_prep.journal import cut
+from data_prep.records import AnyRecord, Pair, Vote
+from data_prep.rendered import AnySample, PairSample, Sample, VoteSample
 
-ROWS_PER_SHARD = 64 * 1024
+ROWS_PER_SHARD = 32 * 1024
 _ROWS_PER_BATCH = 1024
+_PARTIAL = ".partial"
 
-SCHEMA = pa.schema(
-    [
-        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("spans", pa.list_(pa.int32()), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-    ]
-)
-"""`spans` is flat: start, end, start, end ...; token indices that are learned, half-open, sorted, disjoint, above 0."""
+_TOKENS = pa.list_(pa.int32())
+_COLUMNS = {
+    "samples": {"input_ids": _TOKENS, "spans": _TOKENS, "id": pa.string()},
+    "pairs": {
+        "input_ids": _TOKENS,
+        "spans": _TOKENS,
+        "rejected_input_ids": _TOKENS,
+        "rejected_spans": _TOKENS,
+        "id": pa.string(),
+    },
+    "votes": {"input_ids": _TOKENS, "spans": _TOKENS, "liked": pa.bool_(), "id": pa.string()},
+}
+SCHEMAS = {
+    kind: pa.schema([pa.field(name, of, nullable=False) for name, of in columns.items()])
+    for kind, columns in _COLUMNS.items()
+}
+"""Kind of data -> columns. `spans` is flat: start, end, start, end ...; token indices that are learned, half-open,
+sorted, disjoint, above 0. Of a pair, the first two columns are the chosen answer's."""
 
 
-class SplitWriter:
-    """Writes ``<folder>/shard-00000.arrow`` and so on, and counts what it writes.
+def kind_of_record(record: AnyRecord) -> str:
+    """The kind of data, a key of `SCHEMAS`, that a record becomes."""
+    return "pairs" if isinstance(record, Pair) else "votes" if isinstance(record, Vote) else "samples"
+
+
+def sequences(sample: AnySample) -> tuple[Sample, ...]:
+    """The token sequences of a sample: two of a pair."""
+    if isinstance(sample, PairSample):
+        return sample.chosen, sample.rejected
+    return (sample.sample,) if isinstance(sample, VoteSample) else (sample,)
+
+
+def encode(kind: str, samples: Sequence[AnySample]) -> bytes:
+    """Samples of one kind as an encapsulated record batch of its schema."""
+    columns: list[Any] = []
+    for place in range(2 if kind == "pairs" else 1):
+        each = [sequences(sample)[place] for sample in samples]
+        columns.append([sequence.input_ids for sequence in each])
+        columns.append([list(chain.from_iterable(sequence.spans)) for sequence in each])
+    if kind == "votes":
+        columns.append([sample.liked for sample in samples if isinstance(sample, VoteSample)])
+    columns.append([sample.id for sample in samples])
+    schema = SCHEMAS[kind]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    data: bytes = pa.record_batch(arrays, schema=schema).serialize().to_pybytes()
+    return data
+
+
+class ShardWriter:
+    """Writes ``<split>/shard-00000.arrow`` and so on. A shard holds rows of one source.
 
     Args:
-        folder: made if needed.
-        max_length: tokens; sets the widths of the length histogram.
-        rows_per_shard: rows after which a new file begins.
+        folder: of the data set; the split's own is made in it if needed.
+        split: its name.
+        kind: a key of `SCHEMAS`.
+        state: what `state` returned in an earlier process; rows that came after it are forgotten.
     """
 
-    def __init__(self, folder: Path, *, max_length: int, rows_per_shard: int) -> None:
-        folder.mkdir(parents=True)
-        self._folder, self._rows_per_shard = folder, rows_per_shard
-        self._bin = max(1, -(-max_length // 32))
-        self._waiting: list[Sample] = []
-        self._file: Any = None
-        self._shards: list[dict[str, Any]] = []
-        self._bins: Counter[int] = Counter()
-        self.rows = self.tokens = self.supervised = self.longest = 0
+    def __init__(self, folder: Path, split: str, kind: str, state: dict[str, Any] | None = None) -> None:
+        self._folder, self._split, self._schema = folder, split, SCHEMAS[kind]
+        (folder / split).mkdir(exist_ok=True)
+        self.shards: list[dict[str, Any]] = state["shards"] if state else []
+        """The finished ones, as they stand in the manifest."""
+        self._source: str = state["source"] if state else ""
+        self._rows: int = state["rows"] if state else 0
+        self._done: list[Path] = []
+        self._done_before: list[Path] = []
+        """Partial files of finished shards: those that the latest state may still speak of, and those it does not."""
+        if state:
+            for shard in self.shards:
+                cut(folder / shard["file"], shard["bytes"])
+            cut(self._partial, state["bytes"])
+        self._file = self._partial.open("ab" if state else "wb")
 
-    def add(self, sample: Sample) -> None:
-        """Takes a sample; it may be written later."""
-        length = len(sample.input_ids)
-        self.rows += 1
-        self.tokens += length
-        self.supervised += sample.supervised
-        self.longest = max(self.longest, length)
-        self._bins[-(-length // self._bin) * self._bin] += 1
-        self._waiting.append(sample)
-        if len(self._waiting) == min(_ROWS_PER_BATCH, self._rows_per_shard):
-            self._flush()
+    def append(self, source: str, batch: bytes, rows: int) -> None:
+        """Takes an encoded batch of a source; one after another, no source twice."""
+        if source != self._source:
+            self.finish()
+            self._source = source
+        while self._rows + rows >= ROWS_PER_SHARD:
+            room = ROWS_PER_SHARD - self._rows
+            whole = pa.ipc.read_record_batch(pa.py_buffer(batch), self._schema)
+            self._write(whole.slice(0, room).serialize().to_pybytes(), room)
+            self.finish()
+            batch, rows = whole.slice(room).serialize().to_pybytes(), rows - room
+        if rows:
+            self._write(batch, rows)
 
-    def close(self) -> dict[str, Any]:
-        """Writes what waits; the split's entry of the manifest.
+    def state(self) -> dict[str, Any]:
+        """What another process needs to go on from here, once it is on the disk; JSON values.
 
-        Its `length_histogram` maps the upper edge of a bin, in tokens and inclusive, to the rows in it; bins are
-        equally wide, and those between the first and the last are there even if empty.
+        The state before this one is of use until the next is asked for.
         """
-        self._flush()
-        self._end_shard()
-        edges = range(min(self._bins, default=0), max(self._bins, default=-1) + 1, self._bin)
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised,
-            "max_length": self.longest,
-            "length_histogram": {str(edge): self._bins[edge] for edge in edges},
-            "shards": self._shards,
-        }
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for path in self._done_before:
+            path.unlink()
+        self._done_before, self._done = self._done, []
+        return {"shards": self.shards, "source": self._source, "rows": self._rows, "bytes": self._file.tell()}
 
-    def abandon(self) -> None:
-        """Closes the open file after a failure; what was written is of no use."""
-        if self._file is not None:
+    def finish(self) -> None:
+        """Makes a shard of the rows that wait."""
+        if self._rows:
             self._file.close()
-            self._file = None
+            name = f"{self._split}/shard-{len(self.shards):05d}.arrow"
+            self._write_shard(self._folder / name)
+            self._done.append(self._partial)
+            self.shards.append({"file": name, "source": self._source, "rows": self._rows} | _facts(self._folder / name))
+            self._file, self._rows = self._partial.open("wb"), 0
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        if self._file is None:
-            name = f"shard-{len(self._shards):05d}.arrow"
-            self._file = pa.ipc.new_file(str(self._folder / name), SCHEMA)
-            self._shards.append({"file": f"{self._folder.name}/{name}", "rows": 0})
-        columns = [
-            pa.array([s.input_ids for s in self._waiting], SCHEMA.field(0).type),
-            pa.array([[k for span in s.spans for k in span] for s in self._waiting], SCHEMA.field(1).type),
-            pa.array([s.id for s in self._waiting], SCHEMA.field(2).type),
-        ]
-        self._file.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        self._shards[-1]["rows"] += len(self._waiting)
-        self._waiting = []
-        if self._shards[-1]["rows"] >= self._rows_per_shard:
-            self._end_shard()
-
-    def _end_shard(self) -> None:
-        if self._file is None:
-            return
+    def close(self) -> None:
+        """Closes the partial file and leaves it, for another process."""
         self._file.close()
-        self._file = None
-        path = self._folder.parent / self._shards[-1]["file"]
-        self._shards[-1] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+    def tidy(self) -> None:
+        """Removes the partial files."""
+        for path in (self._folder / self._split).glob(f"*{_PARTIAL}"):
+            path.unlink()
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / self._split / f"shard-{len(self.shards):05d}{_PARTIAL}"
+
+    def _write(self, batch: bytes, rows: int) -> None:
+        if not self._rows:
+            self._file.write(self._schema.serialize())
+        self._file.write(batch)
+        self._rows += rows
+
+    def _write_shard(self, path: Path) -> None:
+        with pa.OSFile(str(self._partial)) as partial, path.open("wb") as file:
+            with pa.ipc.new_file(file, self._schema) as writer:
+                for batch in _of_equal_size(pa.ipc.open_stream(partial)):
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _of_equal_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows, `_ROWS_PER_BATCH` a batch but for the last."""
+    waiting: list[pa.RecordBatch] = []
+    missing = _ROWS_PER_BATCH
+    for batch in batches:
+        while batch.num_rows:
+            piece, batch = batch.slice(0, missing), batch.slice(missing)
+            waiting.append(piece)
+            missing -= piece.num_rows
+            if not missing:
+                yield pa.concat_batches(waiting)
+                waiting, missing = [], _ROWS_PER_BATCH
+    if waiting:
+        yield pa.concat_batches(waiting)

@@ -1,166 +1,274 @@
 """Records out of files, globs, folders and hub data sets.
 
-`locate.py` says which files a path means and for which split, `readers.py` and `hub.py` yield raw rows, `formats/`
-makes records of them. Here these are put together, a row at a time.
+`locate.py` says which files a path means and for which split, `readers.py` and `hub.py` read them in chunks, `formats/`
+makes records of raw rows. Here these are put together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from configs.errors import DataError
-from configs.schema.dataset import FilesDatasetConfig, RecordFormat
-from data_prep.dataset import SPLITS, Dataset, Source, file_sha256
-from data_prep.formats import Format
+from configs.errors import ConfigError, DataError
+from configs.schema.dataset import FilesDatasetConfig, RecordFormat, SplitBy
+from data_prep.dataset import Chunk, Dataset, Holdout, Mark, Part, Preview, Row, Source, file_sha256
+from data_prep.formats import FORMATS, Format
 from data_prep.formats.detect import SAMPLE_ROWS, choose
 from data_prep.hub import HubDataset, is_hub
 from data_prep.locate import LocalFile, locate
-from data_prep.readers import RawRow, kind_of_file, read_rows
-from data_prep.records import AnyRecord, Origin, Reject, RowFault, content_json, kind_of
+from data_prep.raw import Block, RawRow
+from data_prep.readers import kind_of_file, read_chunks
+from data_prep.records import Origin, Reject, RowFault, kind_of
 
 __all__ = ["Dataset", "FilesDataset", "Source"]
 
+_Where = LocalFile | HubDataset
 
-@dataclass
-class _Input:
-    """A source with the split its rows belong to; None: `path` without a fixed split, so fractions apply."""
+_NO_OBJECT_ROWS = 10_000
+"""A file whose first rows, as many as this, hold no object is not looked through to its end for one."""
 
-    where: LocalFile | HubDataset
-    split: str | None
-    source: Source
 
-    def raw_rows(self) -> Iterator[RawRow]:
-        if isinstance(self.where, HubDataset):
-            return self.where.rows()
-        return read_rows(self.where.path, self.where.shown)
+class FilePart(Part):
+    """A file, or a split of a hub data set.
 
-    @property
-    def is_plain_text(self) -> bool:
-        return isinstance(self.where, LocalFile) and kind_of_file(self.where.path) == "txt"
+    Args:
+        where: what is read.
+        name: of the source it belongs to.
+        cfg: how it is read.
+        split: see `Part`.
+        holdout: see `Part`.
+    """
+
+    def __init__(
+        self, where: _Where, name: str, cfg: FilesDatasetConfig, *, split: str | None, holdout: Holdout | None
+    ) -> None:
+        self._where, self._cfg = where, cfg
+        self._paths = where.files if isinstance(where, HubDataset) else [where.path]
+        super().__init__(Source(where.shown, name, sum(s[1] for s in self.stamp())), split=split, holdout=holdout)
+        self._key = cfg.split_key if holdout is not None else None
+        self.format: Format | None = None
+        self.recognised = "nothing: it holds no object"
+
+    def stamp(self) -> list[Any]:
+        """See `Part.stamp`: path, size and times of change of each file."""
+        try:
+            stats = [(str(path.resolve()), path.stat()) for path in self._paths]
+        except OSError as error:
+            raise DataError(self._where.shown, f"cannot be read: {error.strerror}") from error
+        return [[path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
+
+    def sha256(self) -> str:
+        """See `Part.sha256`."""
+        where = self._where
+        return where.sha256() if isinstance(where, HubDataset) else file_sha256(where.path, where.shown)
+
+    def chunks(self, after: Mark = Mark()) -> Iterator[Chunk]:  # noqa: B008 (frozen)
+        """See `Part.chunks`."""
+        where = self._where
+        return where.chunks(after) if isinstance(where, HubDataset) else read_chunks(where.path, where.shown, after)
+
+    def head(self) -> list[dict[str, Any]]:
+        """The objects among the first rows, or the first object that comes.
+
+        Raises:
+            DataError: it cannot be read, or no object is near its beginning.
+        """
+        rows = (row for chunk in self.chunks() for row in chunk.payload.rows())
+        found = [row.value for row in itertools.islice(rows, SAMPLE_ROWS) if isinstance(row.value, dict)]
+        if found:
+            return found
+        for row in itertools.islice(rows, _NO_OBJECT_ROWS):
+            if isinstance(row.value, dict):
+                return [row.value]
+        if next(rows, None) is not None:
+            raise DataError(self.source.path, f"none of its first {_NO_OBJECT_ROWS:,} rows is a JSON object")
+        return []
+
+    def choose(self, head: list[dict[str, Any]], elsewhere: set[str]) -> None:
+        """Decides how rows are read.
+
+        Args:
+            head: objects of this file.
+            elsewhere: columns of the other files.
+
+        Raises:
+            ConfigError: a setting does not fit the format.
+            DataError: the format cannot be told, or a column is missing.
+        """
+        if not head:
+            return
+        cfg, shown = self._cfg, self.source.path
+        wanted, columns = cfg.format, _present(cfg.columns, {str(c) for row in head for c in row}, elsewhere)
+        if isinstance(self._where, LocalFile) and kind_of_file(self._where.path) == "txt":
+            if wanted not in (RecordFormat.auto, RecordFormat.text):
+                raise DataError(shown, f"a .txt file holds plain text, not {wanted.value}")
+            wanted, columns = RecordFormat.text, {}
+        self.format, self.recognised = choose(
+            shown, head, wanted, columns, cfg.system, roles=cfg.roles, preference=cfg.preference, learn=cfg.learn
+        )
+        if gone := sorted(set(cfg.columns) - set(columns)) if wanted is not RecordFormat.text else []:
+            self.recognised += f", without {', '.join(cfg.columns[c] for c in gone)}, which other files have"
+
+    def rows(self, payload: Block) -> Iterator[Row]:
+        """See `Part.rows`."""
+        for raw in payload.rows():
+            origin = Origin(self.source.path, raw.line, raw.part)
+            try:
+                row = self._row(raw, origin)
+            except RowFault as fault:
+                row = Row(Reject(origin, fault.reason, fault.detail))
+            yield row
+
+    def _row(self, raw: RawRow, origin: Origin) -> Row:
+        value = raw.value
+        if isinstance(value, RowFault):
+            raise value
+        if not isinstance(value, dict):
+            raise RowFault("a row is not an object", kind_of(value))
+        assert self.format is not None
+        record = self.format.read(value, origin)
+        if self._key is None:
+            return Row(record)
+        if value.get(self._key) is None:
+            raise RowFault("no split key", f"column {self._key}")
+        return Row(record, key=json.dumps(value[self._key], sort_keys=True, default=str))
+
+    def preview(self, rows: int) -> Preview:
+        """See `Dataset.preview`."""
+        found: list[Row] = []
+        begin = end = before = 0
+        for chunk in self.chunks():
+            begin, end, before = end, chunk.stored, len(found)
+            found += self.rows(chunk.payload)
+            if len(found) >= rows:
+                break
+        share = (min(rows, len(found)) - before) / max(1, len(found) - before)
+        read = begin + round((end - begin) * share)
+        return Preview(self.source, self.split, self.recognised, [row.item for row in found[:rows]], read)
 
 
 class FilesDataset(Dataset):
-    """See `FilesDatasetConfig`."""
+    """See `FilesDatasetConfig`.
 
-    def __init__(self, cfg: FilesDatasetConfig, *, seed: int = 0) -> None:
+    Args:
+        cfg: what to read.
+        seed: for ``split_by`` group and random.
+        place: of `cfg` in the whole config, for messages.
+    """
+
+    def __init__(self, cfg: FilesDatasetConfig, *, seed: int = 0, place: str = "dataset") -> None:
         super().__init__(cfg, seed=seed)
-        self._cfg = cfg
-        self._found: list[_Input] | None = None
-        self._fractions = {"validation": cfg.validation_fraction, "test": cfg.test_fraction}
-        """Of the records of no split; 0 once a split is known to have files of its own."""
+        self._cfg, self._place = cfg, place
+        self._parts: list[FilePart] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """See `Dataset.settings`. Without the seed: which records are held out must not change with a run's seed."""
+        """See `Dataset.settings`. The seed is in it only where it is used: held-out records should stay held out."""
         cfg = self._cfg
+        by_seed = cfg.split_by in (SplitBy.group, SplitBy.random)
         return {
-            "splits": [[i.split, i.source.path] for i in self._inputs()],
+            "splits": [[part.split, part.source.path] for part in self.parts()],
             "format": cfg.format.value,
             "columns": dict(sorted(cfg.columns.items())),
+            "roles": dict(sorted(cfg.roles.items())),
             "system": cfg.system,
+            "learn": cfg.learn.value,
+            "preference": cfg.preference.value,
             "fractions": [cfg.validation_fraction, cfg.test_fraction],
+            "split_by": [cfg.split_by.value, cfg.split_key, self.seed if by_seed else None],
         }
 
-    def sources(self) -> list[Source]:
-        """See `Dataset.sources`."""
-        return [i.source for i in self._inputs()]
+    def parts(self) -> list[Part]:
+        """See `Dataset.parts`."""
+        return list(self._files())
 
-    def rows(self) -> Iterator[tuple[str, AnyRecord | Reject]]:
-        """See `Dataset.rows`."""
-        for each in self._inputs():
-            yield from self._rows_of(each)
+    def open(self) -> None:
+        """See `Dataset.open`."""
+        heads = [part.head() for part in self._files()]
+        columns = [{str(column) for row in head for column in row} for head in heads]
+        everywhere = set().union(*columns)
+        for part, head in zip(self._files(), heads, strict=True):
+            self._choose(part, head, everywhere)
+        for why, same in itertools.groupby(self._files(), key=lambda part: part.recognised):
+            first, *more = same
+            others = f" and the next {len(more)}" if more else ""
+            self.notes.append(f"{first.source.path}{others}: read as {why}")
 
-    def _inputs(self) -> list[_Input]:
-        if self._found is None:
-            self._found = self._find()
-        return self._found
+    def preview(self, rows: int) -> list[Preview]:
+        """See `Dataset.preview`."""
+        self.open()
+        return [part.preview(rows) for part in self._files()]
 
-    def _find(self) -> list[_Input]:
+    def _choose(self, part: FilePart, head: list[dict[str, Any]], everywhere: set[str]) -> None:
+        try:
+            part.choose(head, everywhere)
+        except ConfigError as fault:
+            where = f"{self._place}.{fault.where.removeprefix('dataset.')}"
+            raise ConfigError(where, fault.found, allowed=fault.allowed, remedy=fault.remedy) from None
+
+    def _files(self) -> list[FilePart]:
+        if self._parts is None:
+            found = self._find()
+            holdout = self._holdout({split for _, split in found})
+            self._parts = [FilePart(w, self.name, self._cfg, split=s, holdout=None if s else holdout) for w, s in found]
+            check_disjoint(self._parts)
+        return self._parts
+
+    def _find(self) -> list[tuple[_Where, str | None]]:
+        """What is read and for which split; None: `path` without a fixed split, so the holdout decides."""
         explicit = {"validation": self._cfg.validation_path, "test": self._cfg.test_path}
-        found: list[tuple[LocalFile | HubDataset, str | None]] = []
-        for where, split in self._open("dataset.path", self._cfg.path):
+        found: list[tuple[_Where, str | None]] = []
+        for where, split in self._open(f"{self._place}.path", self._cfg.path):
             if split in explicit and explicit[split] is not None:
-                self.notes.append(f"{where.shown}: not read, dataset.{split}_path stands in its place")
+                self.notes.append(f"{where.shown}: not read, {self._place}.{split}_path stands in its place")
             else:
                 found.append((where, None if split == "train" else split))
         for name, path in explicit.items():
             if path is not None:
-                found += [(where, name) for where, _ in self._open(f"dataset.{name}_path", path)]
-        self._check_disjoint(found)
-        for name, fraction in self._fractions.items():
-            if fraction and any(split == name for _, split in found):
-                self._fractions[name] = 0.0
-                self.notes.append(f"dataset.{name}_fraction is not used: files of their own are the {name} split")
-        return [_Input(w, s, Source(w.shown, _sha256(w))) for w, s in found]
+                found += [(where, name) for where, _ in self._open(f"{self._place}.{name}_path", path)]
+        return found
 
-    def _open(self, key: str, path: str) -> list[tuple[LocalFile | HubDataset, str | None]]:
+    def _open(self, key: str, path: str) -> Sequence[tuple[_Where, str | None]]:
         if is_hub(path):
             return [(HubDataset(path), None)]
         files, notes = locate(key, path)
         self.notes += notes
         return [(file, file.split) for file in files]
 
-    def _check_disjoint(self, found: list[tuple[LocalFile | HubDataset, str | None]]) -> None:
-        seen: dict[str, str | None] = {}
-        for where, split in found:
-            if not where.shown.isascii() and where.shown.encode(errors="ignore").decode() != where.shown:
-                raise DataError(ascii(where.shown), "the file's name is not UTF-8", remedy="rename it")
-            identity = where.shown if isinstance(where, HubDataset) else str(where.path.resolve())
-            if identity in seen:
-                names = " and ".join(sorted({seen[identity] or "train", split or "train"}))
-                raise DataError(
-                    where.shown, f"the same file is read twice, for {names}", remedy="give each split its own"
-                )
-            seen[identity] = split
-
-    def _rows_of(self, each: _Input) -> Iterator[tuple[str, AnyRecord | Reject]]:
-        raw = each.raw_rows()
-        head = list(itertools.islice(raw, SAMPLE_ROWS))
-        samples = [row.value for row in head if isinstance(row.value, dict)]
-        chosen = self._choose(each, samples) if samples else None
-        for row in itertools.chain(head, raw):
-            each.source.rows += 1
-            origin = Origin(each.source.path, row.line, row.part)
-            if chosen is None:
-                chosen = self._choose(each, [row.value]) if isinstance(row.value, dict) else None
-            try:
-                record = _record(chosen, row, origin)
-            except RowFault as fault:
-                yield each.split or "train", Reject(origin, fault.reason, fault.detail)
-            else:
-                yield each.split or self._split_of(record), record
-
-    def _choose(self, each: _Input, samples: list[dict[str, Any]]) -> Format:
-        wanted, columns = self._cfg.format, self._cfg.columns
-        if each.is_plain_text:
-            if wanted not in (RecordFormat.auto, RecordFormat.text):
-                raise DataError(each.source.path, f"a .txt file holds plain text, not {wanted.value}")
-            wanted, columns = RecordFormat.text, {}
-        chosen, why = choose(each.source.path, samples, wanted, columns, self._cfg.system)
-        self.notes.append(f"{each.source.path}: read as {why}")
-        return chosen
-
-    def _split_of(self, record: AnyRecord) -> str:
-        """By a hash of the content: neither order nor other records matter, and equal records stay together."""
-        validation, test = self._fractions["validation"], self._fractions["test"]
-        if not validation and not test:
-            return SPLITS[0]
-        digest = hashlib.sha256(content_json(record).encode()).digest()
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        return "test" if point < test else "validation" if point < test + validation else "train"
+    def _holdout(self, splits: set[str | None]) -> Holdout | None:
+        shares = {"validation": self._cfg.validation_fraction, "test": self._cfg.test_fraction}
+        for name in shares:
+            if shares[name] and name in splits:
+                shares[name] = 0.0
+                self.notes.append(f"{self._place}.{name}_fraction is not used: files of their own are the {name} split")
+        return Holdout(self._cfg.split_by, **shares, seed=self.seed) if any(shares.values()) else None
 
 
-def _record(chosen: Format | None, row: RawRow, origin: Origin) -> AnyRecord:
-    if isinstance(row.value, RowFault):
-        raise row.value
-    if not isinstance(row.value, dict):
-        raise RowFault("a row is not an object", kind_of(row.value))
-    assert chosen is not None
-    return chosen.read(row.value, origin)
+def check_disjoint(parts: Sequence[FilePart]) -> None:
+    """Refuses what is read twice.
+
+    Raises:
+        DataError: a file is in two sources or two splits, or its name cannot be written down.
+    """
+    seen: dict[str, FilePart] = {}
+    for part in parts:
+        path = part.source.path
+        if path.encode(errors="ignore").decode() != path:
+            raise DataError(ascii(path), "the file's name is not UTF-8", remedy="rename it")
+        identity = part.stamp()[0][0] if part.stamp() else path
+        if (other := seen.setdefault(identity, part)) is part:
+            continue
+        if other.source.name != part.source.name:
+            names = " and ".join(sorted({other.source.name, part.source.name}))
+            raise DataError(path, f"is read by two sources, {names}", remedy="give each source files of its own")
+        names = " and ".join(sorted({other.split or "train", part.split or "train"}))
+        raise DataError(path, f"the same file is read twice, for {names}", remedy="give each split its own")
 
 
-def _sha256(where: LocalFile | HubDataset) -> str:
-    return where.sha256() if isinstance(where, HubDataset) else file_sha256(where.path, where.shown)
+def _present(columns: Mapping[str, str], here: set[str], everywhere: set[str]) -> dict[str, str]:
+    """The mapping without what no format needs and this file lacks, if other files have it."""
+    needed = {column for known in FORMATS.values() for column in known.required}
+    return {
+        ours: theirs for ours, theirs in columns.items() if ours in needed or theirs in here or theirs not in everywhere
+    }

@@ -1,0 +1,88 @@
+"""Chunks of tables that are stored by columns: parquet, Arrow, and the data sets of the `datasets` library."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import DataError
+from data_prep import raw
+from data_prep.dataset import Chunk, Mark
+from data_prep.raw import ArrowBlock
+
+_MAX_ROWS = 4096
+
+
+def parquet_chunks(path: Path, shown: str, after: Mark) -> Iterator[Chunk]:
+    """Chunks of a parquet file; row groups before the mark are not read."""
+    import pyarrow.parquet
+
+    size = path.stat().st_size
+    with pyarrow.parquet.ParquetFile(path, buffer_size=raw.CHUNK_BYTES) as file:
+        total, row = max(1, file.metadata.num_rows), 0
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            if row + group.num_rows > after.offset:
+                at_once = _rows_of_a_chunk(group.num_rows, group.total_byte_size)
+                batches = file.iter_batches(batch_size=at_once, row_groups=[number])
+                yield from table_chunks(batches, row, after, lambda done: size * done // total)
+            row += group.num_rows
+
+
+def arrow_chunks(path: Path, shown: str, after: Mark) -> Iterator[Chunk]:
+    """Chunks of Arrow IPC, the file form or the stream form (which `datasets` writes).
+
+    A batch may be as large as the file. It is mapped rather than read, and the pages that were used are let go.
+    """
+    import pyarrow
+
+    size = path.stat().st_size
+    if not size:
+        raise DataError(shown, "the file is empty: not even a schema", remedy="write it again")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    source = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+    if mapped[:6] == b"ARROW1":
+        reader = pyarrow.ipc.open_file(source)
+        batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(source)
+    for chunk in table_chunks(batches, 0, after, lambda _: source.tell()):
+        yield chunk
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def table_chunks(batches: Iterable[Any], row: int, after: Mark, stored: Any) -> Iterator[Chunk]:
+    """Record batches as chunks.
+
+    Args:
+        batches: pyarrow record batches of any size.
+        row: rows before the first of them.
+        after: rows up to here are passed over.
+        stored: number of rows -> bytes of the source up to there, as stored.
+    """
+    for batch in batches:
+        at = max(0, after.offset - row)
+        step = _rows_of_a_chunk(batch.num_rows, batch.nbytes)
+        for start in range(at, batch.num_rows, step):
+            part = batch.slice(start, step)
+            end = row + start + part.num_rows
+            yield Chunk(ArrowBlock(row + start + 1, _stream_of(part)), Mark(end, end), stored(end))
+        row += batch.num_rows
+
+
+def _rows_of_a_chunk(rows: int, size: int) -> int:
+    return max(1, min(_MAX_ROWS, rows * raw.CHUNK_BYTES // max(1, size)))
+
+
+def _stream_of(batch: Any) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
