@@ -104,7 +104,7 @@ def _changed(manifest: Mapping[str, Any]) -> list[tuple[str, int]]:
         "removed": "duplicates removed",
     }
     lines = [(word, duplicates[key]) for key, word in words.items() if key in duplicates]
-    return lines + list((manifest.get("cleaned") or {}).items())
+    return lines + [item for item in (manifest.get("cleaned") or {}).items() if item[1]]
 
 
 def _bars(histogram: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ def summary_lines(manifest: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(
             labelled("cut", f"{rows:,} rows to max_length, {sum(each['tokens'] for each in cut):,} tokens away")
         )
+    if cleaned := [f"{count:,} {what}" for what, count in (manifest.get("cleaned") or {}).items() if count]:
+        lines.append(labelled("cleaned", listed(cleaned, 6)))
     lines += _fill(splits.get("train", {}).get("packing_fill") or {})
     notes = manifest.get("notes", [])
     lines += [labelled("note", note) for note in notes[:SHOWN_NOTES]]

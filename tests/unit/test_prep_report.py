@@ -41,6 +41,7 @@ def _manifest(name: str = "support") -> dict[str, Any]:
         "splits": {"train": train, "test": test},
         "mix": {"tickets": {"epochs": 1.0, "tokens": 1_860_000}, "faq": {"epochs": 3.5, "tokens": 2_170_000}},
         "duplicates": {"exact": 120, "near": 44, "across_splits": 13, "removed": 164},
+        "cleaned": {"email masked": 5, "phone masked": 0},
         "rejects": {"total": 3, "by_reason": {"malformed JSON": 2, "no end token": 1}, "by_source": {"tickets": 3}},
         "notes": ["tickets.jsonl: read as alpaca"],
     }
@@ -78,6 +79,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
         "up to 96 tokens: 7,990 sequences",
         "malformed JSON 2 tickets.jsonl:7 at column 81",
         "exact duplicates 120",
+        "email masked 5",
         "duplicates across splits 13",
         "tickets.jsonl tickets 7,003 1,234,567",
         "tickets.jsonl: read as alpaca",
@@ -135,12 +137,13 @@ def test_the_summary_is_a_dozen_lines_with_every_kind_of_figure(tmp_path: Path) 
     assert "7 rows repeat another, 2 across splits; dedup=exact takes them out" in kept
     lines = summary_lines(manifest, tmp_path)
     text = "\n".join(lines)
-    assert len(lines) <= 14
+    assert len(lines) <= 15
     for part in (
         "train       8,000 rows, 2,480,000 tokens, 40% supervised, longest 1,024",
         "faq: 1,000 rows, 620,000 tokens, 15% supervised",
         "mixture     an epoch shows tickets 1 times, faq 3.5 times: 4,030,000 tokens",
         f"3 rows: 2 malformed JSON, 1 no end token; see {tmp_path / 'rejects.jsonl'}",
+        "cleaned     5 email masked",
         "164 removed (120 exact, 44 near; 13 across splits)",
         "16 rows to max_length, 1,440 tokens away",
         "fill 95.4% at 1024, 98.7% at 2048",
