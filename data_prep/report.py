@@ -40,7 +40,7 @@ def write_report(path: Path, manifest: Mapping[str, Any], samples: Sequence[Show
     page = environment.get_template("report.html.jinja").render(
         m=manifest,
         samples=samples,
-        histograms={name: _bars(entry.get("length_histogram", {})) for name, entry in manifest["splits"].items()},
+        histograms=_histograms(manifest["splits"]),
         tokens=_tokens(manifest),
         mix=_shares(manifest.get("mix", {})),
         fills=_fills(manifest),
@@ -107,21 +107,28 @@ def _changed(manifest: Mapping[str, Any]) -> list[tuple[str, int]]:
     return lines + [item for item in (manifest.get("cleaned") or {}).items() if item[1]]
 
 
-def _bars(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Rectangles of an SVG, one a bin, in pixels."""
-    top = max(histogram.values(), default=1)
-    step = WIDTH / max(1, len(histogram))
+def _histograms(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Split -> rectangles of an SVG, in pixels: one a bin, over the same lengths for all splits."""
+    found = {name: entry["length_histogram"] for name, entry in splits.items() if entry.get("length_histogram")}
+    edges = sorted({int(edge) for histogram in found.values() for edge in histogram})
+    return {name: _bars([(edge, histogram.get(str(edge), 0)) for edge in edges]) for name, histogram in found.items()}
+
+
+def _bars(bins: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """`bins`: (upper edge, sequences in it)."""
+    top = max(1, max(count for _, count in bins))
+    step = WIDTH / len(bins)
     bars = []
-    for k, (edge, rows) in enumerate(histogram.items()):
-        height = round(rows / top * HEIGHT, 1)
+    for k, (edge, count) in enumerate(bins):
+        height = round(count / top * HEIGHT, 1)
         bars.append(
             {
                 "x": round(k * step, 1),
                 "y": round(HEIGHT - height, 1),
                 "width": round(max(1.0, step - 1), 1),
                 "height": height,
-                "edge": int(edge),
-                "rows": rows,
+                "edge": edge,
+                "count": count,
             }
         )
     return bars
