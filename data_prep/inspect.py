@@ -109,7 +109,7 @@ def inspect(wanted: Wanted) -> Inspection:
     folder = _tokenizer_folder(manifest, wanted.model)
     decode, specials = _decoder(folder)
     if wanted.id is not None:
-        return _one_record(wanted, manifest, summary, decode, specials)
+        return _one_record(wanted, wanted.id, manifest, decode, specials)
     if wanted.split not in manifest["splits"]:
         raise DataError(f"split={wanted.split}", "no such split", allowed=", ".join(manifest["splits"]))
     samples = samples_of(wanted.path, manifest["splits"][wanted.split], decode, wanted.n, split=wanted.split)
@@ -126,10 +126,9 @@ def _refuse_raw_records(path: Path) -> None:
 
 
 def _one_record(
-    wanted: Wanted, manifest: Mapping[str, Any], summary: list[str], decode: Decode, specials: list[str]
+    wanted: Wanted, origin: str, manifest: Mapping[str, Any], decode: Decode, specials: list[str]
 ) -> Inspection:
     """The samples of a row, or why there are none."""
-    origin = str(wanted.id)
     samples = find_samples(wanted.path, manifest, origin, decode)
     gone = [row for row in read_rejects(wanted.path) if re.search(origin_pattern(origin), place(row))]
     if not samples and not gone:
@@ -140,7 +139,7 @@ def _one_record(
     for row in gone:
         rejects.setdefault(row["reason"], []).append(row)
     counts = {reason: len(rows) for reason, rows in rejects.items()}
-    return Inspection(wanted.path, summary, samples, rejects, counts, specials)
+    return Inspection(wanted.path, [], samples, rejects, counts, specials)
 
 
 def _tokenizer_folder(manifest: Mapping[str, Any], given: Path | None) -> Path:
