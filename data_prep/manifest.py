@@ -82,18 +82,3 @@ def read(folder: Path) -> dict[str, Any]:
                 found = "missing" if size is None else f"{size} bytes long, not {shard['bytes']}"
                 raise DataError(str(path), f"the shard is {found}", remedy="delete the folder and prepare again")
     return manifest
-
-
-def summary_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """What a person wants to know, a line each."""
-    lines = []
-    for split, entry in manifest["splits"].items():
-        rows, tokens, supervised = entry["rows"], entry["tokens"], entry["supervised_tokens"]
-        lines.append(
-            f"{split}: {rows:,} rows, {tokens:,} tokens, {supervised:,} of them supervised "
-            f"({supervised / tokens:.0%}), longest {entry['max_length']:,}"
-        )
-    rejects = manifest["rejects"]
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejects["by_reason"].items())
-    lines.append(f"left out: {rejects['total']:,} rows" + (f" ({reasons})" if reasons else ""))
-    return lines + list(manifest["notes"])

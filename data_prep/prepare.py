@@ -34,7 +34,7 @@ from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, 
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES_SHOWN = 3
+_SAMPLES_SHOWN = 8
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,6 @@ def samples_of(folder: Path, entry: Mapping[str, Any], decode: Decode, n: int, *
     return shown
 
 
-def samples_of_shard(shard: Path, decode: Decode, n: int, *, split: str) -> list[ShownSample]:
-    """As `show_samples`, of one shard."""
-    with _table(shard) as table:
-        count = min(n, table.num_rows)
-        return _read(shard, [i * table.num_rows // count for i in range(count)], split, decode)
-
-
 def find_samples(prepared: Path, manifest: Mapping[str, Any], origin: str, decode: Decode) -> list[ShownSample]:
     """The samples made of the row at `origin`, of whatever split.
 

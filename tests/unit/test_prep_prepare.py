@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import DataError, ModelError, StorageError
-from data_prep import manifest as manifests
 from data_prep import prepare as prepare_module
+from data_prep import shards
 from data_prep.prepare import Prepared, prepare
+from data_prep.progress import PrepProgress
 from data_prep.samples import show_samples
 from data_prep.tokenizer import load_tokenizer, tokenizer_sha256
 from tests.unit.prep_kit import CHATML, MARKED, files, model_folder, prep_config, write_jsonl
@@ -44,12 +45,15 @@ def _table(prepared: Prepared, split: str = "train") -> list[dict[str, Any]]:
 
 
 def test_what_is_written_is_what_training_needs(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 16)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 16)
     path = write_jsonl(tmp_path / "rows.jsonl", [*_GOOD, b"{", {"prompt": "q", "completion": "long " * 400}])
-    seen: list[tuple[int, int]] = []
+    seen: list[PrepProgress] = []
     cfg = prep_config(tmp_path, files(path, test_fraction=0.2), max_length=200)
-    prepared = prepare(cfg, model, on_progress=lambda rows, tokens: seen.append((rows, tokens)))
-    assert seen[-1] == (42, sum(s["tokens"] for s in prepared.manifest["splits"].values()))
+    prepared = prepare(cfg, model, on_progress=seen.append)
+    size = path.stat().st_size
+    assert seen[-1] == PrepProgress(
+        "prepare", 42, sum(s["tokens"] for s in prepared.manifest["splits"].values()), size, size
+    )
     rows = _table(prepared)
     entry = prepared.manifest["splits"]["train"]
     assert [s["rows"] for s in entry["shards"]] == [16, 16, len(rows) - 32]
@@ -65,17 +69,26 @@ def test_what_is_written_is_what_training_needs(tmp_path: Path, model: Path, mon
         assert tokenizer.decode(row["input_ids"][start:end]) == _GOOD[line - 1]["completion"] + "<|end|>"
     assert entry["supervised_tokens"] == supervised
     assert prepared.manifest["sources"] == [
-        {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": 42}
+        {
+            "name": "data",
+            "path": str(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": size,
+            "rows": 42,
+        }
     ]
-    assert prepared.manifest["rejects"] == {"total": 2, "by_reason": {"longer than max_length": 1, "malformed JSON": 1}}
+    assert entry["by_source"] == {"data": {k: entry[k] for k in ("rows", "tokens", "supervised_tokens")}}
+    assert entry["packing_fill"].keys() == {"200", "1024", "2048", "4096", "8192"}
+    assert prepared.manifest["rejects"] == {
+        "total": 2,
+        "by_reason": {"longer than max_length": 1, "malformed JSON": 1},
+        "by_source": {"data": 2},
+    }
     rejects = [json.loads(line) for line in (prepared.path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"]) for r in rejects] == [
         (str(path), 41, "malformed JSON"),
         (str(path), 42, "longer than max_length"),
     ]
-    lines = "\n".join(manifests.summary_lines(prepared.manifest))
-    assert f"{supervised:,} of them supervised" in lines
-    assert "1 malformed JSON" in lines
 
 
 def test_the_report_marks_what_is_learned_and_escapes_it(tmp_path: Path, model: Path) -> None:
