@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from data_prep.minhash import Banding, Signer
 from data_prep.records import AnyRecord, Vote, texts_of
 from data_prep.shingles import letters, mixed
 
-__all__ = ["Duplicates", "Signer", "decide", "exact_digest", "find_duplicates", "in_one_band"]
+__all__ = ["Duplicates", "Meetings", "Signer", "exact_digest", "find_duplicates", "in_one_band"]
 
 _CHUNK = 2**16
 """Signatures read at a time."""
@@ -71,7 +71,11 @@ def exact_digest(record: AnyRecord) -> bytes:
 
 
 def find_duplicates(
-    cfg: DedupConfig, digests: NDArray[np.uint64], signatures: Signatures | None, splits: NDArray[np.int8]
+    cfg: DedupConfig,
+    digests: NDArray[np.uint64],
+    signatures: Signatures | None,
+    splits: NDArray[np.int8],
+    meetings: Iterable[Meetings] | None = None,
 ) -> Duplicates:
     """Decides which records go.
 
@@ -80,14 +84,31 @@ def find_duplicates(
         digests: [records, 2], of `exact_digest`; looked at if ``cfg.exact``.
         signatures: [records, width], of `Signer`; looked at if ``cfg.near``. They may be memory-mapped.
         splits: [records]: 0 train, 1 validation, 2 test, -1 no record.
+        meetings: of all bands, where they were found elsewhere; None: they are found here.
     """
-    rows = np.flatnonzero(splits >= 0)
-    meetings: Iterable[Meetings] = ()
+    of = np.full(len(splits), -1, np.int64)
+    near = np.zeros(len(splits), np.bool_)
+    order = np.argsort(-splits, kind="stable")[: np.count_nonzero(splits >= 0)]
+    if cfg.exact:
+        first = _firsts(order, digests)
+        gone = first != order
+        if cfg.scope is DedupScope.across:
+            gone = splits[first] > splits[order]
+        of[order[gone]] = first[gone]
     if cfg.near:
         assert signatures is not None
-        found, bands = signatures, range(Banding.of(cfg.threshold).bands)
-        meetings = (in_one_band(cfg, found, splits, rows, band) for band in bands)
-    return decide(cfg, digests, signatures, splits, meetings)
+        if meetings is None:
+            meetings = _all_meetings(cfg, signatures, splits, np.flatnonzero((splits >= 0) & (of < 0)))
+        of_near = _nearest(cfg, signatures, splits, *_joined(meetings, of))
+        rows = np.fromiter(of_near.keys(), np.int64, len(of_near))
+        of[rows] = np.fromiter(of_near.values(), np.int64, len(of_near))
+        near[rows] = True
+    # What equals a record that is near to a third goes for the sake of the third.
+    gone = of >= 0
+    gone[gone] = of[of[gone]] >= 0
+    near[gone] |= near[of[gone]]
+    of[gone] = of[of[gone]]
+    return Duplicates(of, near)
 
 
 def in_one_band(
@@ -126,34 +147,11 @@ def in_one_band(
     return Meetings(rows[wanted[group]], group[wanted[group]])
 
 
-def decide(
-    cfg: DedupConfig,
-    digests: NDArray[np.uint64],
-    signatures: Signatures | None,
-    splits: NDArray[np.int8],
-    meetings: Iterable[Meetings],
-) -> Duplicates:
-    """As `find_duplicates`, of which this is the second half: `meetings` are those of all bands."""
-    of = np.full(len(splits), -1, np.int64)
-    near = np.zeros(len(splits), np.bool_)
-    order = np.argsort(-splits, kind="stable")[: np.count_nonzero(splits >= 0)]
-    if cfg.exact:
-        first = _firsts(order, digests)
-        gone = first != order
-        if cfg.scope is DedupScope.across:
-            gone = splits[first] > splits[order]
-        of[order[gone]] = first[gone]
-    if cfg.near and signatures is not None:
-        of_near = _nearest(cfg, signatures, splits, *_joined(meetings, of))
-        rows = np.fromiter(of_near.keys(), np.int64, len(of_near))
-        of[rows] = np.fromiter(of_near.values(), np.int64, len(of_near))
-        near[rows] = True
-    # What equals a record that is near to a third goes for the sake of the third.
-    gone = of >= 0
-    gone[gone] = of[of[gone]] >= 0
-    near[gone] |= near[of[gone]]
-    of[gone] = of[of[gone]]
-    return Duplicates(of, near)
+def _all_meetings(
+    cfg: DedupConfig, signatures: Signatures, splits: NDArray[np.int8], rows: NDArray[np.int64]
+) -> Iterator[Meetings]:
+    for band in range(Banding.of(cfg.threshold).bands):
+        yield in_one_band(cfg, signatures, splits, rows, band)
 
 
 def _firsts(order: NDArray[np.int64], digests: NDArray[np.uint64]) -> NDArray[np.int64]:
