@@ -36,23 +36,28 @@ def arrow_chunks(path: Path, shown: str, after: Mark) -> Iterator[Chunk]:
 
     A batch may be as large as the file. It is mapped rather than read, and the pages that were used are let go.
     """
-    import pyarrow
-
     size = path.stat().st_size
     if not size:
         raise DataError(shown, "the file is empty: not even a schema", remedy="write it again")
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    source = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
-    if mapped[:6] == b"ARROW1":
-        reader = pyarrow.ipc.open_file(source)
-        batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        batches = pyarrow.ipc.open_stream(source)
-    for chunk in table_chunks(batches, 0, after, lambda _: source.tell()):
+    total = max(1, sum(batch.num_rows for batch in _arrow_batches(mapped)))
+    for chunk in table_chunks(_arrow_batches(mapped), 0, after, lambda done: size * done // total):
         yield chunk
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _arrow_batches(mapped: mmap.mmap) -> Iterator[Any]:
+    import pyarrow
+
+    source = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+    if mapped[:6] != b"ARROW1":
+        yield from pyarrow.ipc.open_stream(source)
+        return
+    reader = pyarrow.ipc.open_file(source)
+    for number in range(reader.num_record_batches):
+        yield reader.get_batch(number)
 
 
 def table_chunks(batches: Iterable[Any], row: int, after: Mark, stored: Any) -> Iterator[Chunk]:

@@ -145,6 +145,8 @@ def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
         raise DataError(
             f"{shown}:{rows.line_num}", f"the table is broken here: {error}", remedy="mend the quotes around this line"
         ) from error
+    finally:
+        text.detach()  # else it closes the stream when it goes
 
 
 def _read_txt(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:

@@ -92,7 +92,7 @@ def test_the_choice_depends_on_the_seed_only(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(licenses.os, "listdir", lambda path: sorted(listdir(path), reverse=True))
     again = _dataset(folder)
     assert list(again.rows()) == first
-    assert [s.sha256 for s in again.sources()] == [s.sha256 for s in _dataset(folder, seed=1).sources()]
+    assert again.source() == _dataset(folder, seed=1).source()
     assert list(_dataset(folder, seed=1).rows()) != first
 
 
@@ -111,11 +111,11 @@ def test_near_duplicates_are_exact() -> None:
 
 def test_faults_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        _dataset(tmp_path / "none").sources()
+        _dataset(tmp_path / "none").source()
     with pytest.raises(DataError, match=r"no \*\.RULE file"):
-        _dataset(tmp_path).sources()
+        _dataset(tmp_path).source()
     with pytest.raises(DataError, match="no notice fits"):
         list(_dataset(_folder(tmp_path), min_per_label=900).rows())
     monkeypatch.setattr(licenses, "_PACKAGE", "no-such-package")
     with pytest.raises(DataError, match=r"not installed[\s\S]*pip install crosstune\[demo\]"):
-        LicensesDataset(LicensesDatasetConfig()).sources()
+        LicensesDataset(LicensesDatasetConfig()).source()

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from configs.errors import DataError, ModelError, StorageError
+from configs.errors import ConfigError, DataError, ModelError, StorageError
 from data_prep import prepare as prepare_module
 from data_prep import shards
 from data_prep.prepare import Prepared, prepare
@@ -56,7 +56,7 @@ def test_what_is_written_is_what_training_needs(tmp_path: Path, model: Path, mon
     )
     rows = _table(prepared)
     entry = prepared.manifest["splits"]["train"]
-    assert [s["rows"] for s in entry["shards"]] == [16, 16, len(rows) - 32]
+    assert [s["rows"] for s in entry["shards"]] == [16, len(rows) - 16]
     assert entry["rows"] == len(rows) == 40 - prepared.manifest["splits"]["test"]["rows"]
     assert entry["tokens"] == sum(len(r["input_ids"]) for r in rows)
     assert entry["max_length"] == max(len(r["input_ids"]) for r in rows)
@@ -203,6 +203,9 @@ def test_prepared_data_as_the_data_set(tmp_path: Path, model: Path, tmp_path_fac
     assert (used.path, used.reused, used.manifest) == (made.path, True, made.manifest)
     with pytest.raises(DataError, match="above max_length=10"):
         prepare(prep_config(tmp_path, files(tmp_path / "out"), max_length=10), model)
+    with pytest.raises(ConfigError, match="is prepared data already, so there is nothing to write"):
+        prepare(prep_config(tmp_path, files(tmp_path / "out")), model, out=tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
     other = model_folder(tmp_path_factory.mktemp("other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"].pop()
@@ -219,6 +222,7 @@ def test_too_many_bad_rows_stop_with_the_first_of_them(tmp_path: Path, model: Pa
         prepare(prep_config(tmp_path, files(path, max_rejects=2), name="again", max_length=900), model)
     message = str(caught.value)
     assert "more than dataset.max_rejects=2" in message
+    assert "    2 malformed JSON\n    1 missing column\n" in message
     assert f"{path}:42: malformed JSON" in message
     assert f"{path}:44: missing column (completion)" in message
     assert ":1:" not in message  # too long is counted, but no fault of the row

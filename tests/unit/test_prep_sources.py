@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import os
+import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import DataError
-from configs.schema.dataset import RecordFormat
-from data_prep import json_array, readers
+from configs.schema.dataset import RecordFormat, SplitBy
+from data_prep import json_array, raw
+from data_prep.dataset import Dataset, Holdout
 from data_prep.records import Record, Reject, TextRecord
 from data_prep.sources import FilesDataset
 from tests.unit.prep_kit import files, write_jsonl
@@ -23,8 +29,15 @@ from tests.unit.prep_kit import files, write_jsonl
 _ROWS = [{"prompt": f"q{i}", "completion": f"a{i}\nß 授权"} for i in range(700)]
 
 
+def _pack(path: Path) -> Any:
+    if path.suffix == ".zst":
+        return pa.output_stream(path, compression="zstd")
+    packs: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return packs.get(path.suffix, open)(path, "wb")
+
+
 def _write(path: Path) -> None:
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    kind = path.name.split(".")[1]
     table = pa.Table.from_pylist(_ROWS)
     if kind == "parquet":
         pq.write_table(table, path, row_group_size=300)
@@ -33,7 +46,7 @@ def _write(path: Path) -> None:
         with opened(str(path), table.schema) as writer:
             writer.write_table(table)
     else:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8-sig", newline="") as file:  # type: ignore[operator]
+        with _pack(path) as packed, io.TextIOWrapper(packed, "utf-8-sig", newline="") as file:
             if kind in ("csv", "tsv"):
                 out = csv.DictWriter(file, list(_ROWS[0]), delimiter="," if kind == "csv" else "\t")
                 out.writeheader()
@@ -44,8 +57,19 @@ def _write(path: Path) -> None:
                 file.write("\r\n".join(json.dumps(row) for row in _ROWS))
 
 
-def _rows(path: Path | str, **settings: object) -> list[tuple[str, object]]:
-    return list(FilesDataset(files(path, **settings)).rows())
+def _rows_of(dataset: Dataset) -> list[tuple[str | None, object]]:
+    """(fixed split, record or reject), as workers see them: payloads travel, parts do not."""
+    dataset.open()
+    return [
+        (part.split, row.item)
+        for part in dataset.parts()
+        for chunk in part.chunks()
+        for row in part.rows(pickle.loads(pickle.dumps(chunk.payload)))
+    ]
+
+
+def _rows(path: Path | str, **settings: object) -> list[tuple[str | None, object]]:
+    return _rows_of(FilesDataset(files(path, **settings)))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +77,10 @@ def _rows(path: Path | str, **settings: object) -> list[tuple[str, object]]:
     [
         "a.jsonl",
         "a.jsonl.gz",
+        "a.jsonl.zst",
+        "a.ndjson.bz2",
         "a.json",
-        "a.json.gz",
+        "a.json.xz",
         "a.csv",
         "a.csv.gz",
         "a.tsv",
@@ -65,8 +91,14 @@ def _rows(path: Path | str, **settings: object) -> list[tuple[str, object]]:
 )
 def test_every_kind_gives_the_same_records(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_array, "_CHUNK_BYTES", 37)  # borders of chunks everywhere
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 999)
     _write(tmp_path / name)
     records = [record for _, record in _rows(tmp_path / name)]
+    part = FilesDataset(files(tmp_path / name)).parts()[0]
+    chunks = list(part.chunks())
+    assert len(chunks) >= 9 and chunks[-1].stored == part.source.bytes
+    for k in (0, 3, len(chunks) - 1):  # reading begins again after any chunk
+        assert [c.payload for c in part.chunks(chunks[k].end)] == [c.payload for c in chunks[k + 1 :]]
     assert all(isinstance(r, Record) for r in records)
     assert [(r.messages[0].content, r.messages[1].content) for r in records] == [tuple(row.values()) for row in _ROWS]  # type: ignore[attr-defined]
     assert len({r.id for r in records}) == len(_ROWS)  # type: ignore[attr-defined]
@@ -83,7 +115,8 @@ def test_lines_are_those_an_editor_shows(tmp_path: Path) -> None:
 
 
 def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(raw, "MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 64)
     good = {"prompt": "q", "completion": "a"}
     path = write_jsonl(
         tmp_path / "rows.jsonl",
@@ -93,11 +126,14 @@ def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest
             [1],
             good,
             b"",
-            b"x" * 500,
+            b"x" * 5000,
             {"prompt": "q"},
             good,
+            b'{"prompt": "q", "prompt": "r", "completion": "a"}',
+            b'{"prompt": "q", "compl',
         ],
     )
+    path.write_bytes(path.read_bytes()[:-1])
     rejects = [r for _, r in _rows(path) if isinstance(r, Reject)]
     assert [(r.origin.line, r.reason) for r in rejects] == [
         (1, "malformed JSON"),
@@ -105,7 +141,10 @@ def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest
         (3, "a row is not an object"),
         (6, "line too long"),
         (7, "missing column"),
+        (9, "a key stands twice"),
+        (10, "malformed JSON"),
     ]
+    assert rejects[-1].detail.endswith("the file ends here, without a line break")
     assert [r.origin.line for _, r in _rows(path) if isinstance(r, Record)] == [4, 8]
 
 
@@ -116,9 +155,14 @@ def test_broken_rows_of_tables_and_lists(tmp_path: Path, monkeypatch: pytest.Mon
         "wrong number of fields",
         "invalid UTF-8",
     ]
-    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, 12, {"text": "\xff"}, null, {"text": "b"}]')
+    (tmp_path / "a.json").write_bytes(
+        b'[{"text": "a"}, 12, {"text": "\xff"}, null, {"text": "b", "text": "c"}, {"text": "d"}]'
+    )
     rows = [r for _, r in _rows(tmp_path / "a.json")]
-    assert [type(r) for r in rows] == [TextRecord, Reject, Reject, Reject, TextRecord]
+    assert [type(r) for r in rows] == [TextRecord, Reject, Reject, Reject, Reject, TextRecord]
+
+
+_NOISE = b"".join(b'{"text": "%d"}\n' % (i * 2654435761 % 2**32) for i in range(99_999))
 
 
 @pytest.mark.parametrize(
@@ -128,12 +172,21 @@ def test_broken_rows_of_tables_and_lists(tmp_path: Path, monkeypatch: pytest.Mon
         ("a.json", b'[{"text": "a"},\n {"text": "b', r"a\.json:2: malformed JSON"),
         ("a.json", b'[{"text": "a"}\n', r"a\.json:2: expected ',' or '\]', found the end"),
         ("a.json", b'{\n "data": []\n}', "neither a list of objects"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "gzip file is damaged"),
-        ("a.jsonl.gz", b"no gzip", "gzip file is damaged"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(_NOISE)[:-20],
+            r"a\.jsonl\.gz:\d{5}: the gz file is damaged somewhere behind line",
+        ),
+        ("a.jsonl.bz2", bz2.compress(_NOISE)[:-20], r"the bz2 file is damaged"),
+        ("a.jsonl.xz", lzma.compress(_NOISE)[:-20], r"the xz file is damaged"),
+        ("a.jsonl.zst", pa.Codec("zstd").compress(_NOISE).to_pybytes()[:-20], r"the zst file is damaged"),
+        ("a.jsonl.gz", b"no gzip", "gz file is damaged"),
         ("a.csv", b'text\n"never closed\n', r"a\.csv:2: the table is broken here"),
         ("a.parquet", b"PAR1 torn", "cannot be read"),
         ("a.arrow", b"ARROW1 torn", "cannot be read"),
+        ("a.arrow", b"", "the file is empty"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16-le"), "UTF-16"),
         ("a.docx", b"?", r"unknown kind '\.docx'[\s\S]*\.jsonl"),
     ],
 )
@@ -155,16 +208,19 @@ def test_folders_globs_and_their_splits(tmp_path: Path) -> None:
         write_jsonl(tmp_path / place, [{"text": place}])
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("no records")
+    write_jsonl(tmp_path / ".hidden/linked/y.jsonl", [{"text": "linked"}])
+    (tmp_path / "link").symlink_to(tmp_path / ".hidden/linked")
     dataset = FilesDataset(files(tmp_path))
-    assert [(split, r.text) for split, r in dataset.rows()] == [  # type: ignore[union-attr]
+    assert [(split, r.text) for split, r in _rows_of(dataset)] == [  # type: ignore[attr-defined]
         ("test", "test.jsonl"),
-        ("train", "testimonies.jsonl"),
-        ("train", "train/a.jsonl"),
-        ("train", "train/b.jsonl"),
+        (None, "testimonies.jsonl"),
+        (None, "train/a.jsonl"),
+        (None, "train/b.jsonl"),
         ("validation", "val-00001.jsonl"),
     ]
-    assert sum("passed over" in note for note in dataset.notes) == 2
-    assert len(_rows(f"{tmp_path}/**/*.jsonl")) == 5  # a glob does not see hidden folders
+    assert sum("passed over" in note for note in dataset.notes) == 3
+    assert any("link: passed over, a link to a folder" in note for note in dataset.notes)
+    assert len(_rows(f"{tmp_path}/**/*.jsonl")) == 6  # a glob sees no hidden folders, and follows links
     with pytest.raises(DataError, match="test.jsonl: the same file is read twice, for test and train"):
         _rows(tmp_path / "test.jsonl", test_path=str(tmp_path / "train/../test.jsonl"))
     elsewhere = write_jsonl(tmp_path.parent / f"{tmp_path.name}-held.jsonl", [{"text": "held out"}])
@@ -176,6 +232,11 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "tickets.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match=r"dataset.path=.*no such file.*did you mean '.*tickets.jsonl'"):
         _rows(tmp_path / "ticket.jsonl")
+    with pytest.raises(DataError, match=r"did you mean '.*tickets.jsonl'"):
+        _rows(tmp_path / "tickets.json")
+    with pytest.raises(DataError) as caught:
+        _rows(tmp_path / "brackets.jsonl")
+    assert "did you mean" not in str(caught.value)
     with pytest.raises(DataError, match="no file that can be read matches"):
         _rows(f"{tmp_path}/*.csv")
     (tmp_path / "empty").mkdir()
@@ -186,33 +247,13 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
         _rows(tmp_path / "a.txt", format=RecordFormat.alpaca)
 
 
-def test_fractions_follow_the_content_not_the_order(tmp_path: Path) -> None:
-    rows = [{"text": f"text {i % 400}"} for i in range(500)]
-    first = write_jsonl(tmp_path / "a.jsonl", rows)
-    second = write_jsonl(tmp_path / "b.jsonl", rows[::-1] + [{"text": "one more"}])
-
-    def splits(path: Path) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for split, record in _rows(path, validation_fraction=0.1, test_fraction=0.2):
-            assert isinstance(record, TextRecord)
-            assert found.setdefault(record.text, split) == split  # equal records stay together
-        return found
-
-    here, there = splits(first), splits(second)
-    there.pop("one more")
-    assert here == there
-    shares = {name: sum(s == name for s in here.values()) / len(here) for name in ("validation", "test")}
-    assert abs(shares["validation"] - 0.1) < 0.05
-    assert abs(shares["test"] - 0.2) < 0.06
-
-
 def test_a_fraction_is_taken_of_a_file_called_train_too_and_not_where_a_split_has_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {i}"} for i in range(200)])
-    held = [record for split, record in _rows(tmp_path, test_fraction=0.2) if split == "test"]
-    assert 20 < len(held) < 60
+    (part,) = FilesDataset(files(tmp_path, test_fraction=0.2)).parts()
+    assert part.split is None and part.holdout == Holdout(SplitBy.content, 0.0, 0.2)
     write_jsonl(tmp_path / "test.jsonl", [{"text": "held out"}])
     dataset = FilesDataset(files(tmp_path, test_fraction=0.2))
-    assert [r.text for split, r in dataset.rows() if split == "test"] == ["held out"]  # type: ignore[union-attr]
+    assert [(part.split, part.holdout) for part in dataset.parts()] == [("test", None), (None, None)]
     assert any("dataset.test_fraction is not used" in note for note in dataset.notes)
 
 
@@ -227,10 +268,11 @@ def test_names_and_tables_that_are_not_utf8_are_explained(tmp_path: Path) -> Non
     write_jsonl(odd, [{"text": "a"}])
     with pytest.raises(DataError, match="name is not UTF-8"):
         _rows(odd)
-    buffers = [None, pa.py_buffer(struct.pack("<2i", 0, 1)), pa.py_buffer(b"\xff")]
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="a.parquet: holds text that is not UTF-8"):
-        _rows(tmp_path / "a.parquet")
+    buffers = [None, pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3)), pa.py_buffer(b"a\xffb")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, buffers)}), tmp_path / "a.parquet")
+    rows = [row for _, row in _rows(tmp_path / "a.parquet")]
+    assert [str(row.origin)[-2:] for row in rows if isinstance(row, Reject)] == [":2"]
+    assert [row.text for row in rows if isinstance(row, TextRecord)] == ["a", "b"]
 
 
 def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +283,43 @@ def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
     write_jsonl(tmp_path / "org/name/train.jsonl", [{"prompt": "q", "completion": f"a{i}"} for i in range(300)])
     write_jsonl(tmp_path / "org/name/test.jsonl", [{"prompt": "q", "completion": "t"}])
     dataset = FilesDataset(files("hf://org/name", test_path="hf://org/name:test"))
-    rows = list(dataset.rows())
-    assert [s for s, _ in rows] == ["train"] * 300 + ["test"]
+    rows = _rows_of(dataset)
+    assert [s for s, _ in rows] == [None] * 300 + ["test"]
     assert rows[299][1].id == "hf://org/name:300"  # type: ignore[union-attr]
-    assert len({s.sha256 for s in dataset.sources()}) == 2
+    assert len({part.sha256() for part in dataset.parts()}) == 2
     with pytest.raises(DataError, match="hf://org/name:nope: cannot be loaded"):
         _rows("hf://org/name:nope")
     with pytest.raises(DataError, match=r"allowed: hf://org/name\[@revision\]"):
         _rows("hf://name")
+
+
+def test_what_only_some_files_have(tmp_path: Path) -> None:
+    rows = [{"frage": "q", "antwort": "a", "sys": "s"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", [{"frage": "q", "antwort": "a"}])
+    columns = {"prompt": "frage", "completion": "antwort", "system": "sys"}
+    dataset = FilesDataset(files(tmp_path, columns=columns))
+    assert [len(r.messages) for _, r in _rows_of(dataset)] == [3, 2]  # type: ignore[attr-defined]
+    assert any("b.jsonl" in note and "without sys, which other files have" in note for note in dataset.notes)
+    write_jsonl(tmp_path / "c.jsonl", [{"frage": "q"}])
+    with pytest.raises(DataError, match=r"c\.jsonl: the format cannot be told .* from the columns frage"):
+        _rows(tmp_path, columns=columns)
+
+
+def test_the_kinds_of_one_file_changed_in_its_middle(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}] * 30 + [{"text": "t"}] * 2)
+    rows = [row for _, row in _rows(path)]
+    assert [(r.origin.line, r.reason) for r in rows if isinstance(r, Reject)] == [
+        (31, "missing column"),
+        (32, "missing column"),
+    ]
+
+
+def test_a_preview_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*({"text": f"text {i:06d}"} for i in range(90_000)), b"{"])
+    (preview,) = FilesDataset(files(path, test_fraction=0.5)).preview(100)
+    assert (preview.split, len(preview.items), preview.source.path) == (None, 100, str(path))
+    assert preview.recognised.startswith("text (")
+    assert abs(preview.source.bytes / preview.bytes_read * 100 / 90_000 - 1) < 0.01
+    (whole,) = FilesDataset(files(path)).preview(10**6)
+    assert whole.bytes_read == whole.source.bytes and isinstance(whole.items[-1], Reject)
