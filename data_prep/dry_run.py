@@ -108,14 +108,14 @@ class DryRun:
         return lines + ([labelled("not known", ", ".join(self.untold))] if self.untold else [])
 
     def show(self, console: Console) -> None:
-        """Prints it."""
-        for line in self.lines():
-            print_line(console, visible(line))
+        """Prints it, the figures last: samples may be long."""
         if self.samples:
-            print_line(console, "")
             print_line(console, legend(console))
         for sample in self.samples:
             print_sample(console, sample)
+        print_line(console, "")
+        for line in self.lines():
+            print_line(console, visible(line))
 
 
 def dry_run(cfg: PrepConfig, model_dir: Path) -> DryRun:

@@ -15,6 +15,8 @@ WIDTH, HEIGHT = 640, 120
 """Of a histogram, in pixels."""
 SHOWN_ROWS = 50
 """Sources and notes; there may be thousands."""
+SHOWN_CHARACTERS = 6000
+"""Of a piece of a sample; longer ones are cut in the middle."""
 SHOWN_REJECTS = 3
 """Of each reason."""
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +38,7 @@ def write_report(path: Path, manifest: Mapping[str, Any], samples: Sequence[Show
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"n": "{:,}".format, "percent": "{:.1%}".format, "visible": visible}
+    environment.filters |= {"n": "{:,}".format, "percent": "{:.1%}".format, "visible": visible, "shortened": _shortened}
     page = environment.get_template("report.html.jinja").render(
         m=manifest,
         samples=samples,
@@ -52,6 +54,11 @@ def write_report(path: Path, manifest: Mapping[str, Any], samples: Sequence[Show
         shown=SHOWN_ROWS,
     )
     path.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _shortened(text: str) -> str:
+    half, more = SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS
+    return text if more <= 0 else f"{text[:half]} [… {more:,} characters …] {text[-half:]}"
 
 
 def _tokens(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
