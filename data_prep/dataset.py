@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,10 @@ class Dataset(ABC):
         self.name, self.license, self.seed = cfg.name, cfg.license, seed
         self.notes: list[str] = []
         """What a reader of the manifest should know: what was recognised, what was left out by choice."""
+        self.cleaned: Counter[str] = Counter()
+        """What cleaning changed before the rows came here (`corpus`)."""
+        self.duplicates: Mapping[str, int] | None = None
+        """The manifest's entry, where duplicates were taken out before the rows came here (`corpus`)."""
 
     @abstractmethod
     def parts(self) -> list[Part]:

@@ -53,7 +53,9 @@ class Job:
         self._parent = out.expanduser().parent if out else cache / "prepared"
         self.work = self._parent / f".{name}.making"
         """The folder under its hidden name."""
-        self.binding = manifests.fingerprint({**self._settings, "stamps": self.hashes.stamps})
+        self.binding = manifests.fingerprint(
+            {**self._settings, "stamps": self.hashes.stamps, "executor": cfg.executor._target_}
+        )
         """Of what an interrupted preparation must share with this one to be of use."""
         if out is not None:
             _refuse_foreign(out.expanduser())

@@ -64,7 +64,8 @@ class Passes:
         renderer: Callable[[], Renderer],
         on_progress: Progress | None,
     ) -> None:
-        self._cfg, self._parts, self._folder, self._journal = cfg, dataset.parts(), folder, journal
+        self._cfg, self._dataset, self._parts = cfg, dataset, dataset.parts()
+        self._folder, self._journal = folder, journal
         self._renderer, self._on_progress = renderer, on_progress
         self._sizes = [part.source.bytes for part in self._parts]
         self._workers = cfg.workers or (usable_cores() if sum(self._sizes) > LITTLE_BYTES else 1)
@@ -113,7 +114,13 @@ class Passes:
     def duplicates(self) -> dict[str, int]:
         """The manifest's entry."""
         assert self.output is not None
-        return dict(self._survey.duplicates) if self._survey else self.output.duplicates()
+        counted = self._survey.duplicates if self._survey else self._dataset.duplicates
+        return self.output.duplicates() if counted is None else dict(counted)
+
+    def cleaned(self) -> dict[str, int]:
+        """The manifest's entry."""
+        assert self.output is not None
+        return dict(sorted((self._dataset.cleaned + self.output.cleaned).items()))
 
     def _pass(
         self,

@@ -20,6 +20,7 @@ from configs.errors import ConfigError, DataError, ModelError, StoppedError, Sto
 from configs.schema.dataset import FilesDatasetConfig, MixDatasetConfig
 from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
+from data_prep.corpus import Executor
 from data_prep.dataset import Dataset
 from data_prep.job import Job, template_path
 from data_prep.journal import Journal, JournalError
@@ -171,7 +172,9 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
         too_long=cfg.too_long,
         template_kwargs=cfg.template.kwargs,
     )
-    passes = Passes(cfg, job.dataset, job.work, journal, make_renderer, on_progress)
+    executor = build(cfg.executor, Executor)
+    dataset = executor.stage(cfg, job.dataset, on_note=logger.info)
+    passes = Passes(executor.rest(cfg), dataset, job.work, journal, make_renderer, on_progress)
     looked = job.hashes.known
     job.hashes.start()
     with closing(passes.steps(entry)) as steps:
@@ -210,7 +213,7 @@ def _manifest(job: Job, passes: Passes, output: Output) -> dict[str, Any]:
         "mix": _mix(job.cfg, output.training_tokens()),
         "duplicates": passes.duplicates(),
         "rejects": output.rejects.summary(),
-        "cleaned": dict(sorted(output.cleaned.items())),
+        "cleaned": passes.cleaned(),
         "notes": [*job.dataset.notes, *output.notes()],
     }
 

@@ -6,8 +6,9 @@ are looked for. Deciding takes memory: up to 65 bytes a row for splits, about 60
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from configs.schema.clean import DedupConfig
 from configs.schema.dataset import SplitBy
 from data_prep.dataset import Holdout, Part
-from data_prep.dedup import find_duplicates
+from data_prep.dedup import Meetings, find_duplicates
 from data_prep.journal import cut
 from data_prep.records import Origin
 from data_prep.split import at_random, by_group
@@ -30,6 +31,25 @@ _ARRAYS: dict[str, tuple[type[np.generic], int]] = {
     "lines": (np.uint32, 2),
 }
 """File -> type, and numbers a row; see `Surveyed`."""
+
+
+def arrays_of(width: int) -> dict[str, tuple[type[np.generic], int]]:
+    """Names of the survey's files, with types and numbers a row.
+
+    Args:
+        width: bytes of a signature; 0: there are none.
+    """
+    return _ARRAYS | ({"signatures": (np.uint8, width)} if width else {})
+
+
+def read_arrays(folder: Path, width: int) -> dict[str, NDArray[Any]]:
+    """The survey's files, memory-mapped."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, (of, numbers) in arrays_of(width).items():
+        path = folder / name
+        flat = np.memmap(path, of, "r") if path.stat().st_size else np.zeros(0, of)
+        found[name] = flat.reshape(-1, numbers) if numbers > 1 else flat
+    return found
 
 
 def is_needed(dedup: DedupConfig, parts: Sequence[Part]) -> bool:
@@ -49,7 +69,7 @@ class SurveyFiles:
 
     def __init__(self, folder: Path, parts: Sequence[Part], width: int, state: dict[str, Any] | None = None) -> None:
         self._folder, self._parts = folder, parts
-        self._arrays = _ARRAYS | ({"signatures": (np.uint8, width)} if width else {})
+        self._arrays, self._width = arrays_of(width), width
         self._chunks: list[int] = state["chunks"] if state else []
         """Rows of each chunk."""
         self._part_rows: list[int] = state["part_rows"] if state else [0] * len(parts)
@@ -82,10 +102,15 @@ class SurveyFiles:
         for file in self._files.values():
             file.close()
 
-    def decide(self, dedup: DedupConfig) -> Survey:
-        """What becomes of the rows. It is decided anew by each process that goes on from here, to the same end."""
+    def decide(self, dedup: DedupConfig, meetings: Iterable[Meetings] | None = None) -> Survey:
+        """What becomes of the rows. It is decided anew by each process that goes on from here, to the same end.
+
+        Args:
+            dedup: what goes.
+            meetings: see `find_duplicates`.
+        """
         self.close()
-        arrays = {name: self._read(name) for name in self._arrays}
+        arrays = read_arrays(self._folder, self._width)
         codes = np.array(arrays["codes"])
         self._draw_splits(codes, arrays["digests"][:, 0], arrays["keys"])
         origins = (arrays["lines"], np.cumsum(self._part_rows), [part.source.path for part in self._parts])
@@ -93,7 +118,7 @@ class SurveyFiles:
             tags = (arrays["digests"][:, 0] & ~np.uint64(3)) | codes.astype(np.uint64)
             counts = {**count_repeated(tags[codes >= 0]), "near": 0, "removed": 0}
             return Survey(codes, None, None, origins, self._chunks, counts)
-        found = find_duplicates(dedup, arrays["digests"], arrays.get("signatures"), codes)
+        found = find_duplicates(dedup, arrays["digests"], arrays.get("signatures"), codes, meetings)
         gone = found.of >= 0
         counts = {
             "exact": int((gone & ~found.near).sum()),
@@ -120,11 +145,6 @@ class SurveyFiles:
     def _sizes(self) -> dict[str, int]:
         return {name: self.rows * width * np.dtype(of).itemsize for name, (of, width) in self._arrays.items()}
 
-    def _read(self, name: str) -> NDArray[Any]:
-        of, width = self._arrays[name]
-        shape = (self.rows, width) if width > 1 else (self.rows,)
-        return np.memmap(self._folder / name, of, "r", shape=shape) if self.rows else np.zeros(shape, of)
-
 
 class Survey:
     """What was decided for every row."""
@@ -146,13 +166,34 @@ class Survey:
 
     def rulings(self, chunk: int) -> Rulings:
         """For the rows of the chunk of this number."""
-        begin, end = int(self._starts[chunk]), int(self._starts[chunk + 1])
+        return self.between(int(self._starts[chunk]), int(self._starts[chunk + 1]))
+
+    def between(self, begin: int, end: int) -> Rulings:
+        """For the rows from one number to another."""
         duplicates = {}
         if self._of is not None and self._near is not None:
             for row in np.flatnonzero(self._of[begin:end] >= 0).tolist():
                 reason = NEAR_DUPLICATE if self._near[begin + row] else DUPLICATE
                 duplicates[row] = reason, str(self._origin(int(self._of[begin + row])))
         return Rulings(self._codes[begin:end], duplicates)
+
+    def save(self, folder: Path) -> None:
+        """Writes what was decided, for another process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("codes", "of", "near", "lines", "part_ends"):
+            if (array := getattr(self, f"_{name}")) is not None:
+                np.save(folder / f"{name}.npy", array)
+        about = {"paths": self._paths, "duplicates": dict(self.duplicates)}
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def saved(cls, folder: Path) -> Survey:
+        """What `save` wrote, memory-mapped."""
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        names = [path.stem for path in folder.glob("*.npy")]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        origins = (arrays["lines"], arrays["part_ends"], about["paths"])
+        return cls(arrays["codes"], arrays.get("of"), arrays.get("near"), origins, [], about["duplicates"])
 
     def _origin(self, row: int) -> Origin:
         line, part = self._lines[row].tolist()

@@ -92,13 +92,16 @@ class Work:
 
     def __init__(self, cfg: PrepConfig, parts: Sequence[Part], renderer: Renderer | None) -> None:
         self._parts, self._renderer = parts, renderer
-        self._cleaner = Cleaner(cfg.clean)
+        self.cleaner = Cleaner(cfg.clean)
         self._signer = Signer(cfg.dedup) if cfg.dedup.near else None
 
     def survey(self, task: Task) -> Surveyed:
         """The first pass over a chunk."""
         part = self._parts[task.part]
-        rows = list(self._cleaned(part, task.payload))
+        return self.surveyed(part, list(self.cleaned(part, task.payload)))
+
+    def surveyed(self, part: Part, rows: Sequence[Row]) -> Surveyed:
+        """What the survey learns of rows that are clean."""
         digests = [b"\0" * 16 if isinstance(row.item, Reject) else exact_digest(row.item) for row in rows]
         records = [row.item for row in rows if not isinstance(row.item, Reject)]
         signatures = None
@@ -126,7 +129,7 @@ class Work:
         part, made = self._parts[task.part], Made()
         results: list[tuple[str | None, AnyRecord | Reject]] = []
         tags: list[int] = []
-        for number, row in enumerate(self._cleaned(part, task.payload)):
+        for number, row in enumerate(self.cleaned(part, task.payload)):
             item = row.item
             if isinstance(item, Reject):
                 results.append((row.split or part.split or (None if part.holdout else SPLITS[0]), item))
@@ -144,15 +147,16 @@ class Work:
         made.rows = len(results)
         made.tags = np.array(tags, np.uint64).tobytes()
         self._render(results, made, part)
-        for counts, of_chunk in ((self._renderer.notes, made.notes), (self._cleaner.masked, made.cleaned)):
+        for counts, of_chunk in ((self._renderer.notes, made.notes), (self.cleaner.masked, made.cleaned)):
             of_chunk.update(counts)
             counts.clear()
         return made
 
-    def _cleaned(self, part: Part, payload: Any) -> Iterator[Row]:
+    def cleaned(self, part: Part, payload: Any) -> Iterator[Row]:
+        """The rows of a chunk, cleaned."""
         for row in part.rows(payload):
-            if not self._cleaner.idle and not isinstance(row.item, Reject):
-                row.item = self._cleaner(row.item)
+            if not self.cleaner.idle and not isinstance(row.item, Reject):
+                row.item = self.cleaner(row.item)
             yield row
 
     def _render(self, results: list[tuple[str | None, AnyRecord | Reject]], made: Made, part: Part) -> None:

@@ -105,14 +105,12 @@ class DedupConfig:
 class ExecutorConfig:
     """Where cleaning and deduplication run. Rendering and tokenizing always run here."""
 
-    _target_: str = MISSING
+    _target_: str = "data_prep.corpus.Here"
 
 
 @dataclass
 class HereConfig(ExecutorConfig):
     """In this process and its workers."""
-
-    _target_: str = "data_prep.corpus.Here"
 
 
 @dataclass
@@ -135,6 +133,12 @@ class LocalConfig(DatatroveConfig):
 
     _target_: str = "data_prep.corpus.Local"
     workers: int = 2
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise ConfigError("executor.workers", str(self.workers), allowed="1 or more")
 
 
 @dataclass
