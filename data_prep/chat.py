@@ -12,6 +12,7 @@ reasoning, they are learned from behind the place where the marker would be, and
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,9 +64,8 @@ class ChatTemplate:
         self._notes = notes
         specials = special_tokens(tokenizer)
         self._finder = AnswerFinder(specials, tokenizer.eos_token, self._template.empty_block)
-        frame = {tokenizer.bos_token, tokenizer.eos_token}
-        shown = "\0".join([self._template.source, *self._template.probes])
-        self._control = [token for token in specials if token in frame or token in shown]
+        self._control = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._control_begins = sorted({token[0] for token in specials})
         self._bos = _begin_token(tokenizer, self._template)
 
     def render(self, record: Record) -> list[ChatText]:
@@ -97,7 +97,7 @@ class ChatTemplate:
                 raise RowFault("images need a model that sees", f"turn {number}: {len(message.images)} of them")
 
     def _refuse_control_tokens(self, record: Record) -> None:
-        """Text that spells a turn's end would end the turn: at best noise, at worst an injected one."""
+        """Text that spells a special token becomes that token: at best noise, at worst the injected end of a turn."""
         for number, message in enumerate(record.messages, start=1):
             plain = not (message.reasoning or message.calls or message.name)
             self._refuse_control(message.content if plain else _all_text(message), f"turn {number}")
@@ -105,9 +105,8 @@ class ChatTemplate:
             self._refuse_control("\n".join(_strings(record.tools)), "tools")
 
     def _refuse_control(self, text: str, where: str) -> None:
-        for token in self._control:
-            if token in text:
-                raise RowFault("the text holds a control token of the template", f"{where}: {token}")
+        if any(character in text for character in self._control_begins) and (found := self._control.search(text)):
+            raise RowFault("the text holds a control token", f"{where}: {found[0]}")
 
     def _rendered(self, talk: _Talk) -> list[ChatText]:
         whole: list[Answer] = []

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AnySample", "PairSample", "Renderer", "Sample", "Span", "VoteSample"]
 
+_FURTHER = "further samples of conversations: turns that the chat template or the tokenizer changes in the whole"
+
 Result = AnySample | Reject
 _Part = tuple[ChatText, Tokens | RowFault]
 _Draft = RowFault | list[list[ChatText]]
@@ -62,7 +64,7 @@ class Renderer:
         self._too_long = too_long
         self._tokenizer, self._model_name, self._variables = tokenizer, model_name, template_kwargs or {}
         self._chat: ChatTemplate | None = None
-        self._encoder = Encoder(tokenizer, fast=fast)
+        self._encoder = Encoder(tokenizer, self.notes, fast=fast)
         self._verifier = Verifier(tokenizer, exact=self._encoder.pieces_add_up, fast=fast)
 
     def render(self, records: Sequence[AnyRecord]) -> list[list[Result]]:
@@ -108,6 +110,8 @@ class Renderer:
 
     def _conversation(self, record: Record | Pair | Vote, sides: list[list[_Part]]) -> list[Result]:
         if isinstance(record, Record):
+            if len(sides[0]) > 1:
+                self.notes[_FURTHER] += len(sides[0]) - 1
             return [self._sample(record, _numbered(record, n), *part) for n, part in enumerate(sides[0], start=1)]
         samples: list[Sample] = []
         for (what, _), side in zip(_sides(record), sides, strict=True):

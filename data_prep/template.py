@@ -56,6 +56,7 @@ class Template:
         self._own = dict(variables)
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self._compiled = self._compile(model_name)
+        self._shared = {**getattr(self._compiled, "globals", {}), "documents": None, **self._variables}
         self._text_arguments: bool | None = None
         self._probe()
 
@@ -70,10 +71,9 @@ class Template:
                 turns, tools=tools, tokenize=False, add_generation_prompt=prompt, **self._own
             )
             return text
-        rendered: str = self._compiled.render(
-            messages=turns, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
-        )
-        return rendered
+        given = {**self._shared, "messages": turns, "tools": tools, "add_generation_prompt": prompt}
+        context = self._compiled.new_context(given, shared=True)  # `render` would copy all of it on each call
+        return "".join(self._compiled.root_render_func(context))
 
     def text_with_marks(self, turns: list[Turn], tools: list[dict[str, Any]] | None) -> tuple[str, list[Span]]:
         """As `text`, with the characters between generation marks: what transformers makes its masks of."""
@@ -97,7 +97,10 @@ class Template:
 
     def _shows_call(self, arguments: Any) -> bool:
         call = {"id": "123456789", "type": "function", "function": {"name": "a", "arguments": arguments}}
-        turns: list[Turn] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        turns: list[Turn] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         try:
             self.text(turns, prompt=False)
         except Exception:  # a probe: the program may raise anything, and rows will show it
@@ -129,8 +132,6 @@ class Template:
     def _probe(self) -> None:
         """Looks at an example; that the program fails on it says nothing about other conversations."""
         turns: list[Turn] = [{"role": "user", "content": "a"}]
-        self.probes: list[str] = []
-        """Texts it renders."""
         self.answer_opener = self.empty_block = ""
         """What it puts before an answer; of that, what it does not put into prompts, up to the answer's text."""
         try:
@@ -138,7 +139,6 @@ class Template:
             whole = self.text([*turns, {"role": "assistant", "content": "b"}], prompt=False)
         except Exception:
             return
-        self.probes = [bare, prompt, whole]
         self.answer_opener = prompt.removeprefix(bare)
         before, found, _ = whole.removeprefix(prompt).partition("b")
         if whole.startswith(prompt) and found and "think" in before.lower():

@@ -82,8 +82,14 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     fallback = [f"<0x{b:02X}>" for b in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *SPECIALS, *fallback], show_progress=False)
     core.train_from_iterator(_LINES, trainer)
+    made = json.loads(core.to_str())
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in fallback]
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
     )
 
 
