@@ -31,6 +31,15 @@ def test_weights_are_shares_of_tokens_and_only_their_proportions_count():
     assert epochs_per_source(mix(Mixing.weight, 500, **tenfold), TOKENS) == epochs
 
 
+def test_numbers_are_the_decimals_that_were_written():
+    """In binary, 0.1 and 0.3 are not as one to three."""
+    weights = {"tickets": {"weight": 0.1}, "faq": {"weight": 0.3}, "law": {"weight": 0.2}}
+    whole = {name: {"weight": round(10 * value["weight"])} for name, value in weights.items()}
+    for tokens in range(1000, 1100):
+        epochs = epochs_per_source(mix(Mixing.weight, tokens, **weights), TOKENS)
+        assert epochs == epochs_per_source(mix(Mixing.weight, tokens, **whole), TOKENS)
+
+
 @pytest.mark.parametrize("mixing", [Mixing.weight, Mixing.temperature])
 @pytest.mark.parametrize("tokens", [0, 12345])
 def test_an_epoch_shows_the_tokens_asked_for(mixing, tokens):

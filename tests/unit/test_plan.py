@@ -111,6 +111,12 @@ def test_the_steps_of_a_mixture_are_pure_and_mixed_through():
     assert first_epoch[0] != first_epoch[1]
 
 
+def test_a_part_of_a_source_is_the_decimal_that_was_written():
+    """Half a sample a time: none, then one. In binary, 0.05 is a little above, and the first epoch would show it."""
+    plan = BatchPlan(np.full(10, 10, np.int32), seed=0, batch_tokens=100, mix=[Share("a", 0.05, ((0, 10),))])
+    assert [plan.position(step).epoch for step in range(4)] == [1, 3, 5, 7]
+
+
 @given(
     lengths_strategy,
     st.integers(1, 5),
