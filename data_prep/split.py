@@ -6,35 +6,24 @@ already. A share that does not come out even is rounded to the nearest row, a ha
 
 from __future__ import annotations
 
-from typing import overload
-
 import numpy as np
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
-@overload
-def by_digest(digest: bytes, validation: float, test: float) -> int: ...
-@overload
-def by_digest(digest: np.ndarray, validation: float, test: float) -> np.ndarray: ...
-def by_digest(digest: bytes | np.ndarray, validation: float, test: float) -> int | np.ndarray:
-    """Each row by its own digest alone: it stays where it is whatever other rows come; shares are met on average.
+def by_digest(digest: bytes, validation: float, test: float) -> int:
+    """A row by its own digest alone: it stays where it is whatever other rows come; shares are met on average.
 
     Args:
-        digest: of one row, of which the first 8 bytes count, big-endian; or those 8 bytes of n rows, ``[n]`` uint64.
+        digest: of the row, of which the first 8 bytes count, big-endian.
         validation: share of rows.
         test: share of rows.
 
     Returns:
-        The row's code; or ``[n]`` int8, which costs 10 bytes a row while it is made.
+        The row's code.
     """
-    if isinstance(digest, bytes):
-        return _code(int.from_bytes(digest[:8], "big") / 2**64, validation, test)
-    points = digest / np.float64(2**64)
-    codes = np.full(len(digest), TRAIN, np.int8)
-    codes[points < test + validation] = VALIDATION
-    codes[points < test] = TEST
-    return codes
+    point = int.from_bytes(digest[:8], "big") / 2**64
+    return TEST if point < test else VALIDATION if point < test + validation else TRAIN
 
 
 def by_group(keys: np.ndarray, seed: int, validation: float, test: float) -> np.ndarray:
@@ -123,10 +112,6 @@ class _Groups:
         """The smallest group that still trains, of equals the first in the order drawn."""
         left = self._order[self.codes[self._order] == TRAIN]
         return int(left[np.argmin(self.sizes[left])])
-
-
-def _code(point: float, validation: float, test: float) -> int:
-    return TEST if point < test else VALIDATION if point < test + validation else TRAIN
 
 
 def _mix(keys: np.ndarray, seed: int) -> np.ndarray:
