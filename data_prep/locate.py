@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from configs.errors import DataError, nearest
+from data_prep import manifest
 from data_prep.readers import READERS, kind_of_file
 from data_prep.streams import COMPRESSED
 
@@ -74,9 +75,13 @@ def _alike(path: Path) -> str | None:
 
 def _in_folder(key: str, path: str, folder: Path) -> tuple[list[LocalFile], list[str]]:
     files, notes = [], []
-    for file in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
+    everything = sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix())
+    prepared = {p.parent for p in everything if p.name == manifest.NAME and manifest.is_prepared(p.parent)}
+    for each in sorted(prepared):
+        notes.append(f"{path.rstrip('/')}/{each.relative_to(folder).as_posix()}: passed over, it is prepared data")
+    for file in everything:
         relative = file.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in relative.parts) or not prepared.isdisjoint(file.parents):
             continue
         shown = f"{path.rstrip('/')}/{relative.as_posix()}"
         if file.is_symlink() and not file.is_file():
