@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class QuietLocal(LocalPipelineExecutor):  # type: ignore[misc]
 
     def __init__(self, pipeline: Sequence[Callable[..., Any]], tasks: int, workers: int, logs: Path) -> None:
         super().__init__(list(pipeline), tasks=tasks, workers=workers, logging_dir=str(logs))
+        self._logs = logs / "logs"
 
     def run(self) -> Any:
         """See `PipelineExecutor.run`."""
@@ -29,5 +31,9 @@ class QuietLocal(LocalPipelineExecutor):  # type: ignore[misc]
         return super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        # Of the first worker alone datatrove shows the log.
-        return super()._run_for_rank(rank, max(1, local_rank), node_rank)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with (self._logs / f"task_{rank:05d}.err").open("w") as file, redirect_stderr(file):
+            try:
+                return super()._run_for_rank(rank, local_rank, node_rank)
+            finally:
+                logger.remove()  # what datatrove sets up again after each task
