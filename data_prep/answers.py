@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.records import RowFault, ToolCall
+from data_prep.scaffold import CHANGED, LEFT_OUT, text_forms
 
 _MARKER = r"[<\[◁][^\s<>\[\]◁▷]*think[^\s<>\[\]◁▷]*[>\]▷]"
 _GLUE = re.compile(rf"\s*{_MARKER}\s*", re.IGNORECASE)
@@ -21,8 +22,6 @@ _GLUE = re.compile(rf"\s*{_MARKER}\s*", re.IGNORECASE)
 _SPACE = re.compile(r"\s*")
 _OPENER = re.compile(rf"(?:{_MARKER}\s*)+\Z", re.IGNORECASE)
 
-CHANGED = "the chat template changes the assistant's text"
-LEFT_OUT = "the chat template leaves out a part of the answer"
 NO_END = "no end token after the answer"
 
 
@@ -173,7 +172,7 @@ def parts_of(reasoning: str, content: str, calls: tuple[ToolCall, ...]) -> list[
 
 
 def _call_parts(call: ToolCall, what: str) -> Iterator[Part]:
-    yield Part(f"name of {what}", _text_forms(call.name))
+    yield Part(f"name of {what}", tuple(text_forms(call.name)))
     yield from (Part(f"arguments of {what}", forms) for forms in _leaves(call.arguments))
 
 
@@ -181,17 +180,10 @@ def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
     """Keys and leaves of a JSON value, each in the forms it may be written in."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield _text_forms(key)
+            yield tuple(text_forms(key))
             yield from _leaves(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _leaves(inner)
     else:
-        yield _text_forms(value) if isinstance(value, str) else (json.dumps(value), str(value))
-
-
-def _text_forms(text: str) -> tuple[str, ...]:
-    """A text as it stands, as JSON writes it, and as JSON inside JSON does."""
-    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-    forms = (text, escaped, json.dumps(text)[1:-1], json.dumps(escaped, ensure_ascii=False)[1:-1])
-    return tuple(dict.fromkeys(forms))
+        yield tuple(text_forms(value)) if isinstance(value, str) else (json.dumps(value), str(value))

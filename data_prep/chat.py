@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.answers import Answer, AnswerFinder, Part, parts_of, without_opener
-from data_prep.openai_form import Tools, openai_form, spoken
+from data_prep.openai_form import Tools, openai_form, openai_turn, spoken
 from data_prep.records import Message, Record, RowFault
 from data_prep.rendered import Span
+from data_prep.scaffold import Placeholders
 from data_prep.template import DAY, Template, Turn, special_tokens
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class ChatTemplate:
         cut = _after(talk.text(i + 1), prompt, i)
         reasoned = bool(talk.record.messages[i].reasoning)
         answer, ended = self._finder.parts(cut, len(prompt), parts, reasoned=reasoned)
+        held = Placeholders(talk.record.messages[i])
+        shown = _after(talk.text_with(i, held.message), prompt, i)
+        held.check(shown[len(prompt) :], cut[len(prompt) :])
         if upto == i + 1 and ended:
             return answer
         said = cut[answer.start : answer.end]
@@ -200,6 +204,12 @@ class _Talk:
             else:
                 self._texts[upto] = self._template.text(turns, self._tools, prompt=False)
         return self._texts[upto]
+
+    def text_with(self, i: int, message: Message) -> str:
+        """Of the first turns up to turn `i`, which is replaced."""
+        turn = openai_turn(message, self._template, Counter())
+        turns = [*self._turns[: i + self._shift], turn]
+        return self._template.text(turns, self._tools, prompt=False)
 
     def prompt(self, i: int) -> str:
         """What inference starts from to make turn `i`."""

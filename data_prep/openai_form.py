@@ -21,7 +21,7 @@ def openai_form(record: Record, template: Template, notes: Counter[str]) -> tupl
         template: decides what is written as text.
         notes: counts what was.
     """
-    turns = [_turn(message, template, notes) for message in record.messages]
+    turns = [openai_turn(message, template, notes) for message in record.messages]
     if not record.tools:
         return turns, None
     if template.knows_tools:
@@ -44,7 +44,8 @@ def _call_text(call: Any) -> str:
     return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
 
 
-def _turn(message: Message, template: Template, notes: Counter[str]) -> Turn:
+def openai_turn(message: Message, template: Template, notes: Counter[str]) -> Turn:
+    """One turn; see `openai_form`."""
     turn: Turn = {"role": message.role, "content": message.content}
     if message.calls:
         _add_calls(turn, message, template, notes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.records import Message
-from tests.unit.prep_kit import CHATML, CHINESE
+from tests.unit.prep_kit import CHATML, CHINESE, MARKED
 
 _LLAMA3 = (  # headers, strips; one call a turn, which replaces the content
     "{{ bos_token }}{% if tools %}{{ '<|start|>tools<|header|>\n\n' }}"
@@ -197,5 +197,6 @@ FAMILIES = {
         reasoning=True,
         exact=True,
     ),
+    "marked": Family(MARKED, lambda m: inline(m) + "<|end|>", exact=True),
     "chinese": Family(CHINESE, lambda m: inline(m) + "</s>", end="</s>", exact=True),
 }

@@ -21,17 +21,6 @@ CHATML = (
     "{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
-HEADERS_STRIPPED = (  # begins with BOS, two line breaks before the text, which it strips
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start|>' + m['role'] + '<|header|>\n\n' + m['content'] | trim + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|header|>\n\n' }}{% endif %}"
-)
-INSTRUCT = (  # the system turn goes into the first question; a space before the answer; no newline tokens at all
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' | ' }}{% endif %}"
-    "{{ m['content'] + ' [/INST]' }}{% elif m['role'] == 'tool' %}{{ '[TOOL] ' + m['content'] + ' [/TOOL]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
-)
 MARKED = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
@@ -43,17 +32,6 @@ CHINESE = (
     "{% for m in messages %}{{ names[m['role']] + '：' + m['content'] + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '助手：' }}{% endif %}"
 )
-TEMPLATES = {
-    "chatml": CHATML,
-    "headers": HEADERS_STRIPPED,
-    "instruct": INSTRUCT,
-    "marked": MARKED,
-    "chinese": CHINESE,
-}
-STRIPPING = {"headers", "instruct"}
-"""Templates that strip the assistant's text."""
-END = {"chatml": "<|end|>", "headers": "<|end|>", "instruct": "</s>", "marked": "<|end|>", "chinese": "</s>"}
-
 _LINES = ["the answer is here", "\n\n\n\n", "    indented\n\n", "assistant user system\n\n", " , . ! ?", "12 34"] * 20
 
 
