@@ -156,7 +156,8 @@ class Slurm(_Datatrove[SlurmConfig]):
             jobs.write(submit(self.cfg, stages, lambda step: _logs(layout, step)))
             on_note(f"submitted jobs {jobs}; if this command is stopped they go on, and it may be run again")
         for stage in stages:
-            _wait(layout, stage, jobs.active, on_note)
+            if not _wait(layout, stage, jobs.active, on_note):
+                break  # `_check` says what became of it
 
 
 class Ray(_Datatrove[RayConfig]):
@@ -229,8 +230,8 @@ def _run_one(executor: Any, layout: Layout, stage: Stage, on_note: OnNote) -> No
     on_note(f"{stage[0].name}: {stage[1]} of {stage[1]} tasks done")
 
 
-def _wait(layout: Layout, stage: Stage, at_work: Callable[[], bool], on_note: OnNote) -> None:
-    """Until all tasks of a stage are done, or nobody works on them any more."""
+def _wait(layout: Layout, stage: Stage, at_work: Callable[[], bool], on_note: OnNote) -> bool:
+    """Until all tasks of a stage are done, or nobody works on them any more; whether they are."""
     step, tasks = stage
     told, pause, idle = -1, _SHORTEST_WAIT, 0
     while missing := _missing(layout, stage):
@@ -239,10 +240,11 @@ def _wait(layout: Layout, stage: Stage, at_work: Callable[[], bool], on_note: On
             on_note(f"{step.name}: {told} of {tasks} tasks done")
         idle = 0 if at_work() else idle + 1
         if idle == _IDLE_LOOKS:
-            return  # `_check` says what became of it
+            return False
         time.sleep(pause)
         pause = min(_LONGEST_WAIT, pause * 1.5)
     on_note(f"{step.name}: {tasks} of {tasks} tasks done")
+    return True
 
 
 def _check(layout: Layout, stages: Sequence[Stage], cause: BaseException | None = None) -> None:

@@ -23,7 +23,7 @@ _SCRIPT = """#!/bin/bash
 set -e
 cd {folder}
 export PYTHONUNBUFFERED=1 PYTHONPATH={path}
-exec {python} -m datatrove.tools.launch_pickled_pipeline {executor}
+exec {python} -P -m datatrove.tools.launch_pickled_pipeline {executor}
 """
 
 
