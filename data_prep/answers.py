@@ -20,7 +20,8 @@ _MARKER = r"[<\[◁][^\s<>\[\]◁▷]*think[^\s<>\[\]◁▷]*[>\]▷]"
 _GLUE = re.compile(rf"\s*{_MARKER}\s*", re.IGNORECASE)
 """A reasoning marker: ``<think>``, ``◁/think▷``, ``[THINK]``, ``<|START_THINKING|>`` ..."""
 _SPACE = re.compile(r"\s*")
-_OPENER = re.compile(rf"(?:{_MARKER}\s*)+\Z", re.IGNORECASE)
+_MARKED_END = re.compile(rf"(?:{_MARKER}\s*)+\Z", re.IGNORECASE)
+_CLOSING = re.compile(r"/|end", re.IGNORECASE)
 
 NO_END = "no end token after the answer"
 
@@ -135,10 +136,10 @@ class AnswerFinder:
         return Answer(start, match.start(1), match.end())
 
 
-def without_opener(prompt: str) -> str | None:
-    """The prompt without the reasoning marker that ends it; None if none does."""
-    match = _OPENER.search(prompt)
-    return prompt[: match.start()] if match else None
+def without_marker(prompt: str) -> tuple[str | None, bool]:
+    """The prompt without the reasoning markers that end it, None if none do; and whether they leave a block open."""
+    match = _MARKED_END.search(prompt)
+    return (None, False) if match is None else (prompt[: match.start()], _CLOSING.search(match[0]) is None)
 
 
 def _stands_at(text: str, start: int, content: str) -> int | None:

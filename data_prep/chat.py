@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_prep.answers import Answer, AnswerFinder, Part, parts_of, without_opener
+from data_prep.answers import Answer, AnswerFinder, Part, parts_of, without_marker
 from data_prep.openai_form import Tools, openai_form, openai_turn, spoken
 from data_prep.records import Message, Record, RowFault
 from data_prep.rendered import Span
@@ -128,16 +128,14 @@ class ChatTemplate:
             RowFault: it is in neither as the assistant wrote it; the whole's fault is told.
         """
         first: RowFault | None = None
-        for prompt, opened in _prompts(talk, i):
-            for upto in dict.fromkeys((talk.length, i + 1)):
-                try:
-                    answer = self._find(talk, upto, prompt, i)
-                except RowFault as fault:
-                    first = first or fault
-                    continue
-                if opened:
-                    self._notes[_NO_MARKER] += 1
-                return answer, upto
+        for upto, prompt, bare in _places(talk, i):
+            try:
+                answer = self._find(talk, upto, prompt, i)
+            except RowFault as fault:
+                first = first or fault
+                continue
+            self._notes.update([_NO_MARKER] if bare else [])
+            return answer, upto
         assert first is not None
         raise first
 
@@ -228,13 +226,23 @@ class _Talk:
         return marks[turns.index(i)]
 
 
-def _prompts(talk: _Talk, i: int) -> Iterator[tuple[str, bool]]:
-    """The prompt of turn `i`; then, if it ends with a reasoning marker, the prompt without that."""
+def _places(talk: _Talk, i: int) -> Iterator[tuple[int, str, bool]]:
+    """Where answer `i` may stand, the best first: the conversation's turns, the prompt, and whether that was shortened.
+
+    A prompt that ends with a reasoning marker is also tried without it: in the whole at once if it opens a block, which
+    answers without reasoning never had; after the conversation cut behind the answer if it closes one.
+    """
     prompt = talk.prompt(i)
-    yield prompt, False
-    bare = without_opener(prompt)
-    if bare is not None:
-        yield bare, True
+    yield talk.length, prompt, False
+    bare, opens = without_marker(prompt)
+    if bare is not None and opens:
+        yield talk.length, bare, True
+    if i + 1 < talk.length:
+        yield i + 1, prompt, False
+    if bare is not None and not opens:
+        yield talk.length, bare, True
+    if bare is not None and i + 1 < talk.length:
+        yield i + 1, bare, True
 
 
 def _after(text: str, prompt: str, i: int) -> str:
