@@ -7,6 +7,7 @@ the other's end of life.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -45,8 +46,10 @@ def usable_cores() -> int:
 def map_here(make: Make[A, R], tasks: Iterable[tuple[T, A]]) -> Generator[tuple[T, R]]:
     """As `map_ordered`, in this process."""
     function = make()
-    for tag, argument in tasks:
-        yield tag, function(argument)
+    with _collecting_between_tasks() as collect:
+        for tag, argument in tasks:
+            yield tag, function(argument)
+            collect()
 
 
 def map_ordered(make: Make[A, R], tasks: Iterable[tuple[T, A]], workers: int) -> Generator[tuple[T, R]]:
@@ -189,6 +192,24 @@ def _no_threads_in_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextmanager
+def _collecting_between_tasks() -> Iterator[Callable[[], object]]:
+    """Cyclic garbage is collected when asked for, and not looked for in what was there before.
+
+    A task makes so many objects that live as long as it does that looking for garbage among them took a seventh of the
+    time.
+    """
+    was_on = gc.isenabled()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
+
+
 def _serve(pipe: Connection, others: list[Connection], start: Make[Any, Any]) -> None:
     """A worker's life: it ends with its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
@@ -198,18 +219,25 @@ def _serve(pipe: Connection, others: list[Connection], start: Make[Any, Any]) ->
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
     function = start()
-    while True:
-        number, argument = tasks.get()
-        try:
-            message = (number, False, function(argument))
-        except CrosstuneError as error:
-            message = (number, True, error)
-        except BaseException as error:
-            message = (number, True, RuntimeError(f"in a worker: {error!r}\n{traceback.format_exc()}"))
-        try:
-            pipe.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(1)
+    with _collecting_between_tasks() as collect:
+        while True:
+            number, argument = tasks.get()
+            try:
+                pipe.send((number, *_outcome(function, argument)))
+            except (BrokenPipeError, ConnectionResetError):
+                os._exit(1)
+            del argument
+            collect()
+
+
+def _outcome(function: Callable[[A], R], argument: A) -> tuple[bool, R | Exception]:
+    """(whether it failed, the result or the fault)."""
+    try:
+        return False, function(argument)
+    except CrosstuneError as error:
+        return True, error
+    except Exception as error:
+        return True, RuntimeError(f"in a worker: {error!r}\n{traceback.format_exc()}")
 
 
 def _listen(pipe: Connection, tasks: queue.SimpleQueue[Any]) -> None:
