@@ -4,7 +4,7 @@ A record is taken out only if it equals, or is near to, a record that is kept: o
 unlike, C stays if B went for A's sake. Test comes before validation before train, then what was read first: a held-out
 record is never lost to a training record, and the result depends on the order of rows alone.
 
-Memory, besides what the caller passes: about 60 bytes a record, and about 100 more for each band (`minhash.Banding`)
+Memory, besides what the caller passes: about 100 bytes a record, and as many for each band (`minhash.Banding`)
 in which a record agrees with another that is not its equal.
 """
 

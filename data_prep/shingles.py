@@ -52,7 +52,7 @@ def shingles(texts: Sequence[str], size: int) -> tuple[NDArray[np.uint64], NDArr
     """Hashes of all runs of `size` words in each text; a shorter text is one shingle of all its words.
 
     Args:
-        texts: they may be of any length; about 60 bytes of memory are needed per character of all together.
+        texts: they may be of any length; up to 85 bytes of memory are needed per character of all together.
         size: words of a shingle.
 
     Returns:

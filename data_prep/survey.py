@@ -1,7 +1,7 @@
 """The first of two passes, where a row's fate depends on other rows: splits by group or at random, and duplicates.
 
 What it learns of the rows is kept in files beside the journal, 24 bytes a row, and the signature where near-duplicates
-are looked for. Deciding takes memory: up to 65 bytes a row for splits, about 60 for duplicates (`dedup`).
+are looked for. Deciding takes memory: up to 65 bytes a row for splits, about 100 and more for duplicates (`dedup`).
 """
 
 from __future__ import annotations
