@@ -5,7 +5,7 @@ of each minimum one byte is kept, which costs next to nothing in precision and m
 
 datatrove's own MinHash blocks are not used. They take words from spaCy or NLTK, with models to download and one
 language for a whole data set; compute one document at a time in Python; take whole chains of near-duplicates for one
-cluster; and keep any of it, whatever its split. Its executors run this code instead (`corpus.py`), so that one machine
+cluster; and keep any of it, whatever its split. Its executors run this code instead (`corpus`), so that one machine
 and many give the same result.
 """
 
