@@ -2,6 +2,7 @@
 
     mark    finds where files that are larger than a task's share can be cut            (only if there are such)
     read    reads, makes records, cleans them; writes rows, and what the survey needs   `tasks` tasks
+    gather  puts together what the survey learned                                       one task, if needed
     meet    finds the records that agree in a band of their signatures                  `tasks` tasks, if near
     decide  draws splits, decides which duplicates go                                   one task, if needed
 
