@@ -43,9 +43,12 @@ def normal(text: str) -> str:
 
 
 def letters(text: str) -> bytes:
-    """What is left of a text without case, white space and punctuation; UTF-32."""
-    codes = _codes(normal(text))
-    return bytes(codes[_kinds(codes) != _SEPARATOR])
+    """What is left of a text without case, white space and punctuation; UTF-8."""
+    text = normal(text)
+    if text.isascii():  # as below, in a tenth of the time
+        return text.encode().translate(None, _ascii_separators())
+    codes = _codes(text)
+    return bytes(codes[_kinds(codes) != _SEPARATOR]).decode("utf-32-le").encode()
 
 
 def shingles(texts: Sequence[str], size: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -101,6 +104,11 @@ def _table() -> NDArray[np.uint8]:
     for start, end in WITHOUT_SPACES:
         table[start : end + 1] *= _WORD
     return table
+
+
+@cache
+def _ascii_separators() -> bytes:
+    return bytes(np.flatnonzero(_table()[:128] == _SEPARATOR).astype(np.uint8))
 
 
 def _is_part_of_word(character: str) -> bool:

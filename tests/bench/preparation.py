@@ -3,8 +3,9 @@
     python -m tests.bench.preparation [--rows N] [--data alpaca.json] [--model FOLDER]
 
 The bare tokenizer is `encode_batch` of the tokenizers library with threads of its own, on the rendered texts, nothing
-else. `datasets.map` renders and tokenizes a row at a time, in one process, as it does by default, and in one a core; loading the rows is
-not counted. Peak memory is that of all processes together beyond what this one had, shared pages counted once (PSS).
+else. `datasets.map` renders and tokenizes a row at a time, in one process, as it does by default, and in one a core;
+loading the rows is not counted. Peak memory is that of all processes together beyond what this one had, shared pages
+counted once (PSS).
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def main() -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Bytes in use by this process and its children, beyond what it had, looked at twenty times a second."""
+    """Bytes in use by this process and its children beyond what it had, looked at each second."""
     process, peak, done = psutil.Process(), [0], threading.Event()
     before = process.memory_full_info().pss
 
     def watch() -> None:
-        while not done.wait(0.05):
+        while not done.wait(1.0):
             total = 0
             for each in [process, *process.children(recursive=True)]:
                 try:
