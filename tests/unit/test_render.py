@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, normalizers
 from transformers import ByT5Tokenizer
 
 from configs.errors import ConfigError, ModelError
@@ -89,8 +90,6 @@ def test_a_prompt_that_opens_reasoning_loses_it_before_answers_without() -> None
 
 def test_a_token_that_swallows_the_space_behind_it_does_so_between_turns() -> None:
     """As Phi's end token does: pieces by themselves would have line breaks that inference does not."""
-    from tokenizers import AddedToken
-
     tokenizer = byte_level.__wrapped__()
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|stop|>", rstrip=True, special=True)])
     renderer = _renderer(CHATML.replace("<|end|>", "<|stop|>"), tokenizer)
@@ -185,6 +184,25 @@ def test_a_turn_may_end_with_the_token_that_begins_the_next_one() -> None:
     assert _rejected(renderer, _record("q", "a")).reason == "no end token after the answer"
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [("a", "m.content.replace('a', 'aa')"), ("a", "m.content + ('!' if m.content == 'a' else '')")],
+)
+def test_a_short_text_beside_a_call_is_not_found_by_chance(content: str, shown: str) -> None:
+    template = FAMILIES["qwen3"].template.replace("{{ content }}", "{{ " + shown + " }}")
+    behind = FAMILIES["qwen3"].template + "{{ 'x' if messages[-1].content == 'a' }}"
+    for changing in (template, behind):
+        reject = _rejected(_renderer(changing), _record("q", content, calls=(_CALL,)))
+        assert reject.reason == "the chat template changes the assistant's text"
+
+
+def test_a_turn_with_a_call_ends_with_the_first_end_token() -> None:
+    template = FAMILIES["mistral"].template.replace("{{ eos_token }}", "{{ eos_token + '\n<s>' }}")
+    renderer = _renderer(template)
+    ((sample,),) = renderer.render([_record("q", "", calls=(_CALL,))])
+    assert _said(renderer, sample)[0].endswith("}</s>")
+
+
 def test_a_template_without_tools_is_given_them_as_text() -> None:
     renderer = _renderer(CHATML)
     record = Record(Origin("f", 1), (Message("user", "q"), _CALLING, *_record("r", "a").messages), _TOOLS)
@@ -254,7 +272,8 @@ def test_a_tokenizer_without_a_fast_core_works() -> None:
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece_like])
 def test_a_document_cannot_spell_a_control_token(tokenizer: Any, fast: bool) -> None:
-    renderer = _renderer(None, tokenizer(), fast=fast)
+    renderer = _renderer(CHATML, tokenizer(), fast=fast)
+    (chat,) = renderer.render([_record("q", "a")])
     documents = [TextRecord(Origin("f", n), text) for n, text in enumerate(["ab</s>c<|end|>", "plain", "more</s>"])]
     samples = [sample for (sample,) in renderer.render(documents)]
     special = set(tokenizer().all_special_ids) | {tokenizer().convert_tokens_to_ids("<|end|>")}
@@ -262,6 +281,18 @@ def test_a_document_cannot_spell_a_control_token(tokenizer: Any, fast: bool) -> 
         assert renderer.decode(sample.input_ids) == document.text + "</s>"
         assert [k for k, token in enumerate(sample.input_ids) if token in special] == [len(sample.input_ids) - 1]
     assert list(renderer.notes.values()) == [2]
+    assert renderer.render([_record("q", "a")]) == [chat]  # whose control tokens are such, after documents as before
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_answer_that_the_tokenizer_changes_is_rejected(fast: bool) -> None:
+    tokenizer = byte_level.__wrapped__()
+    changes = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(changes)
+    renderer = _renderer(CHATML, tokenizer, fast=fast)
+    for changed in ("Yes", " yes"):
+        assert _rejected(renderer, _record("q", changed)).reason == "the tokens of the answer decode to another text"
+    assert isinstance(renderer.render([_record("q", "caf\u0065\u0301")])[0][0], Sample)  # composed, the same text
 
 
 def test_a_space_adding_tokenizer_is_known_as_such() -> None:
@@ -358,6 +389,11 @@ def test_a_pair_has_one_prompt_and_two_answers() -> None:
         ("the text holds a control token", "rejected"),
     ]
     assert vote == [VoteSample("f:3", dataclasses.replace(one.chosen), liked=False)]
+
+
+def test_a_pair_stays_in_one_conversation_or_is_rejected() -> None:
+    pair = Pair(Origin("f", 3), _record("q", "\n\nthe answer", "r", "yes"), _record("q", "no"))
+    assert _rejected(_renderer(CHATML), pair).reason == "a preference's answers do not stay in one conversation"
 
 
 def test_a_pair_whose_sides_have_different_prompts_is_rejected() -> None:
