@@ -77,6 +77,8 @@ def parse_overrides(command: str, texts: Sequence[str]) -> tuple[list[Typed], li
         if parsed.is_sweep_override():
             faults.append(_sweep_fault(text))
             continue
+        if isinstance(parsed.value(), dict):
+            faults += _doubled_key_fault(text)
         is_group = parsed.key_or_group in groups and not isinstance(parsed.value(), dict)
         typed.append(Typed(text, parsed.key_or_group, parsed.value(), is_group, parsed.is_delete()))
         faults += _package_fault(parsed)
@@ -92,6 +94,20 @@ def _syntax_fault(text: str) -> ConfigError:
     # Inside double quotes a shell would still act on these; the remedy is there to be copied.
     word = shlex.quote(text) if set(text) & set('$`"\\!') else f'"{text}"'
     return ConfigError(key, f"cannot read the value {value}", remedy=f"quote it twice: {word}")
+
+
+def _doubled_key_fault(text: str) -> list[CrosstuneError]:
+    """Of two equal keys in ``{a: ..., a: ...}`` Hydra takes the last and says nothing; YAML, read so, objects."""
+    key, _, value = text.partition("=")
+    try:
+        OmegaConf.create(value)
+    except yaml.constructor.ConstructorError as error:
+        if error.problem and error.problem.startswith("found duplicate key "):
+            name = error.problem.removeprefix("found duplicate key ")
+            return [ConfigError(key, f"'{name}' stands twice", remedy="give each a name of its own")]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        pass  # Hydra's grammar is not quite YAML
+    return []
 
 
 def _sweep_fault(text: str) -> ConfigError:

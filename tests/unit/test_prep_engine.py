@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from configs.errors import DataError, RunFailedError, StoppedError
+from configs.compose import compose
+from configs.errors import ConfigError, CrosstuneError, DataError, RunFailedError, StoppedError
 from configs.schema.clean import DedupConfig, DedupScope
 from configs.schema.dataset import MixDatasetConfig, Mixing, SplitBy
 from configs.schema.roots import PrepConfig
@@ -184,6 +185,15 @@ def test_a_mixture_keeps_its_sources_apart(tmp_path: Path, model: Path) -> None:
     sources["c"] = {"path": str(tmp_path / "a.jsonl")}
     with pytest.raises(DataError, match=r"a\.jsonl: is read by two sources, a and c"):
         prepare(prep_config(tmp_path, MixDatasetConfig(sources=sources)), model)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dataset.sources: 'a' stands twice"):
+        compose("prep", ["model.path=m", "dataset=mix", "dataset.sources={a: {path: x}, b: {path: z}, a: {path: y}}"])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/twice.yaml").write_text("dataset:\n  sources:\n    a: {path: x}\n    a: {path: y}\n")
+    with pytest.raises(CrosstuneError, match=r"twice\.yaml:4: .*duplicate key a"):
+        compose("prep", ["model.path=m", "dataset=mix", "experiment=twice"], config_dir=tmp_path)
 
 
 def test_splits_by_key_by_group_and_at_random(tmp_path: Path, model: Path) -> None:
