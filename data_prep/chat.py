@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOVED = "the chat template changes what came before an answer"
 _NO_MARKER = "answers without the reasoning marker that the generation prompt ends with"
 
 
@@ -115,10 +116,12 @@ class ChatTemplate:
         for i, message in enumerate(talk.record.messages):
             if message.train:
                 answer, upto = self._answer(talk, i)
-                if upto == talk.length:
-                    whole.append(answer)
-                else:
+                if upto < talk.length:
                     own.append(ChatText(talk.text(upto), [answer]))
+                    continue
+                if whole and answer.start < whole[-1].end:
+                    raise RowFault(MOVED, f"turn {i + 1} begins before the answer before it ends")
+                whole.append(answer)
         return [ChatText(talk.text(talk.length), whole), *own] if whole else own
 
     def _answer(self, talk: _Talk, i: int) -> tuple[Answer, int]:
@@ -247,10 +250,7 @@ def _places(talk: _Talk, i: int) -> Iterator[tuple[int, str, bool]]:
 
 def _after(text: str, prompt: str, i: int) -> str:
     if not text.startswith(prompt):
-        raise RowFault(
-            "the chat template changes what came before an answer",
-            f"the prompt of turn {i + 1} is no prefix of the conversation",
-        )
+        raise RowFault(MOVED, f"the prompt of turn {i + 1} is no prefix of the conversation")
     return text
 
 

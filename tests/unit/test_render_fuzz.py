@@ -91,6 +91,18 @@ def test_the_shortcuts_change_nothing(name: str, kind: str) -> None:
     assert fast.notes == plain.notes
 
 
+@pytest.mark.parametrize("kind", _TOKENIZERS)
+def test_documents_are_learned_from_their_second_token_to_an_end_token(kind: str) -> None:
+    renderer = Renderer(_TOKENIZERS[kind](), max_length=10**6)
+    texts = [_text(random.Random(n), 2, 40) + random.Random(n).choice(["", "<|end|>", "</s>"]) for n in range(200)]
+    samples = [s for (s,) in renderer.render([TextRecord(Origin("t", n), text) for n, text in enumerate(texts)])]
+    lost = " " if kind == "sentencepiece" else ""
+    for text, sample in zip(texts, samples, strict=True):
+        assert isinstance(sample, Sample)
+        assert renderer.decode(sample.input_ids).removeprefix(lost) == text.removeprefix(lost) + "</s>"
+        assert sample.spans == [(1, len(sample.input_ids))]
+
+
 def _conversations(record: Any, result: list[Any]) -> list[tuple[list[Sample], Record]]:
     if isinstance(record, Pair):
         (pair,) = result
