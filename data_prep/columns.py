@@ -10,7 +10,7 @@ from typing import Any
 from configs.errors import DataError
 from data_prep import raw
 from data_prep.dataset import Chunk, Mark
-from data_prep.raw import ArrowBlock
+from data_prep.raw import ArrowBlock, RawRow, RowBlock, too_long
 
 _MAX_ROWS = 4096
 
@@ -73,14 +73,28 @@ def table_chunks(batches: Iterable[Any], row: int, after: Mark, stored: Any) -> 
         at = max(0, after.offset - row)
         step = _rows_of_a_chunk(batch.num_rows, batch.nbytes)
         for start in range(at, batch.num_rows, step):
-            part = batch.slice(start, step)
-            end = row + start + part.num_rows
-            yield Chunk(ArrowBlock(row + start + 1, _stream_of(part)), Mark(end, end), stored(end))
+            end = row + start
+            for part in _halved(batch.slice(start, step)):
+                block: ArrowBlock | RowBlock = ArrowBlock(end + 1, _stream_of(part))
+                if part.nbytes > raw.MAX_ROW_BYTES:
+                    block = RowBlock([RawRow(end + 1, too_long())])
+                end += part.num_rows
+                yield Chunk(block, Mark(end, end), stored(end), part.nbytes)
         row += batch.num_rows
 
 
 def _rows_of_a_chunk(rows: int, size: int) -> int:
     return max(1, min(_MAX_ROWS, rows * raw.CHUNK_BYTES // max(1, size)))
+
+
+def _halved(batch: Any) -> Iterator[Any]:
+    """The batch in parts of a bearable size: one of its rows may be larger than all others."""
+    if batch.num_rows <= 1 or batch.nbytes <= 2 * raw.CHUNK_BYTES:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _halved(batch.slice(0, half))
+    yield from _halved(batch.slice(half))
 
 
 def _stream_of(batch: Any) -> bytes:

@@ -81,6 +81,8 @@ class Chunk:
     end: Mark
     stored: int
     """Bytes of the source, as stored, from its beginning to the end of this chunk, about."""
+    size: int = 0
+    """Bytes of the payload, about, where it may be much larger than others."""
 
 
 @dataclass(slots=True)

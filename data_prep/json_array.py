@@ -51,8 +51,8 @@ class JsonArrayReader:
         if self._ended:
             return False
         rest = self._buffer[self._at :]
-        if len(rest) > raw.MAX_ROW_BYTES:
-            raise self._fault(f"an element above {raw.MAX_ROW_BYTES // 2**20} Mi characters, or an unclosed quote")
+        if len(rest) > raw.MAX_SCANNED_BYTES:
+            raise self._fault(f"an element above {raw.MAX_SCANNED_BYTES // 2**20} Mi characters, or an unclosed quote")
         data = self._stream.read(max(_CHUNK_BYTES, len(rest)))
         self._ended = not data
         self._buffer, self._at = rest + self._decoder.decode(data, final=self._ended), 0

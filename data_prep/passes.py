@@ -132,7 +132,7 @@ class Passes:
     ) -> Iterator[None]:
         """One pass, from a position on; `key` is that of the sink's state in the journal."""
         tasks = self._tasks(position)
-        run = map_ordered(make, tasks, self._workers) if self._workers > 1 else map_here(make, tasks)
+        run = map_ordered(make, tasks, self._workers, _size) if self._workers > 1 else map_here(make, tasks)
         resumed, shown = self._done(position), 0.0
         with closing(run):
             for position, made in run:
@@ -152,7 +152,10 @@ class Passes:
             for chunk in self._parts[number].chunks(mark):
                 rulings = self._survey.rulings(chunks) if self._survey else None
                 chunks += 1
-                yield Position(number, chunk.end, chunks, chunk.stored), Task(number, chunk.payload, rulings)
+                yield (
+                    Position(number, chunk.end, chunks, chunk.stored),
+                    Task(number, chunk.payload, rulings, chunk.size),
+                )
             mark = Mark()
 
     def _done(self, position: Position) -> int:
@@ -163,3 +166,7 @@ class Passes:
             stage: Stage = "prepare" if isinstance(sink, Output) else "survey"
             rows, tokens = (sum(sink.rows), sink.tokens) if isinstance(sink, Output) else (sink.rows, 0)
             self._on_progress(PrepProgress(stage, rows, tokens, done, sum(self._sizes), resumed))
+
+
+def _size(task: Task) -> int:
+    return task.size

@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,6 +36,8 @@ _AHEAD = 2
 """Tasks that a worker has at a time: one in work, one to go on with while the parent writes."""
 _WINDOW = 4
 """Tasks per worker, at most, between the oldest without a result and the newest."""
+_SIZE_AT_WORK = 2.5 * 2**20
+"""Of tasks that are much larger than others, as many are given out at a time as have this size per worker."""
 
 
 def usable_cores() -> int:
@@ -52,7 +54,9 @@ def map_here(make: Make[A, R], tasks: Iterable[tuple[T, A]]) -> Generator[tuple[
             collect()
 
 
-def map_ordered(make: Make[A, R], tasks: Iterable[tuple[T, A]], workers: int) -> Generator[tuple[T, R]]:
+def map_ordered(
+    make: Make[A, R], tasks: Iterable[tuple[T, A]], workers: int, size: Callable[[A], int] = lambda _: 0
+) -> Generator[tuple[T, R]]:
     """Results in the order of their tasks. What the function raises is raised here, in that order too.
 
     No worker outlives the generator, nor this process.
@@ -61,11 +65,12 @@ def map_ordered(make: Make[A, R], tasks: Iterable[tuple[T, A]], workers: int) ->
         make: see `Make`.
         tasks: (tag, argument) pairs; the tag stays here.
         workers: processes.
+        size: of a task; sets bounds to the memory that unusually large ones take together.
 
     Raises:
         RunFailedError: a worker died.
     """
-    team = _Team(make, workers)
+    team = _Team(make, workers, size)
     try:
         yield from team.map(tasks)
     finally:
@@ -84,14 +89,17 @@ class _Worker:
 class _Pending(Generic[T]):
     """A task without a result, or whose result waits for those before it."""
 
+    number: int
     tag: T
+    size: int
     outcome: Any = None
     done: bool = False
-    failed: bool = field(default=False)
+    failed: bool = False
 
 
 class _Team(Generic[A, R]):
-    def __init__(self, make: Make[A, R], workers: int) -> None:
+    def __init__(self, make: Make[A, R], workers: int, size: Callable[[A], int]) -> None:
+        self._size, self._at_work = size, 0
         forked = sys.platform == "linux"
         context: Any = get_context("fork" if forked else "spawn")
         start: Make[A, R] = make
@@ -111,30 +119,23 @@ class _Team(Generic[A, R]):
     def map(self, tasks: Iterable[tuple[T, A]]) -> Iterator[tuple[T, R]]:
         numbered = enumerate(tasks)
         pending: deque[_Pending[T]] = deque()
-        first = 0
-        more = True
-        while True:
-            while more and len(pending) < _WINDOW * len(self._workers) and (worker := self._least_busy()):
-                item = next(numbered, None)
-                if item is None:
-                    more = False
-                else:
-                    number, (tag, argument) = item
-                    pending.append(_Pending(tag))
-                    self._send(worker, (number, argument))
-            while pending and pending[0].done:
+        waiting = next(numbered, None)
+        while waiting or pending:
+            while waiting and len(pending) < _WINDOW * len(self._workers) and (worker := self._free_for(waiting[1][1])):
+                number, (tag, argument) = waiting
+                pending.append(_Pending(number, tag, self._size(argument)))
+                self._send(worker, (number, argument), pending[-1].size)
+                waiting = next(numbered, None)
+            if pending[0].done:
                 done = pending.popleft()
-                first += 1
                 if done.failed:
                     raise done.outcome
                 yield done.tag, done.outcome
-                break  # new work first
             else:
-                if not pending:
-                    return
                 for number, failed, outcome in self._receive():
-                    each = pending[number - first]
+                    each = pending[number - pending[0].number]
                     each.outcome, each.failed, each.done = outcome, failed, True
+                    self._at_work -= each.size
 
     def close(self) -> None:
         for worker in self._workers:
@@ -143,16 +144,21 @@ class _Team(Generic[A, R]):
             worker.process.join()
             worker.pipe.close()
 
-    def _least_busy(self) -> _Worker | None:
+    def _free_for(self, argument: A) -> _Worker | None:
+        """A worker that a task can be given to now."""
         worker = min(self._workers, key=lambda w: w.at_work)
-        return worker if worker.at_work < _AHEAD else None
+        if worker.at_work == _AHEAD:
+            return None
+        too_much = self._at_work + self._size(argument) > _SIZE_AT_WORK * len(self._workers)
+        return None if self._at_work and too_much else worker
 
-    def _send(self, worker: _Worker, message: Any) -> None:
+    def _send(self, worker: _Worker, message: Any, size: int) -> None:
         try:
             worker.pipe.send(message)
         except (BrokenPipeError, ConnectionResetError):
             raise _died(worker) from None
         worker.at_work += 1
+        self._at_work += size
 
     def _receive(self) -> Iterator[tuple[int, bool, Any]]:
         """Waits until there is a result, then takes what is there."""

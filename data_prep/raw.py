@@ -11,8 +11,10 @@ from data_prep.records import RowFault, unique_keys
 
 CHUNK_BYTES = 2**20
 """About as much as a chunk carries; some tenths of a second of a worker's time."""
-MAX_ROW_BYTES = 16 * 2**20
-"""A longer line is not read into memory; it becomes a reject. A row of this size fits no model."""
+MAX_ROW_BYTES = 4 * 2**20
+"""A longer row becomes a reject. It fits no model, and tokenizing it takes 120 bytes of memory for each of its own."""
+MAX_SCANNED_BYTES = 64 * 2**20
+"""A longer element of a list, or field of a table, is taken for a quote that is never closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def decoded(line: bytes) -> str:
 
 def too_long(what: str = "") -> RowFault:
     """The fault of a row above `MAX_ROW_BYTES`."""
-    return RowFault("line too long", f"{what}above {MAX_ROW_BYTES // 2**20} MiB")
+    return RowFault("row too long", f"{what}above {MAX_ROW_BYTES // 2**20} MiB")
 
 
 def _json_value(line: bytes, *, at_end: bool) -> Any:

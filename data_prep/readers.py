@@ -72,7 +72,7 @@ def _read_jsonl(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:
         if whole:
             block = LineBlock(line + 1, whole)
             offset, line = offset + len(whole), line + block.lines
-            yield Chunk(block, Mark(offset, line), stream.stored)
+            yield Chunk(block, Mark(offset, line), stream.stored, len(whole))
         if overlong:
             offset += len(data) - len(whole) + len(rest) + stream.pass_line()
             line += 1
@@ -107,13 +107,13 @@ def _in_blocks(rows: _SizedRows, stream: Stream, after: Mark) -> Iterator[Chunk]
         number += 1
         if number <= after.offset:
             continue
-        found.append(row)
-        size += row_bytes
+        found.append(row if row_bytes <= raw.MAX_ROW_BYTES else RawRow(row.line, too_long(), row.part))
+        size += row_bytes if row_bytes <= raw.MAX_ROW_BYTES else 0
         if size >= raw.CHUNK_BYTES or len(found) == _MAX_ROWS:
-            yield Chunk(RowBlock(found), Mark(number, row.line), stream.stored)
+            yield Chunk(RowBlock(found), Mark(number, row.line), stream.stored, size)
             found, size = [], 0
     if found:
-        yield Chunk(RowBlock(found), Mark(number, found[-1].line), stream.stored)
+        yield Chunk(RowBlock(found), Mark(number, found[-1].line), stream.stored, size)
 
 
 def _read_table(stream: Stream, shown: str, after: Mark, *, delimiter: str) -> Iterator[Chunk]:
@@ -122,7 +122,7 @@ def _read_table(stream: Stream, shown: str, after: Mark, *, delimiter: str) -> I
 
 def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
     """Comma or tab separated, the first row naming the columns; the line is the one where the row begins."""
-    csv.field_size_limit(raw.MAX_ROW_BYTES)
+    csv.field_size_limit(raw.MAX_SCANNED_BYTES)
     text = io.TextIOWrapper(stream.file, encoding="utf-8", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:

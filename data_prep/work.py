@@ -46,6 +46,8 @@ class Task:
     part: int
     payload: Any
     rulings: Rulings | None = None
+    size: int = 0
+    """See `Chunk.size`."""
 
 
 @dataclass(slots=True)

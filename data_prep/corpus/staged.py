@@ -83,7 +83,7 @@ class StagedPart(Part):
                         rulings = self._rulings(row, row + rows)
                         row += rows
                         stored = self.source.bytes * offset // total
-                        yield Chunk((data, rulings), Mark(offset, row), stored)
+                        yield Chunk((data, rulings), Mark(offset, row), stored, len(data))
             begin = end
 
     def rows(self, payload: tuple[bytes, Rulings | None]) -> Iterator[Row]:

@@ -1,8 +1,9 @@
-"""Preparation that is killed: nothing looks finished, nobody is left over, and the next one goes on to the same bytes.
+r"""Preparation that is killed: nothing looks finished, nobody is left over, and the next one goes on to the same bytes.
 
 The slow test does it at scale, under a watch of memory:
 
-    CROSSTUNE_SCALE_MB=5000 CROSSTUNE_SCALE_MODEL=/models/x python -m pytest -s -k scale tests/integration/test_prep_kill.py
+    CROSSTUNE_SCALE_MB=5000 CROSSTUNE_SCALE_MODEL=/models/x \
+        python -m pytest -s -k scale tests/integration/test_prep_kill.py
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def test_a_line_of_200_mb_takes_no_memory(tmp_path: Path) -> None:
     peak = _watch(process)
     assert process.returncode == 0
     (reject,) = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert (reject["line"], reject["reason"]) == (4, "line too long")
+    assert (reject["line"], reject["reason"]) == (4, "row too long")
     assert peak < MEMORY_BYTES / 2
 
 

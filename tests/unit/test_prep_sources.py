@@ -139,7 +139,7 @@ def test_broken_rows_are_rejected_one_by_one(tmp_path: Path, monkeypatch: pytest
         (1, "malformed JSON"),
         (2, "invalid UTF-8"),
         (3, "a row is not an object"),
-        (6, "line too long"),
+        (6, "row too long"),
         (7, "missing column"),
         (9, "a key stands twice"),
         (10, "malformed JSON"),
