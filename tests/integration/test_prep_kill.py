@@ -1,8 +1,9 @@
 r"""Preparation that is killed: nothing looks finished, nobody is left over, and the next one goes on to the same bytes.
 
-The slow test does it at scale, under a watch of memory:
+The slow test does it at scale, under a watch of memory. Exports are often mostly columns that nobody reads, and
+tokenizing takes nearly all of the time, so CROSSTUNE_SCALE_UNREAD characters of such a column make a large file quick:
 
-    CROSSTUNE_SCALE_MB=5000 CROSSTUNE_SCALE_MODEL=/models/x \
+    CROSSTUNE_SCALE_MB=5000 CROSSTUNE_SCALE_UNREAD=16000 CROSSTUNE_SCALE_MODEL=/models/x \
         python -m pytest -s -k scale tests/integration/test_prep_kill.py
 """
 
@@ -29,16 +30,18 @@ from tests.unit.prep_kit import model_folder
 MEMORY_BYTES = 1.5 * 2**30
 """What a preparation of any size must do with, all its processes together; shared pages are counted once."""
 _SCALE_BYTES = float(os.environ.get("CROSSTUNE_SCALE_MB", "300")) * 1e6
+_UNREAD = int(os.environ.get("CROSSTUNE_SCALE_UNREAD", "0"))
 _OFTEN = "import data_prep.journal as j, data_prep.raw as r; j.SECONDS = 0.05; r.CHUNK_BYTES = 50_000"
 """An entry in the journal after some rows already."""
 
 
-def _write_records(path: Path, size: float, seed: int = 0) -> None:
-    """Chats of up to some thousand characters, no two alike, a few of them broken."""
+def _write_records(path: Path, size: float, seed: int = 0, unread: int = 0) -> None:
+    """Chats of up to some thousand characters, no two alike, a few of them broken, beside a column that is not read."""
     rng = random.Random(seed)
     words = (
         "the a licence of this grants notice; with any copy, but warranty IS software für 授权 许可证 to you in".split()
     )
+    page = " ".join(rng.choices(words, k=unread)) + " "
     done, row = 0, 0
     with path.open("w", encoding="utf-8") as file:
         while done < size:
@@ -47,7 +50,9 @@ def _write_records(path: Path, size: float, seed: int = 0) -> None:
             words_of_row = rng.choices(words, k=count)
             text = " ".join(words_of_row)
             question = {"role": "user", "content": f"Question {row}: {text[: count * 2]}"}
-            line = json.dumps({"messages": [question, {"role": "assistant", "content": text}]}, ensure_ascii=False)
+            turns = [question, {"role": "assistant", "content": text}]
+            begin = rng.randrange(len(page))
+            line = json.dumps({"messages": turns, "page": (page[begin:] + page)[:unread]}, ensure_ascii=False)
             done += file.write((line if row % 50_000 else line[:-9]) + "\n")
 
 
@@ -141,7 +146,7 @@ def test_a_line_of_200_mb_takes_no_memory(tmp_path: Path) -> None:
 def test_scale_in_bounded_memory_killed_and_gone_on_with(tmp_path: Path) -> None:
     model = Path(os.environ.get("CROSSTUNE_SCALE_MODEL") or model_folder(tmp_path / "model"))
     rows = tmp_path / "rows.jsonl"
-    _write_records(rows, _SCALE_BYTES)
+    _write_records(rows, _SCALE_BYTES, unread=_UNREAD)
     size = rows.stat().st_size
     began = time.monotonic()
     process = _start(tmp_path, model, "whole")
