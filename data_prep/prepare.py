@@ -132,9 +132,8 @@ def _build(job: Job, on_progress: Progress | None) -> Prepared:
         if not journal.exists:
             shutil.rmtree(job.work, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
-            raise StoppedError(
-                job.cfg.dataset.name, "the preparation was stopped", remedy="run the same command again to go on"
-            ) from None
+            stopped = "the preparation was stopped; what is done is kept here"
+            raise StoppedError(str(job.work), stopped, remedy="run the same command again to go on") from None
         if isinstance(error, OSError):
             raise StorageError(str(job.work), f"cannot be written: {error.strerror or error}") from error
         raise
