@@ -99,7 +99,9 @@ def _allowed(kind: Any, optional: bool) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         text = ", ".join(kind.__members__)
     elif get_origin(kind) is list:
-        text = f"a list of {_word(get_args(kind)[0])} values, e.g. [a,b]"
+        (of,) = get_args(kind)
+        names = f": {', '.join(of.__members__)}" if isinstance(of, type) and issubclass(of, Enum) else ""
+        text = f"a list, e.g. [a,b], of {'these' if names else f'{_word(of)} values'}{names}"
     elif get_origin(kind) is dict:
         text = "names with values, e.g. {a: b}"
     else:

@@ -72,7 +72,10 @@ def parse_overrides(command: str, texts: Sequence[str]) -> tuple[list[Typed], li
         try:
             parsed = parser.parse_overrides([text])[0]
         except HydraException:
-            faults.append(_syntax_fault(text))
+            if (read := _beyond_hydra(parser, text)) is not None:
+                typed.append(read)
+            else:
+                faults += _doubled_key_fault(text) or [_syntax_fault(text)]
             continue
         if parsed.is_sweep_override():
             faults.append(_sweep_fault(text))
@@ -85,10 +88,44 @@ def parse_overrides(command: str, texts: Sequence[str]) -> tuple[list[Typed], li
     return typed, faults
 
 
+def _beyond_hydra(parser: OverridesParser, text: str) -> Typed | None:
+    """A value that Hydra's grammar has no words for: a text or a name in it with letters beyond ASCII, or spaces."""
+    key, _, value = text.partition("=")
+    try:
+        read = _flow(value) if value.startswith(("{", "[")) else _letters(value)
+        parsed = parser.parse_overrides([f"{key}=null"])[0]
+    except (HydraException, yaml.YAMLError, OmegaConfBaseException):
+        return None
+    return None if read is None else Typed(text, parsed.key_or_group, read, False, False)
+
+
+def _flow(value: str) -> Any:
+    """What YAML reads in ``{...}`` or ``[...]``; None where OmegaConf would put something else in its place."""
+    return None if "${" in value else OmegaConf.to_container(OmegaConf.create(value))
+
+
+def _letters(value: str) -> str | None:
+    plain = not value.isascii() and value == value.strip() and not set(value) & set("'\"\\$,=(){}[]")
+    return value if plain else None
+
+
 def _syntax_fault(text: str) -> ConfigError:
     key, equals, value = text.partition("=")
     if not equals:
         return ConfigError(text, "not an override", allowed="key=value, group=option, +key=value, ~key")
+    if not key.isascii():
+        return ConfigError(
+            key,
+            "a name with letters beyond ASCII cannot stand before =",
+            remedy="write it in braces behind the key above: 'KEY={NAME: value}'",
+        )
+    if value.startswith(("{", "[")) and value.endswith(("}", "]")):
+        return ConfigError(
+            key,
+            f"cannot read the value {value}",
+            allowed="{name: value, name: value} or [value, value]",
+            remedy='put what has spaces or signs in double quotes, and all of it in single ones: {a: "b (c)"}',
+        )
     quoted = value.replace("'", "\\'")
     text = f"{key}='{quoted}'"
     # Inside double quotes a shell would still act on these; the remedy is there to be copied.

@@ -367,12 +367,44 @@ def test_an_experiment_that_cannot_be_read_is_named(tmp_path, content):
     assert "mine.yaml" in fault.where
 
 
-@pytest.mark.parametrize("value", ["weird dé", "a $(touch x) 'b", 'say "hi" `now`'])
+@pytest.mark.parametrize("value", ["weird (d)", "a $(touch x) 'b", 'say "hi" `now`'])
 def test_the_remedy_for_an_odd_value_can_be_copied_into_a_shell(value):
     (fault,) = faults_of("train", *BASE["train"], f"run_dir={value}")
     (word,) = shlex.split(str(fault.remedy).removeprefix("quote it twice: "))
     assert "$(" not in str(fault.remedy) or '"run_dir' not in str(fault.remedy)
     assert compose("train", [*BASE["train"], word]).run_dir == value
+
+
+def test_letters_of_any_language_need_no_quotes():
+    cfg = compose(
+        "prep",
+        [
+            "model.path=模型",
+            "dataset.path=数据/客户 2024.jsonl",
+            "dataset.system=请简短回答。",
+            "dataset.columns={prompt: 问题, completion: the answer (zh)}",
+            "dataset.roles={客户: user, Kundin: user}",
+            "clean.drop_matching=[广告, spam]",
+        ],
+    )
+    assert (cfg.model.path, cfg.dataset.path, cfg.dataset.system) == ("模型", "数据/客户 2024.jsonl", "请简短回答。")
+    assert cfg.dataset.columns == {"prompt": "问题", "completion": "the answer (zh)"}
+    assert cfg.dataset.roles == {"客户": "user", "Kundin": "user"}
+    assert cfg.clean.drop_matching == ["广告", "spam"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("dataset.roles={客户: user, 客户: tool}", "'客户' stands twice"),
+        ("dataset.roles={客户: ${seed}}", "cannot read the value"),
+        ("dataset.roles={客户: user", "cannot read the value"),
+        ("dataset.roles.客户=user", "in braces behind the key above"),
+    ],
+)
+def test_what_looks_like_a_value_in_braces_and_is_none_is_a_fault(word, told):
+    (fault,) = faults_of("prep", *BASE["prep"], word)
+    assert told in str(fault) and fault.where.startswith("dataset.roles")
 
 
 def test_a_text_that_looks_like_an_interpolation_comes_back_as_it_was(tmp_path):
