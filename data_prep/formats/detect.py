@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from configs.errors import ConfigError, DataError, nearest
 from configs.schema.dataset import Learn, Preference, RecordFormat
 from data_prep.formats import FORMATS, Format
 from data_prep.formats.base import TURN_KEYS, ConversationFormat
+from data_prep.formats.suggest import suggest
 from data_prep.formats.turns import SHAREGPT, Keys, has_turns
 from data_prep.records import ROLES
 
@@ -52,14 +54,16 @@ def choose(
     view = _view(samples, columns)
     aliases = _aliases(view, columns)
     if wanted is RecordFormat.auto:
-        name, why = _recognise(path, view | {ours: view[other] for ours, other in aliases.items()}, found, columns)
+        name, why = _recognise(path, _named(view, columns), samples, found, columns)
     else:
         name, why = wanted.value, f"dataset.format={wanted.value}"
     kind = FORMATS[name]
     columns = {o: columns.get(other, other) for o, other in aliases.items() if o in _columns_of(kind)} | dict(columns)
     chosen = kind(columns, system, roles=roles, preference=preference, learn=learn)
     _check_columns(path, found, chosen)
-    unread = [column for column in found if column not in chosen.reads]
+    unread = [column or "''" for column in found if column not in chosen.reads]
+    called = {o: other for o, other in aliases.items() if chosen.columns.get(o) == other}
+    why += "".join(f", here '{other}'" for other in called.values()) if wanted is RecordFormat.auto else ""
     return chosen, f"{name} ({why})" + (f"; not read: {', '.join(unread)}" if unread else "")
 
 
@@ -120,29 +124,49 @@ def _view(samples: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> d
     return own | {ours: values[theirs] for ours, theirs in mapped.items()}
 
 
-def _recognise(path: str, view: Mapping[str, Any], found: list[str], columns: Mapping[str, str]) -> tuple[str, str]:
+def _recognise(
+    path: str,
+    view: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    found: list[str],
+    columns: Mapping[str, str],
+) -> tuple[str, str]:
     """(format, why)."""
-    keys = _keys(columns)
-    reasons = {name: why for name, kind in FORMATS.items() if (why := kind.recognise(view, keys))}
-    ranks = {name: FORMATS[name].rank(view) for name in reasons}
-    reasons = {name: why for name, why in reasons.items() if ranks[name] == max(ranks.values())}
+    reasons = _reasons(view, columns)
     if len(reasons) == 1:
         (name, why), *_ = reasons.items()
         return name, why
-    if reasons:
-        candidates = "could be: " + "; ".join(f"{name} ({why})" for name, why in reasons.items())
-    else:
-        candidates = "none of the known shapes fits"
-    raise DataError(
-        path,
-        f"the format cannot be told for certain from the columns {', '.join(found) or '(none)'}; {candidates}",
-        allowed=f"dataset.format={'|'.join(FORMATS)}",
-        remedy="set dataset.format, and dataset.columns={<ours>: <theirs>} where names differ",
-    )
+    where = f"the format cannot be told for certain from the columns {', '.join(found) or '(none)'}"
+    if not reasons:
+        raise DataError(path, f"{where}; none of the known shapes fits", remedy=suggest(view))
+    of_rows = [tuple(_reasons(_named(_view([row], columns), columns), columns)) for row in samples]
+    if len(set(of_rows)) > 1 and all(len(names) == 1 for names in of_rows):
+        counts = Counter(name for (name,) in of_rows)
+        shapes = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        raise DataError(
+            path,
+            f"its first {len(samples)} rows are of several shapes: {shapes}",
+            allowed="one shape a file",
+            remedy="write each shape into a file of its own; dataset.format=NAME leaves the other rows out",
+        )
+    candidates = "; ".join(f"{name} ({why})" for name, why in reasons.items())
+    remedy = " or ".join(f"dataset.format={name}" for name in reasons)
+    raise DataError(path, f"{where}; could be: {candidates}", remedy=f"say which is meant: {remedy}")
+
+
+def _reasons(view: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Format -> why it may be the one."""
+    reasons = {name: why for name, kind in FORMATS.items() if (why := kind.recognise(view, _keys(columns)))}
+    ranks = {name: FORMATS[name].rank(view) for name in reasons}
+    return {name: why for name, why in reasons.items() if ranks[name] == max(ranks.values())}
 
 
 def _keys(columns: Mapping[str, str]) -> Keys:
     return columns.get("role", "role"), columns.get("content", "content")
+
+
+def _named(view: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    return {**view, **{ours: view[other] for ours, other in _aliases(view, columns).items()}}
 
 
 def _aliases(view: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:

@@ -50,6 +50,49 @@ def test_auto_stops_when_unsure(row: dict[str, Any], message: str) -> None:
         choose("f.jsonl", [row], RecordFormat.auto, {}, None)
 
 
+_ZH = {"角色": "用户", "内容": "问"}
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"对话": [_ZH, {"角色": "助手", "内容": "答"}]}, "{messages: 对话, role: 角色, content: 内容}"),
+        ({"chat": [_TURN, {"role": "assistant", "content": "a"}]}, "{messages: chat}"),
+        ({"chat": [_GPT, {"from": "gpt", "value": "a"}]}, "{conversations: chat}"),
+        ({"Question": "q", "Response": "a", "id": 3}, "{prompt: Question, completion: Response}"),
+        ({"prompt": "q", "response": "a"}, "{completion: response}"),
+        ({"query": "q", "response": "a", "history": []}, "{instruction: query, output: response}"),
+        ({"instruction": "q", "context": "c", "response": "a"}, "{output: response, input: context}"),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "{prompt: question}"),
+        ({"content": "document"}, "{text: content}"),
+    ],
+)
+def test_the_remedy_makes_the_file_readable(row: dict[str, Any], mapping: str) -> None:
+    with pytest.raises(DataError) as caught:
+        choose("f.jsonl", [row], RecordFormat.auto, {}, None)
+    assert caught.value.remedy is not None and f"'dataset.columns={mapping}'" in caught.value.remedy
+    columns = dict(pair.split(": ") for pair in mapping.strip("{}").split(", "))
+    choose("f.jsonl", [row], RecordFormat.auto, columns, None)[0].read(row, _HERE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "remedy"),
+    [
+        ([{"messages": '[{"role": "user"}]'}], "'messages' holds JSON written as text"),
+        ([{"data": {"messages": [_TURN]}}], "take what is in 'data' out"),
+        ([{"chosen": "a", "rejected": "b"}], "name the column of the prompt"),
+        ([{"dialogue": [{"speaker": "Kundin", "text": "q"}]}], "objects of speaker, text"),
+        ([{"a": 1}], "say which columns are meant"),
+        ([{"prompt": "p", "completion": "c", "label": 0}], "dataset.format=prompt_completion or dataset.format=vote"),
+        ([{"messages": [_TURN]}, {"prompt": "p", "completion": "c"}], "a file of its own"),
+    ],
+)
+def test_where_no_setting_helps_the_remedy_says_what_does(rows: list[dict[str, Any]], remedy: str) -> None:
+    with pytest.raises(DataError) as caught:
+        choose("f.jsonl", rows, RecordFormat.auto, {}, None)
+    assert remedy in str(caught.value.remedy)
+
+
 def test_columns_are_mapped_and_checked() -> None:
     mapping = {"prompt": "question", "completion": "answer"}
     for wanted in (RecordFormat.auto, RecordFormat.prompt_completion):
