@@ -75,9 +75,13 @@ class Job:
         """The manifest of what stands at the target, if it is what is wanted; None if it may be (re)made.
 
         Raises:
-            DataError: something else stands there and must not be replaced.
+            DataError: something else stands there and must not be replaced; or more rows of it were at fault than may
+                be now.
         """
-        return _reusable(self.target(), self.fingerprint(), may_replace=self._out is None or self.cfg.overwrite)
+        found = _reusable(self.target(), self.fingerprint(), may_replace=self._out is None or self.cfg.overwrite)
+        if found is not None:
+            _check_faults(self.target(), found["rejects"], self.cfg.dataset.max_rejects)
+        return found
 
     def put_in_place(self) -> None:
         """Renames the finished folder; what stood at its place is moved aside first and deleted last."""
@@ -108,6 +112,17 @@ class Job:
             yield
         finally:
             lock.release()
+
+
+def _check_faults(target: Path, rejects: dict[str, Any], most: int) -> None:
+    """What was prepared under a higher `max_rejects` is not handed out under a lower one."""
+    faults = rejects.get("faults", 0)
+    if 0 <= most < faults:
+        raise DataError(
+            str(target),
+            f"holds this data, but {faults:,} rows were left out for faults, more than dataset.max_rejects={most}",
+            remedy=f"mend the rows that {target / 'rejects.jsonl'} names, or raise dataset.max_rejects",
+        )
 
 
 def _is_empty(target: Path) -> bool:

@@ -40,7 +40,7 @@ def epochs_per_source(cfg: MixDatasetConfig, tokens: Mapping[str, int]) -> dict[
             raise DataError(
                 f"dataset.sources.{name}",
                 "has no training rows, so there is nothing of it to mix",
-                remedy="see what became of its rows in rejects.jsonl, or take it out of dataset.sources",
+                remedy="see with crosstune prep --dry-run what becomes of its rows, or take it out of dataset.sources",
             )
     if cfg.mixing is Mixing.epochs:
         epochs = {name: _exact(source.epochs) for name, source in sources.items()}

@@ -35,6 +35,7 @@ class Output:
         self._folder, self._parts = folder, parts
         state = state or {}
         self.rejects = RejectLog(folder / "rejects.jsonl", max_rejects, state.get("rejects"))
+        self.rejects.check(parts[0].source.path)
         self.rows: list[int] = state.get("rows") or [0] * len(parts)
         """Of each part, rejects included."""
         self.tokens: int = state.get("tokens", 0)

@@ -7,6 +7,7 @@ What an interrupted preparation of some size has done is kept under the hidden n
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from contextlib import closing
@@ -28,6 +29,7 @@ from data_prep.mixture import epochs_per_source
 from data_prep.output import Output
 from data_prep.passes import Passes
 from data_prep.progress import Progress
+from data_prep.rejects import remedy_for
 from data_prep.render import Renderer
 from data_prep.report import write_report
 from data_prep.samples import samples_of
@@ -135,7 +137,9 @@ def _build(job: Job, on_progress: Progress | None) -> Prepared:
             stopped = "the preparation was stopped; what is done is kept here"
             raise StoppedError(str(job.work), stopped, remedy="run the same command again to go on") from None
         if isinstance(error, OSError):
-            raise StorageError(str(job.work), f"cannot be written: {error.strerror or error}") from error
+            full = "make room, or choose another out or cache_dir" if error.errno == errno.ENOSPC else None
+            found = f"cannot be written: {error.strerror or error}"
+            raise StorageError(str(job.work), found, remedy=full) from error
         raise
     shutil.rmtree(job.work, ignore_errors=True)
     return made
@@ -230,7 +234,11 @@ def _check_not_empty(cfg: PrepConfig, splits: dict[str, Any], output: Output) ->
     if not splits and not rejects.total:
         raise DataError(where, "holds no records at all")
     if not splits:
-        raise DataError(where, f"all {rejects.total} rows were left out; the first:\n{rejects.first()}")
+        raise DataError(
+            where,
+            f"all {rejects.total:,} rows were left out; the first:\n{rejects.first()}",
+            remedy=remedy_for(rejects.summary()["by_reason"]),
+        )
     if "train" not in splits:
         raise DataError(
             where,

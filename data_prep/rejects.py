@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from data_prep.journal import cut
 from data_prep.records import Reject
 
 _SHOWN = 5
+_REMEDIES = {
+    "invalid UTF-8": "write the file as UTF-8: iconv -f GB18030 -t UTF-8 FILE > NEW (Western: -f WINDOWS-1252)",
+    "longer than max_length": "raise max_length; or too_long=truncate_right, truncate_left or, for documents, chunk",
+    "unknown role": "say what the roles mean: 'dataset.roles={THEIRS: user}'",
+}
+
+
+def remedy_for(reasons: Mapping[str, Any]) -> str | None:
+    """What to do when rows were left out mostly for the first of these reasons, where one setting or command helps."""
+    return _REMEDIES.get(next(iter(reasons), ""))
 
 
 class RejectLog:
@@ -56,8 +67,16 @@ class RejectLog:
             self._first.append((reject.counts, str(reject)))
         if reject.counts:
             self._faults[reject.reason] += 1
-            if 0 <= self._max < self._faults.total():
-                raise self._too_many(reject.origin.file)
+            self.check(reject.origin.file)
+
+    def check(self, where: str) -> None:
+        """Stops if there are too many, as there may be from the beginning when `max_rejects` was lowered since.
+
+        Raises:
+            DataError: there are.
+        """
+        if 0 <= self._max < self._faults.total():
+            raise self._too_many(where)
 
     def state(self) -> dict[str, Any]:
         """What another process needs to go on from here, once it is on the disk; JSON values."""
@@ -86,19 +105,22 @@ class RejectLog:
         return "\n".join(f"    {text}" for text in faults or [text for _, text in self._first])
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest: the total, and counts by reason and by source with the commonest first."""
+        """For the manifest: all, those that are faults, and counts by reason and by source with the commonest first."""
         return {
             "total": self.total,
+            "faults": self._faults.total(),
             "by_reason": _commonest_first(self.by_reason),
             "by_source": _commonest_first(self._by_source),
         }
 
     def _too_many(self, file: str) -> DataError:
-        reasons = "\n".join(f"    {count:,} {reason}" for reason, count in _commonest_first(self._faults).items())
+        faults = _commonest_first(self._faults)
+        reasons = "\n".join(f"    {count:,} {reason}" for reason, count in faults.items())
+        mend = remedy_for(faults) or "mend the rows"
         return DataError(
             file,
             f"more than dataset.max_rejects={self._max} rows are at fault:\n{reasons}\n  the first:\n{self.first()}",
-            remedy="mend the rows, or raise dataset.max_rejects (-1: no limit) to leave them out",
+            remedy=f"{mend}; or raise dataset.max_rejects (-1: no limit) to leave them out",
         )
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, nearest
 from configs.schema.dataset import FilesDatasetConfig, RecordFormat, SplitBy
 from data_prep.dataset import Chunk, Dataset, Holdout, Mark, Part, Preview, Row, Source, file_sha256
 from data_prep.formats import FORMATS, Format
@@ -108,6 +108,8 @@ class FilePart(Part):
         self.format, self.recognised = choose(
             shown, head, wanted, columns, cfg.system, roles=cfg.roles, preference=cfg.preference, learn=cfg.learn
         )
+        if wanted is not cfg.format:
+            self.recognised = "text (a .txt file)"
         if gone := sorted(set(cfg.columns) - set(columns)) if wanted is not RecordFormat.text else []:
             self.recognised += f", without {', '.join(cfg.columns[c] for c in gone)}, which other files have"
 
@@ -188,12 +190,25 @@ class FilesDataset(Dataset):
         heads = [part.head() for part in self._files()]
         columns = [{str(column) for row in head for column in row} for head in heads]
         everywhere = set().union(*columns)
+        self._check_split_key(everywhere)
         for part, head in zip(self._files(), heads, strict=True):
             self._choose(part, head, everywhere)
         for why, same in itertools.groupby(self._files(), key=lambda part: part.recognised):
             first, *more = same
             others = f" and the next {len(more)}" if more else ""
             self.notes.append(f"{first.source.path}{others}: read as {why}")
+
+    def _check_split_key(self, columns: set[str]) -> None:
+        key = self._cfg.split_key
+        if not key or not columns or key in columns or not any(part.holdout for part in self._files()):
+            return
+        near = nearest(key, columns)
+        raise ConfigError(
+            f"{self._place}.split_key",
+            f"no column '{key}' in the first rows of {self._cfg.path}",
+            allowed=", ".join(sorted(columns)),
+            remedy=near and f"did you mean {near}?",
+        )
 
     def preview(self, rows: int) -> list[Preview]:
         """See `Dataset.preview`."""

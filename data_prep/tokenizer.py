@@ -60,8 +60,10 @@ def template_text(model_dir: Path, template: Path | None = None) -> str | None:
     if template is not None:
         try:
             return template.expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"template.path={template}", f"cannot be read: {error}") from error
+        except OSError as error:
+            raise ModelError(f"template.path={template}", f"cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ModelError(f"template.path={template}", f"is not UTF-8: {error.reason}") from error
     own = model_dir / "chat_template.jinja"
     if own.is_file():
         return own.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from configs.errors import CrosstuneError, DataError
@@ -9,6 +10,7 @@ from configs.schema.dataset import FilesDatasetConfig
 from configs.schema.roots import PrepConfig
 from data_prep.outlook import Outlook
 from data_prep.records import Reject
+from data_prep.rejects import remedy_for
 
 
 def faults_of(cfg: PrepConfig, outlooks: Sequence[Outlook], splits: Mapping[str, float]) -> list[CrosstuneError]:
@@ -19,7 +21,8 @@ def faults_of(cfg: PrepConfig, outlooks: Sequence[Outlook], splits: Mapping[str,
         return [DataError(where, "holds no records at all")]
     rejects = [reject for each in outlooks for reject in each.rejects]
     if not splits:
-        return [DataError(where, f"none of the {read:,} rows read can be used; the first:\n{_first(rejects)}")]
+        found = f"none of the {read:,} rows read can be used; the first:\n{_first(rejects)}"
+        return [DataError(where, found, remedy=_remedy(rejects))]
     faults: list[CrosstuneError] = []
     if "train" not in splits:
         faults.append(DataError(where, f"no record is left for training; there are {', '.join(splits)}"))
@@ -39,10 +42,14 @@ def faults_of(cfg: PrepConfig, outlooks: Sequence[Outlook], splits: Mapping[str,
                 where,
                 f"more than dataset.max_rejects={cfg.dataset.max_rejects} rows are at fault; the first:\n"
                 f"{_first(at_fault)}",
-                remedy="mend the rows, or raise dataset.max_rejects (-1: no limit) to leave them out",
+                remedy=f"{_remedy(at_fault) or 'mend the rows'}; or raise dataset.max_rejects (-1: no limit)",
             )
         )
     return faults
+
+
+def _remedy(rejects: Sequence[Reject]) -> str | None:
+    return remedy_for(dict(Counter(reject.reason for reject in rejects).most_common()))
 
 
 def _first(rejects: Sequence[Reject]) -> str:

@@ -212,6 +212,15 @@ def test_splits_by_key_by_group_and_at_random(tmp_path: Path, model: Path) -> No
     assert {split: entry["rows"] for split, entry in counts.items()} == {"train": 261, "validation": 40, "test": 100}
 
 
+def test_a_split_key_that_is_no_column_stops_at_once(tmp_path: Path, model: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a", "customer": 1}])
+    cfg = prep_config(
+        tmp_path, files(tmp_path / "a.jsonl", split_by=SplitBy.key, split_key="custmer", test_fraction=0.5)
+    )
+    with pytest.raises(ConfigError, match=r"split_key: no column 'custmer'[\s\S]*did you mean customer"):
+        prepare(cfg, model)
+
+
 def test_duplicates_are_counted_or_removed(tmp_path: Path, model: Path) -> None:
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(20)]
     path = write_jsonl(tmp_path / "train.jsonl", [*rows, rows[3], {"prompt": "what is 4", "completion": "IT IS 4"}])

@@ -81,6 +81,7 @@ def test_what_is_written_is_what_training_needs(tmp_path: Path, model: Path, mon
     assert entry["packing_fill"].keys() == {"200", "1024", "2048", "4096", "8192"}
     assert prepared.manifest["rejects"] == {
         "total": 2,
+        "faults": 1,
         "by_reason": {"longer than max_length": 1, "malformed JSON": 1},
         "by_source": {"data": 2},
     }
@@ -226,6 +227,8 @@ def test_too_many_bad_rows_stop_with_the_first_of_them(tmp_path: Path, model: Pa
     assert f"{path}:42: malformed JSON" in message
     assert f"{path}:44: missing column (completion)" in message
     assert ":1:" not in message  # too long is counted, but no fault of the row
+    with pytest.raises(DataError, match=r"holds this data, but 4 rows .* more than dataset.max_rejects=3"):
+        prepare(prep_config(tmp_path, files(path, max_rejects=3)), model)
 
 
 def test_nothing_to_train_on(tmp_path: Path, model: Path) -> None:
@@ -236,6 +239,10 @@ def test_nothing_to_train_on(tmp_path: Path, model: Path) -> None:
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "q", "completion": ""}] * 3)
     with pytest.raises(DataError, match=r"all 3 rows were left out[\s\S]*bad.jsonl:1: empty assistant turn"):
         prepare(prep_config(tmp_path, files(bad)), model)
+    table = tmp_path / "old.csv"
+    table.write_bytes("prompt,completion\n问题,答案\n".encode("gb18030"))
+    with pytest.raises(DataError, match=r"all 1 rows were left out[\s\S]*remedy: .* iconv -f GB18030 -t UTF-8"):
+        prepare(prep_config(tmp_path, files(table)), model)
     held = write_jsonl(tmp_path / "d/test.jsonl", _GOOD)
     with pytest.raises(DataError, match="no record is left for training; there are test"):
         prepare(prep_config(tmp_path, files(held.parent)), model)
