@@ -13,6 +13,8 @@ from data_prep.dataset import Chunk, Mark
 from data_prep.raw import ArrowBlock, RawRow, RowBlock, too_long
 
 _MAX_ROWS = 4096
+_MAX_SPELLED_BYTES = 64 * 2**20
+"""Of values that a table keeps once for many rows, as many are written out at a time."""
 
 
 def parquet_chunks(path: Path, shown: str, after: Mark) -> Iterator[Chunk]:
@@ -71,10 +73,13 @@ def table_chunks(batches: Iterable[Any], row: int, after: Mark, stored: Any) -> 
     """
     for batch in batches:
         at = max(0, after.offset - row)
-        step = _rows_of_a_chunk(batch.num_rows, batch.nbytes)
+        step, plain = _rows_of_a_chunk(batch.num_rows, batch.nbytes), _plain_schema(batch.schema)
+        if plain != batch.schema:  # the size says nothing about a row's
+            step = max(1, min(_MAX_ROWS, _MAX_SPELLED_BYTES // _longest_shared(batch)))
         for start in range(at, batch.num_rows, step):
             end = row + start
-            for part in _halved(batch.slice(start, step)):
+            rows = batch.slice(start, step)
+            for part in _halved(rows if plain == batch.schema else rows.cast(plain)):
                 block: ArrowBlock | RowBlock = ArrowBlock(end + 1, _stream_of(part))
                 if part.nbytes > raw.MAX_ROW_BYTES:
                     block = RowBlock([RawRow(end + 1, too_long())])
@@ -85,6 +90,39 @@ def table_chunks(batches: Iterable[Any], row: int, after: Mark, stored: Any) -> 
 
 def _rows_of_a_chunk(rows: int, size: int) -> int:
     return max(1, min(_MAX_ROWS, rows * raw.CHUNK_BYTES // max(1, size)))
+
+
+def _plain_schema(schema: Any) -> Any:
+    """The schema without dictionaries and views: a slice of those takes all values of the column with it."""
+    import pyarrow
+
+    return pyarrow.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
+
+
+def _plain_type(of: Any) -> Any:
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(of):
+        return _plain_type(of.value_type)
+    if types.is_string_view(of) or types.is_binary_view(of):
+        return pyarrow.large_string() if types.is_string_view(of) else pyarrow.large_binary()
+    if types.is_list(of) or types.is_large_list(of):
+        made = pyarrow.list_ if types.is_list(of) else pyarrow.large_list
+        return made(of.value_field.with_type(_plain_type(of.value_type)))
+    if types.is_struct(of):
+        return pyarrow.struct([field.with_type(_plain_type(field.type)) for field in of])
+    return of
+
+
+def _longest_shared(batch: Any) -> int:
+    """Bytes of the longest value in the columns' dictionaries, 1 at least."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    shared = [column.dictionary for column in batch.columns if pyarrow.types.is_dictionary(column.type)]
+    texts = [each for each in shared if pyarrow.types.is_string(each.type) or pyarrow.types.is_large_string(each.type)]
+    return max([1, *(pc.max(pc.binary_length(each)).as_py() or 0 for each in texts)])
 
 
 def _halved(batch: Any) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from configs.errors import DataError
 from configs.schema.dataset import RecordFormat, SplitBy
 from data_prep import json_array, raw
 from data_prep.dataset import Dataset, Holdout
+from data_prep.readers import read_chunks
 from data_prep.records import Record, Reject, TextRecord
 from data_prep.sources import FilesDataset
 from tests.unit.prep_kit import files, write_jsonl
@@ -273,6 +274,29 @@ def test_names_and_tables_that_are_not_utf8_are_explained(tmp_path: Path) -> Non
     rows = [row for _, row in _rows(tmp_path / "a.parquet")]
     assert [str(row.origin)[-2:] for row in rows if isinstance(row, Reject)] == [":2"]
     assert [row.text for row in rows if isinstance(row, TextRecord)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_share_their_values_are_read_like_others(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice of a dictionary or a view takes all values of the column with it: 40 kB here, and no row is so long."""
+    monkeypatch.setattr(raw, "MAX_ROW_BYTES", 10_000)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 10_000)
+    texts = [f"{i:03} " * 20 for i in range(500)]
+    turns = pa.ListArray.from_arrays(pa.array(range(501), pa.int32()), pa.array(texts).dictionary_encode())
+    table = pa.table(
+        {"text": pa.array(texts).dictionary_encode(), "turns": turns, "view": pa.array(texts, pa.string_view())}
+    )
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table.unify_dictionaries())
+    chunks = list(read_chunks(tmp_path / f"a.{kind}", "a"))
+    rows = [row.value for chunk in chunks for row in chunk.payload.rows()]
+    assert rows == [{"text": text, "turns": [text], "view": text} for text in texts]
+    assert len(chunks) < 60
 
 
 def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
