@@ -281,7 +281,7 @@ def test_columns_that_share_their_values_are_read_like_others(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slice of a dictionary or a view takes all values of the column with it: 40 kB here, and no row is so long."""
-    monkeypatch.setattr(raw, "MAX_ROW_BYTES", 10_000)
+    monkeypatch.setattr(raw, "MAX_ROW_BYTES", 20_000)
     monkeypatch.setattr(raw, "CHUNK_BYTES", 10_000)
     texts = [f"{i:03} " * 20 for i in range(500)]
     turns = pa.ListArray.from_arrays(pa.array(range(501), pa.int32()), pa.array(texts).dictionary_encode())
