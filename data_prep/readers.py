@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +27,9 @@ from data_prep.records import RowFault
 from data_prep.streams import COMPRESSED, Stream, file_faults
 
 _MAX_ROWS = 4096
+
+_DELIMITERS = (";", "\t", ",")
+_SEPARATOR_LINE = re.compile(r'"?sep=([;,\t|])"?\s*', re.IGNORECASE)
 
 _SizedRows = Iterator[tuple[RawRow, int]]
 """Rows, and about how many bytes each takes."""
@@ -121,12 +126,15 @@ def _read_table(stream: Stream, shown: str, after: Mark, *, delimiter: str) -> I
 
 
 def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
-    """Comma or tab separated, the first row naming the columns; the line is the one where the row begins."""
+    """Separated fields, the first row naming the columns; the line is the one where the row begins."""
     csv.field_size_limit(raw.MAX_SCANNED_BYTES)
     text = io.TextIOWrapper(stream.file, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    first = text.readline()
+    rows = csv.reader(itertools.chain([first], text), delimiter=_delimiter(first, delimiter), strict=True)
     try:
         header = next(rows, None)
+        if header is not None and _SEPARATOR_LINE.fullmatch(first):
+            header = next(rows, None)
         if header is None:
             return
         if twice := [name for name, count in Counter(header).items() if count > 1]:
@@ -147,6 +155,16 @@ def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
         ) from error
     finally:
         text.detach()  # else it closes the stream when it goes
+
+
+def _delimiter(first: str, usual: str) -> str:
+    """Spreadsheets write a .csv with the separator of their country, and some say so in a line ``sep=;`` before it.
+
+    Another separator than the usual one is taken only where the first line has none of that.
+    """
+    if said := _SEPARATOR_LINE.fullmatch(first):
+        return said[1]
+    return next((each for each in (usual, *_DELIMITERS) if each in first), usual)
 
 
 def _read_txt(stream: Stream, shown: str, after: Mark) -> Iterator[Chunk]:

@@ -1,0 +1,31 @@
+"""Tables as spreadsheets save them in other countries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.raw import RawRow
+from data_prep.readers import read_chunks
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "separator", "line"),
+    [
+        ("a.csv", "", ",", 2),
+        ("a.csv", "", ";", 2),
+        ("a.csv", "", "\t", 2),
+        ("a.tsv", "", ",", 2),
+        ("a.csv", "sep=;\r\n", ";", 3),
+        ("a.csv", '"sep=|"\n', "|", 3),
+    ],
+)
+def test_the_separator_is_told_by_the_first_line(
+    name: str, begins: str, separator: str, line: int, tmp_path: Path
+) -> None:
+    fields = [("instruction", "output"), ('"a, b; c\td|e"', "long\u00e9")]
+    text = begins + "".join(separator.join(row) + "\r\n" for row in fields)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (chunk,) = read_chunks(tmp_path / name, name)
+    assert list(chunk.payload.rows()) == [RawRow(line, {"instruction": "a, b; c\td|e", "output": "long\u00e9"})]
