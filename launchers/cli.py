@@ -127,6 +127,8 @@ def parse(arguments: Sequence[str]) -> Request:
             request.command = _command(word)
         elif (request.command, word) == ("prep", "inspect") and not request.words:
             request.command = "prep inspect"
+        elif request.command == "prep" and not request.words and nearest(word, ["inspect"]):
+            raise ConfigError(word, "unknown command", remedy="did you mean crosstune prep inspect?")
         else:
             request.words.append(word)
     if request.dry_run and request.command != "prep":

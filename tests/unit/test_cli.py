@@ -68,6 +68,7 @@ def test_cfg_job_prints_the_config_that_runs(capsys):
         (["resume"], "crosstune resume RUN"),
         (["report", "a", "b"], "takes one path"),
         (["report", "a", "--cfg", "job"], "has no config"),
+        (["prep", "inspct", "a"], "did you mean crosstune prep inspect?"),
         (["prep", "inspect"], "crosstune prep inspect PATH"),
         (["prep", "inspect", "a", "--cfg", "job"], "has no config"),
         (["prep", "inspect", "a", "m=3"], "allowed: n, split, id, rejects, model.path"),
