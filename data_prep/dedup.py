@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from configs.schema.clean import DedupConfig, DedupScope
 from data_prep.minhash import Banding, Signer
-from data_prep.records import AnyRecord, Vote, texts_of
+from data_prep.records import AnyRecord, Vote, acts_of, texts_of
 from data_prep.shingles import letters, mixed
 
 __all__ = ["Duplicates", "Meetings", "Signer", "exact_digest", "find_duplicates", "in_one_band"]
@@ -59,7 +59,7 @@ class Duplicates:
 def exact_digest(record: AnyRecord) -> bytes:
     """16 bytes, equal for records whose texts are equal but for case, white space, punctuation and full-width forms.
 
-    A text that is nothing but punctuation counts as it is. A vote's liking is part of what it says.
+    A text that is nothing but punctuation counts as it is. A vote's liking, calls and images are part of what is said.
     """
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(record, Vote):
@@ -67,6 +67,7 @@ def exact_digest(record: AnyRecord) -> bytes:
     for text in texts_of(record):
         said = letters(text) or "".join(text.split()).encode()
         digest.update(len(said).to_bytes(8, "little") + said)
+    digest.update("\n".join(acts_of(record)).encode())
     return digest.digest()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema.clean import DedupConfig
-from data_prep.records import AnyRecord, Vote, texts_of
+from data_prep.records import AnyRecord, Vote, acts_of, texts_of
 from data_prep.shingles import mixed, shingles
 
 MARGIN = 0.05
@@ -106,7 +106,7 @@ def _batches(records: Sequence[AnyRecord]) -> Iterator[list[tuple[str, bool | No
     batch: list[tuple[str, bool | None]] = []
     chars = 0
     for record in records:
-        text = "\n".join(texts_of(record))[:_MAX_CHARS]
+        text = "\n".join([*texts_of(record), *acts_of(record)])[:_MAX_CHARS]
         if batch and chars + len(text) > _BATCH_CHARS:
             yield batch
             batch, chars = [], 0

@@ -18,7 +18,7 @@ from data_prep.records.checks import (
     unique_keys,
     with_system,
 )
-from data_prep.records.content import content_json, from_json, texts_of, to_json, with_texts
+from data_prep.records.content import acts_of, content_json, from_json, texts_of, to_json, with_texts
 from data_prep.records.model import (
     IMAGE_MARK,
     ROLES,
@@ -47,6 +47,7 @@ __all__ = [
     "TextRecord",
     "ToolCall",
     "Vote",
+    "acts_of",
     "answers",
     "as_context",
     "content_json",

@@ -47,6 +47,20 @@ def texts_of(record: AnyRecord) -> list[str]:
     return [text for message in _messages(record) for text in _said(message)]
 
 
+def acts_of(record: AnyRecord) -> list[str]:
+    """What tells a record from others besides its texts, as canonical JSON: images, names of calls, numbers they carry.
+
+    One for each turn that has any, which most records do not. Texts in arguments are left out: `texts_of` has them.
+    """
+    if isinstance(record, TextRecord):
+        return []
+    return [
+        _CANONICAL.encode([n, m.images, [[c.name, _changed_leaves(c.arguments, lambda _: "")] for c in m.calls]])
+        for n, m in enumerate(_messages(record))
+        if m.images or m.calls
+    ]
+
+
 def with_texts(
     record: AnyRecord, change: Callable[[str], str], change_argument: Callable[[str], str] | None = None
 ) -> AnyRecord:

@@ -11,7 +11,7 @@ import pytest
 from configs.schema.clean import DedupConfig, DedupScope
 from data_prep.dedup import Duplicates, exact_digest, find_duplicates, in_one_band
 from data_prep.minhash import MARGIN, Banding, Signer
-from data_prep.records import AnyRecord, Message, Origin, Pair, Record, TextRecord, Vote
+from data_prep.records import AnyRecord, Message, Origin, Pair, Record, TextRecord, ToolCall, Vote
 from data_prep.shingles import shingles
 
 ORIGIN = Origin("a.jsonl", 1)
@@ -77,6 +77,25 @@ def test_a_vote_and_a_pair_say_more_than_their_texts() -> None:
     text = " ".join(f"w{i}" for i in range(50))
     votes = [Vote(ORIGIN, chat(text, "a"), liked) for liked in (True, False, True)]
     assert find(NEAR, votes, [0, 0, 0]).of.tolist() == [-1, -1, 0]
+
+
+def test_other_calls_and_other_images_make_another_record() -> None:
+    def acting(calls: Sequence[ToolCall] = (), images: Sequence[str] = ()) -> Record:
+        asked = Message("user", "<image> Do it.", images=tuple(images))
+        return Record(ORIGIN, (asked, Message("assistant", "", True, calls=tuple(calls))))
+
+    others = [
+        acting([ToolCall("light_off", {})]),
+        acting([ToolCall("oven_off", {})]),
+        acting([ToolCall("heat", {"degrees": 20})]),
+        acting([ToolCall("heat", {"degrees": 25})]),
+        acting(images=["a.png"]),
+        acting(images=["b.png"]),
+    ]
+    assert (find(NEAR, others, [TRAIN] * len(others)).of == -1).all()
+    assert (find(EXACT, others, [TRAIN] * len(others)).of == -1).all()
+    same = [acting([ToolCall("say", {"text": text})]) for text in ("Good day!", "good day")]
+    assert find(EXACT, same, [TRAIN, TRAIN]).of.tolist() == [-1, 0]
 
 
 @pytest.mark.parametrize("cfg", [EXACT, NEAR])
