@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from configs.schema.clean import CleanConfig, UnicodeForm
 from data_prep.languages import LanguageJudge
@@ -45,6 +46,8 @@ _CONTROLS_BUT_DIRECTIONS = re.compile(f"({_FLAG})|[{_INVISIBLE}]|{_JOINERS}")
 _SUSPECT = re.compile(f"[{_INVISIBLE}{_DIRECTIONS}\u200c\u200d]")
 """What most texts have none of; found faster than by the expressions above."""
 _MANY_BREAKS = re.compile("\n{3,}")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+"""What the detail of a fault shows of a row (`records.shown`)."""
 
 
 class Cleaner:
@@ -70,8 +73,14 @@ class Cleaner:
         self._masker = PiiMasker(cfg.mask_pii) if cfg.mask_pii else None
         self._languages = LanguageJudge(cfg.languages) if cfg.languages else None
 
-    def __call__(self, record: AnyRecord) -> AnyRecord | Reject:
-        """The record as it shall be; or why it is left out, which is no fault of the row."""
+    def __call__(self, record: AnyRecord | Reject) -> AnyRecord | Reject:
+        """The record as it shall be; or why it is left out, which is no fault of the row.
+
+        What was left out before tells nothing of the row's text, if personal data is masked: it shows 40 characters,
+        and may have cut an address where no rule knows it any more.
+        """
+        if isinstance(record, Reject):
+            return record if self._masker is None else self._silenced(record, self._masker)
         if self.idle:
             return record
         try:
@@ -92,6 +101,9 @@ class Cleaner:
         return with_texts(
             record, lambda text: _through(self._text_steps, text), lambda text: _through(self._argument_steps, text)
         )
+
+    def _silenced(self, reject: Reject, masker: PiiMasker) -> Reject:
+        return replace(reject, detail=masker(_QUOTED.sub("'...'", reject.detail), Counter()))
 
     def _objection(self, record: AnyRecord) -> tuple[str, str]:
         """Why the record is left out, and what was met; empty if it stays."""

@@ -135,7 +135,7 @@ def _reason(reason: str, rejects: Sequence[Reject]) -> str:
 def outlook(preview: Preview, cleaner: Cleaner, renderer: Renderer) -> Outlook:
     """Cleans and renders the rows of a preview, as a preparation would."""
     found, before = Outlook(preview), Counter(cleaner.masked)
-    cleaned = [item if isinstance(item, Reject) else cleaner(item) for item in preview.items]
+    cleaned = list(map(cleaner, preview.items))
     found.changed = Counter(cleaner.masked) - before
     rendered = iter(renderer.render([item for item in cleaned if not isinstance(item, Reject)]))
     for item in cleaned:

@@ -157,8 +157,7 @@ class Work:
     def cleaned(self, part: Part, payload: Any) -> Iterator[Row]:
         """The rows of a chunk, cleaned."""
         for row in part.rows(payload):
-            if not self.cleaner.idle and not isinstance(row.item, Reject):
-                row.item = self.cleaner(row.item)
+            row.item = self.cleaner(row.item)
             yield row
 
     def _render(self, results: list[tuple[str | None, AnyRecord | Reject]], made: Made, part: Part) -> None:

@@ -144,7 +144,8 @@ def _trained(turn: dict[str, Any], what: str) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise RowFault(f"'{field}' is neither 0 nor 1", f"{what}: {str(value)[:40]}")
+            met = value if isinstance(value, int | float) else shown(value)
+            raise RowFault(f"'{field}' is neither 0 nor 1", f"{what}: {met}")
         if not value:
             return False
     return True

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from configs.errors import ConfigError
 from configs.schema.clean import CleanConfig, Pii, UnicodeForm
 from data_prep.clean import Cleaner
+from data_prep.prepare import prepare
 from data_prep.records import Message, Origin, Pair, Record, Reject, TextRecord, ToolCall, Vote, texts_of
 from data_prep.repetition import repeated_share
+from tests.unit.prep_kit import files, model_folder, prep_config, write_jsonl
 
 ORIGIN = Origin("a.jsonl", 7)
 ALL = CleanConfig(
@@ -125,6 +128,26 @@ def test_expressions_see_the_text_before_masks_and_masks_are_counted_where_recor
     assert isinstance(cleaner(chat("a@example.com", "ok")), Reject)
     cleaner(chat("a@other.com b@other.com", "ok"))
     assert cleaner.masked["email masked"] == 2
+
+
+def test_rows_left_out_before_cleaning_show_no_personal_data_where_it_is_masked(tmp_path: Path) -> None:
+    """Each fault below shows what it met; the first cuts the address, so that no rule would know it."""
+    turns: list[dict[str, object]] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    odd: list[list[dict[str, object]]] = [
+        [{**turns[0], "role": "from the long letter of ann.mustermann@example.com"}, turns[1]],
+        [{"o'ann@example.com": "user", "content": "q"}, turns[1]],
+        [turns[0], {**turns[1], "weight": "ann@example.com"}],
+        [turns[0], {**turns[1], "weight": 13812345678}],
+        [turns[0], {**turns[1], "tool_calls": ['{"type": "ann@example.com"}', "ann@example.com"]}],
+    ]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}, *({"messages": each} for each in odd)])
+    cfg = prep_config(tmp_path, files(tmp_path / "a.jsonl"))
+    for kinds, shows in (([], True), (list(Pii), False)):
+        cfg.clean = CleanConfig(mask_pii=kinds)
+        made = prepare(cfg, model_folder(tmp_path / "model"))
+        written = (made.path / "rejects.jsonl").read_text() + (made.path / "report.html").read_text()
+        assert made.manifest["rejects"]["total"] == len(odd)
+        assert [part in written for part in ("ann", "13812345678")] == [shows, shows]
 
 
 def test_repetition() -> None:
