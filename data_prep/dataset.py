@@ -93,7 +93,7 @@ class Row:
     split: str | None = None
     """None: as the part or its holdout says."""
     key: str | None = None
-    """Value of the split key as canonical JSON, where the holdout goes by one."""
+    """Value of the split key as text, where the holdout goes by one."""
 
 
 class Part(ABC):

@@ -133,9 +133,10 @@ class FilePart(Part):
         record = self.format.read(value, origin)
         if self._key is None:
             return Row(record)
-        if value.get(self._key) is None:
+        key = _key_of(value.get(self._key))
+        if not key:
             raise RowFault("no split key", f"column {self._key}")
-        return Row(record, key=json.dumps(value[self._key], sort_keys=True, default=str))
+        return Row(record, key=key)
 
     def preview(self, rows: int) -> Preview:
         """See `Dataset.preview`."""
@@ -279,6 +280,15 @@ def check_disjoint(parts: Sequence[FilePart]) -> None:
             raise DataError(path, f"is read by two sources, {names}", remedy="give each source files of its own")
         names = " and ".join(sorted({other.split or "train", part.split or "train"}))
         raise DataError(path, f"the same file is read twice, for {names}", remedy="give each split its own")
+
+
+def _key_of(value: Any) -> str:
+    """A split key as text, empty for none: 17, "17" and 17.0, as exports of one column write it, are one key."""
+    if value is None or value != value:  # NaN, which tables have for null
+        return ""
+    if isinstance(value, dict | list):
+        return json.dumps(value, sort_keys=True, default=str)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _present(columns: Mapping[str, str], here: set[str], everywhere: set[str]) -> dict[str, str]:

@@ -197,19 +197,21 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_splits_by_key_by_group_and_at_random(tmp_path: Path, model: Path) -> None:
-    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "customer": i % 40} for i in range(400)]
-    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "q", "completion": "a"}])
+    written = (int, str, float)  # as exports write one column
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "customer": written[i % 3](i % 40)} for i in range(400)]
+    without = [{"prompt": "q", "completion": "a", **key} for key in ({}, {"customer": " "}, {"customer": float("nan")})]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *without])
     for by in (SplitBy.key, SplitBy.group):
         settings = files(path, split_by=by, split_key="customer", test_fraction=0.25)
         prepared = prepare(prep_config(tmp_path, settings), model)
-        assert prepared.manifest["rejects"]["by_reason"] == {"no split key": 1}
+        assert prepared.manifest["rejects"]["by_reason"] == {"no split key": 3}
         lines = {s: [int(r["id"].rsplit(":", 1)[1]) for r in _samples(prepared, s)] for s in ("train", "test")}
-        customers = {s: {rows[line - 1]["customer"] for line in found} for s, found in lines.items()}
+        customers = {s: {int(rows[line - 1]["customer"]) for line in found} for s, found in lines.items()}
         assert not customers["train"] & customers["test"]
         assert by is SplitBy.key or len(lines["test"]) == 100
     settings = files(path, split_by=SplitBy.random, validation_fraction=0.1, test_fraction=0.25)
     counts = prepare(prep_config(tmp_path, settings), model).manifest["splits"]
-    assert {split: entry["rows"] for split, entry in counts.items()} == {"train": 261, "validation": 40, "test": 100}
+    assert {split: entry["rows"] for split, entry in counts.items()} == {"train": 262, "validation": 40, "test": 101}
 
 
 def test_a_split_key_that_is_no_column_stops_at_once(tmp_path: Path, model: Path) -> None:
