@@ -93,7 +93,9 @@ def _in_folder(key: str, path: str, folder: Path) -> tuple[list[LocalFile], list
             continue
         files.append(LocalFile(file, shown, _split_of(relative.parts[0])))
     if not files:
-        raise DataError(f"{key}={path}", "the folder holds no file that can be read", allowed=_kinds())
+        found = f"the folder holds no file that can be read{', only prepared data' if prepared else ''}"
+        remedy = f"name the prepared data itself: {key}={min(prepared)}" if prepared else None
+        raise DataError(f"{key}={path}", found, allowed=_kinds(), remedy=remedy)
     return files, notes
 
 

@@ -137,9 +137,10 @@ def _build(job: Job, on_progress: Progress | None) -> Prepared:
             stopped = "the preparation was stopped; what is done is kept here"
             raise StoppedError(str(job.work), stopped, remedy="run the same command again to go on") from None
         if isinstance(error, OSError):
-            full = "make room, or choose another out or cache_dir" if error.errno == errno.ENOSPC else None
             found = f"cannot be written: {error.strerror or error}"
-            raise StorageError(str(job.work), found, remedy=full) from error
+            elsewhere = "the same command then goes on" if journal.exists else "or choose another out or cache_dir"
+            remedy = f"make room; {elsewhere}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+            raise StorageError(str(job.work), found, remedy=remedy) from error
         raise
     shutil.rmtree(job.work, ignore_errors=True)
     return made

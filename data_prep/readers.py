@@ -129,7 +129,7 @@ def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
     """Separated fields, the first row naming the columns; the line is the one where the row begins."""
     csv.field_size_limit(raw.MAX_SCANNED_BYTES)
     text = io.TextIOWrapper(stream.file, encoding="utf-8", errors="surrogateescape", newline="")
-    first = text.readline()
+    first, begin = text.readline(), 1
     rows = csv.reader(itertools.chain([first], text), delimiter=_delimiter(first, delimiter), strict=True)
     try:
         header = next(rows, None)
@@ -150,9 +150,10 @@ def _table_rows(stream: Stream, shown: str, delimiter: str) -> _SizedRows:
                 yield RawRow(begin, dict(zip(header, fields, strict=True))), sum(map(len, fields))
             begin = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"{shown}:{rows.line_num}", f"the table is broken here: {error}", remedy="mend the quotes around this line"
-        ) from error
+        found, remedy = f"the table is broken here: {error}", "mend the quotes around this line"
+        if begin < rows.line_num:
+            remedy = f"mend the quotes of the row that begins in line {begin}"
+        raise DataError(f"{shown}:{rows.line_num}", found, remedy=remedy) from error
     finally:
         text.detach()  # else it closes the stream when it goes
 

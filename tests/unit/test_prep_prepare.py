@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +247,9 @@ def test_nothing_to_train_on(tmp_path: Path, model: Path) -> None:
     held = write_jsonl(tmp_path / "d/test.jsonl", _GOOD)
     with pytest.raises(DataError, match="no record is left for training; there are test"):
         prepare(prep_config(tmp_path, files(held.parent)), model)
+    prepare(prep_config(tmp_path, files(write_jsonl(tmp_path / "rows.jsonl", _GOOD))), model, out=tmp_path / "all/mine")
+    with pytest.raises(DataError, match=r"only prepared data[\s\S]*name the prepared data itself: .*all/mine"):
+        prepare(prep_config(tmp_path, files(tmp_path / "all")), model)
 
 
 def test_a_model_without_tokenizer_or_template(tmp_path: Path) -> None:
@@ -279,7 +283,16 @@ def test_the_tokenizers_hash_outlives_saving_it_again(tmp_path: Path, model: Pat
     assert tokenizer_sha256(tmp_path / "again") != tokenizer_sha256(model)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
+def test_a_place_that_cannot_be_written(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = prep_config(tmp_path, files(write_jsonl(tmp_path / "rows.jsonl", _GOOD)))
     with pytest.raises(StorageError, match="cannot be written"):
         prepare(cfg, model, out=tmp_path / "rows.jsonl/folder/out")
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise full
+
+    monkeypatch.setattr(prepare_module, "write_report", fail)
+    with pytest.raises(StorageError, match=r"No space left on device\n  remedy:  make room; or choose another out"):
+        prepare(cfg, model, out=tmp_path / "made/out")
+    assert [p.name for p in (tmp_path / "made").iterdir() if not p.name.endswith(".lock")] == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import DataError
 from data_prep.raw import RawRow
 from data_prep.readers import read_chunks
 
@@ -29,3 +30,9 @@ def test_the_separator_is_told_by_the_first_line(
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     (chunk,) = read_chunks(tmp_path / name, name)
     assert list(chunk.payload.rows()) == [RawRow(line, {"instruction": "a, b; c\td|e", "output": "long\u00e9"})]
+
+
+def test_a_quote_that_is_not_closed_is_told_where_it_opens(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,completion\nq,a\n"open,a\nq,a\nq,a\n')
+    with pytest.raises(DataError, match=r"a\.csv:5: the table is broken[\s\S]*row that begins in line 3"):
+        list(read_chunks(tmp_path / "a.csv", "a.csv"))
