@@ -111,7 +111,8 @@ def _json_value(line: bytes, *, at_end: bool) -> Any:
         return fault
     except json.JSONDecodeError as error:
         cut = "; the file ends here, without a line break" if at_end else ""
-        return RowFault("malformed JSON", f"{error.msg} at column {error.colno}{cut}")
+        what = error.msg.removesuffix(" at")
+        return RowFault("malformed JSON", f"{what} at column {error.colno}{cut}")
     except (ValueError, RecursionError) as error:
         return RowFault("malformed JSON", str(error))
 

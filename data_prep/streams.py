@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Stream:
         try:
             start = self.peek()
             if start.startswith(_UTF16_STARTS):
-                remedy = f"iconv -f UTF-16 -t UTF-8 {shown} > NEW"
+                remedy = f"iconv -f UTF-16 -t UTF-8 {shlex.quote(shown)} > NEW"
                 raise DataError(shown, "the file is UTF-16", allowed="UTF-8", remedy=remedy)
             if start.startswith(_BOM):
                 self._stream.read(len(_BOM))

@@ -1,4 +1,4 @@
-"""Tables as spreadsheets save them in other countries."""
+"""Tables as spreadsheets save them in other countries, and what is said of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def test_a_quote_that_is_not_closed_is_told_where_it_opens(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_text('prompt,completion\nq,a\n"open,a\nq,a\nq,a\n')
     with pytest.raises(DataError, match=r"a\.csv:5: the table is broken[\s\S]*row that begins in line 3"):
         list(read_chunks(tmp_path / "a.csv", "a.csv"))
+
+
+def test_remedies_can_be_copied_and_reasons_read(tmp_path: Path) -> None:
+    (tmp_path / "old export.csv").write_bytes("a,b\n".encode("utf-16"))
+    with pytest.raises(DataError, match="iconv -f UTF-16 -t UTF-8 'old export.csv' > NEW"):
+        list(read_chunks(tmp_path / "old export.csv", "old export.csv"))
+    (tmp_path / "a.jsonl").write_text('{"text": "cut\n')
+    (chunk,) = read_chunks(tmp_path / "a.jsonl", "a.jsonl")
+    (row,) = chunk.payload.rows()
+    assert row.value.detail == "Unterminated string starting at column 10"
