@@ -23,6 +23,8 @@ from data_prep.rendered import AnySample, PairSample, Sample, VoteSample
 
 ROWS_PER_SHARD = 32 * 1024
 _ROWS_PER_BATCH = 1024
+_NUMBERS_PER_BATCH = 4 * 2**20
+"""Token ids and ends of spans: a batch is held in memory, and a row may be as long as `max_length`."""
 _PARTIAL = ".partial"
 
 _TOKENS = pa.list_(pa.int32())
@@ -174,16 +176,28 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _of_equal_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows, `_ROWS_PER_BATCH` a batch but for the last."""
+    """The same rows, in each batch as many as fit `_ROWS_PER_BATCH` and `_NUMBERS_PER_BATCH`, or one that does not."""
     waiting: list[pa.RecordBatch] = []
-    missing = _ROWS_PER_BATCH
+    rows, numbers = _ROWS_PER_BATCH, _NUMBERS_PER_BATCH
+    """For which there is room."""
     for batch in batches:
-        while batch.num_rows:
-            piece, batch = batch.slice(0, missing), batch.slice(missing)
-            waiting.append(piece)
-            missing -= piece.num_rows
-            if not missing:
+        sizes = _numbers(batch)
+        while len(sizes):
+            fit = min(rows, int(np.cumsum(sizes).searchsorted(numbers, side="right")))
+            if not fit and waiting:
                 yield pa.concat_batches(waiting)
-                waiting, missing = [], _ROWS_PER_BATCH
+                waiting, rows, numbers = [], _ROWS_PER_BATCH, _NUMBERS_PER_BATCH
+                continue
+            fit = max(1, fit)
+            waiting.append(batch.slice(0, fit))
+            rows, numbers = rows - fit, numbers - int(sizes[:fit].sum())
+            batch, sizes = batch.slice(fit), sizes[fit:]
     if waiting:
         yield pa.concat_batches(waiting)
+
+
+def _numbers(batch: pa.RecordBatch) -> np.ndarray:
+    """[rows] int64: how many numbers the lists of each row hold."""
+    lists = [column for column in batch.columns if pa.types.is_list(column.type)]
+    sizes: np.ndarray = np.stack([np.diff(column.offsets.to_numpy()) for column in lists]).sum(axis=0, dtype=np.int64)
+    return sizes

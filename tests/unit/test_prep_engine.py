@@ -62,6 +62,14 @@ def _samples(prepared: Prepared, split: str) -> list[dict[str, Any]]:
     return found
 
 
+def _batch_sizes(prepared: Prepared) -> Iterator[tuple[int, int]]:
+    """(rows, token ids and ends of spans) of each record batch of the training shards."""
+    for shard in prepared.manifest["splits"]["train"]["shards"]:
+        with pa.ipc.open_file(str(prepared.path / shard["file"])) as reader:
+            for batch in map(reader.get_batch, range(reader.num_record_batches)):
+                yield batch.num_rows, sum(len(row["input_ids"]) + len(row["spans"]) for row in batch.to_pylist())
+
+
 def _rejects(prepared: Prepared) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (prepared.path / "rejects.jsonl").read_text().splitlines()]
 
@@ -91,8 +99,12 @@ def test_the_same_bytes_whatever_the_workers_chunks_and_orders(
 ) -> None:
     monkeypatch.setattr(shards, "ROWS_PER_SHARD", 50)
     monkeypatch.setattr(shards, "_ROWS_PER_BATCH", 8)
+    monkeypatch.setattr(shards, "_NUMBERS_PER_BATCH", 1330)
     first = prepare(cfg, model, out=tmp_path / "first")
     assert len(first.manifest["splits"]["train"]["shards"]) >= 4
+    sizes = list(_batch_sizes(first))
+    assert all(rows <= 8 and (numbers <= 1330 or rows == 1) for rows, numbers in sizes)
+    assert {7, 8} <= {rows for rows, _ in sizes}  # either is a bound of its own
     rglob = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(rglob(self, pattern), reverse=True))
     assert isinstance(cfg.dataset, MixDatasetConfig)
