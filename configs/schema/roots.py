@@ -89,8 +89,11 @@ class TrainConfig(PrepConfig):
     """Global steps; 0: as many as `epochs` gives."""
     epochs: float = 1.0
     batch_tokens: int = 4096
-    """Tokens of a global step over all ranks; whole samples are taken while they fit. One per cent less than a multiple of
-    ``nproc * micro_batch_tokens`` leaves packing the room without which a rank often needs one more pass."""
+    """Tokens of a global step over all ranks; whole samples are taken while they fit.
+
+    One per cent less than a multiple of ``nproc * micro_batch_tokens`` leaves packing the room without which a rank
+    often needs one more pass.
+    """
     micro_batch_tokens: int = 2048
     """Tokens, padding included, of one forward pass on one rank; only memory depends on it, not the gradients."""
     packing: Packing = Packing.auto
