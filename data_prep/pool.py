@@ -8,6 +8,7 @@ the other's end of life.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import queue
 import signal
@@ -36,6 +37,7 @@ _AHEAD = 2
 """Tasks that a worker has at a time: one in work, one to go on with while the parent writes."""
 _WINDOW = 4
 """Tasks per worker, at most, between the oldest without a result and the newest."""
+_TASKS_OF_GARBAGE = 8
 _SIZE_AT_WORK = 2.5 * 2**20
 """Of tasks that are much larger than others, as many are given out at a time as have this size per worker."""
 
@@ -200,16 +202,16 @@ def _no_threads_in_tokenizers() -> Iterator[None]:
 
 @contextmanager
 def _collecting_between_tasks() -> Iterator[Callable[[], object]]:
-    """Cyclic garbage is collected when asked for, and not looked for in what was there before.
+    """Cyclic garbage is collected every few times it is asked for, and not looked for in what was there before.
 
     A task makes so many objects that live as long as it does that looking for garbage among them took a seventh of the
     time.
     """
-    was_on = gc.isenabled()
+    was_on, asked = gc.isenabled(), itertools.count(1)
     gc.freeze()
     gc.disable()
     try:
-        yield gc.collect
+        yield lambda: next(asked) % _TASKS_OF_GARBAGE or gc.collect()
     finally:
         gc.unfreeze()
         if was_on:

@@ -38,6 +38,8 @@ from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, 
 logger = logging.getLogger(__name__)
 
 _SAMPLES_SHOWN = 8
+_WORDS_REMEMBERED = 2**17
+"""They take 30 MB in each worker."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
     tokenizer = load_tokenizer(
         job.model_dir, template=template_path(cfg), trust_remote_code=cfg.model.trust_remote_code
     )
+    _remember_more_words(tokenizer)
     make_renderer = partial(
         Renderer,
         tokenizer,
@@ -198,6 +201,13 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
     manifests.write(job.work, manifest)
     job.put_in_place()
     return Prepared(job.target(), manifests.read(job.target()), reused=False)
+
+
+def _remember_more_words(tokenizer: Any) -> None:
+    """The tokens of a word are kept for when it comes again, of 10,000 words by default; more is a tenth faster."""
+    resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(_WORDS_REMEMBERED)
 
 
 def _manifest(job: Job, passes: Passes, output: Output) -> dict[str, Any]:

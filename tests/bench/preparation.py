@@ -45,10 +45,10 @@ def main() -> None:
         _write_rows(path, arguments.rows, arguments.data)
         print(f"{arguments.rows:,} rows, {path.stat().st_size / 2**20:.0f} MiB, {usable_cores()} cores")
         cfg = compose("prep", [f"model.path={model}", f"dataset.path={path}", "max_length=4096", f"cache_dir={tmp}"])
+        tokenizer = load_tokenizer(model)  # the libraries are imported before anything is timed
         with peak_memory() as peak:
             ours = _rate("preparation", arguments.rows, lambda: prepare(cfg, model, out=tmp / "out"))
         print(f"  peak memory of all its processes: {max(peak) / 2**20:,.0f} MiB")
-        tokenizer = load_tokenizer(model)
         texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in _conversations(path)]
         backend = tokenizer.backend_tokenizer
         bare = _rate("bare encode_batch", len(texts), lambda: [backend.encode_batch(part) for part in _parts(texts)])
