@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from data_prep.answers import Answer
 from data_prep.chat import ChatText
+from data_prep.long_texts import is_long, pieces_of
 from data_prep.records import RowFault
 from data_prep.rendered import Span
 from data_prep.template import special_tokens
@@ -56,8 +58,10 @@ class Encoder:
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self._backend = _backend(tokenizer) if fast else None
         self.pieces_add_up = pieces_add_up(tokenizer)
-        self.lead = self._lead()
-        """Tokens that the tokenizer puts before every document."""
+        self._frame = self._around()
+        """Tokens that the tokenizer puts before and behind every document; None: that cannot be told."""
+        self.lead = len(self._frame[0]) if self._frame else 0
+        """Tokens that it puts before them."""
 
     def conversations(self, chats: Sequence[ChatText]) -> list[list[Tokens | RowFault]]:
         """Of each conversation its tokens, then those of answers that became samples of their own."""
@@ -77,7 +81,7 @@ class Encoder:
         What spells a special token in a text is ordinary text: a document cannot end itself.
         """
         spelled = {i for i, text in enumerate(texts) if self._special.search(text)}
-        plain = iter(self.ids([text for i, text in enumerate(texts) if i not in spelled], frame=True))
+        plain = iter(self._plain([text for i, text in enumerate(texts) if i not in spelled]))
         rows = [self._as_ordinary_text(text) if i in spelled else next(plain) for i, text in enumerate(texts)]
         end = self._tokenizer.eos_token_id
         return [[*row, end] if isinstance(row, list) and end is not None and row[-1:] != [end] else row for row in rows]
@@ -101,9 +105,31 @@ class Encoder:
         found = dict(zip(distinct, rows, strict=True))
         return [found[text] if text in found else [] for text in texts]
 
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        short = iter(self.ids([text for text in texts if not is_long(text)], frame=True))
+        return [
+            self._in_pieces(text, lambda piece, frame: self.ids([piece], frame=frame)[0])
+            if is_long(text)
+            else next(short)
+            for text in texts
+        ]
+
+    def _in_pieces(self, text: str, encode: Callable[[str, bool], list[int]]) -> list[int]:
+        """A document's tokens, by a function of a text and whether it is framed: in pieces if these add up."""
+        pieces = pieces_of(text, self.ids) if self.pieces_add_up else [text]
+        if len(pieces) == 1 or self._frame is None:
+            return encode(text, True)
+        before, behind = self._frame
+        return [*before, *chain.from_iterable(encode(piece, False) for piece in pieces), *behind]
+
     def _as_ordinary_text(self, text: str) -> list[int] | RowFault:
-        encoded = self._tokenizer(text, split_special_tokens=True, return_attention_mask=False, verbose=False)
-        ids: list[int] = encoded["input_ids"]
+        def encode(piece: str, frame: bool) -> list[int]:
+            found: list[int] = self._tokenizer(
+                piece, split_special_tokens=True, add_special_tokens=frame, return_attention_mask=False, verbose=False
+            )["input_ids"]
+            return found
+
+        ids = self._in_pieces(text, encode)
         if self._backend is not None:
             self._backend.encode_special_tokens = False  # the call above sets it, and it stays
         spelled = sorted({match[0] for match in self._special.finditer(text)})
@@ -115,9 +141,10 @@ class Encoder:
         self._notes["documents that spell a special token: it is ordinary text"] += 1
         return ids
 
-    def _lead(self) -> int:
+    def _around(self) -> tuple[list[int], list[int]] | None:
         framed, bare = self.ids(["a"], frame=True)[0], self.ids(["a"])[0]
-        return next((k for k in range(len(framed)) if framed[k : k + len(bare)] == bare), 0)
+        begins = (k for k in range(len(framed)) if framed[k : k + len(bare)] == bare)
+        return next(((framed[:k], framed[k + len(bare) :]) for k in begins), None)
 
     def _divided(self, chats: Sequence[ChatText]) -> list[list[ChatText]]:
         """Each conversation without the answers that would merge with their prompts, and those on their own.
