@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_prep import long_texts
 from data_prep.answers import Answer, AnswerFinder, Part, parts_of, without_marker
 from data_prep.openai_form import Tools, openai_form, openai_turn, spoken
-from data_prep.records import Message, Record, RowFault
+from data_prep.records import Message, Record, RowFault, texts_of
 from data_prep.rendered import Span
 from data_prep.scaffold import Placeholders
 from data_prep.template import DAY, Template, Turn, special_tokens
@@ -74,8 +75,10 @@ class ChatTemplate:
         """The text of a conversation with its answers, then those of its turns that need a conversation of their own.
 
         Raises:
-            RowFault: the template refuses it, or does not keep prompts or answers as they are.
+            RowFault: the template refuses it, or does not keep prompts or answers as they are; or it is longer than any
+                model reads.
         """
+        long_texts.refuse_longer(sum(map(len, texts_of(record))), "a conversation")
         self._refuse_images(record)
         self._refuse_control_tokens(record)
         try:

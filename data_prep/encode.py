@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.answers import Answer
 from data_prep.chat import ChatText
-from data_prep.long_texts import is_long, pieces_of
+from data_prep.long_texts import is_long, pieces_of, refuse_longer
 from data_prep.records import RowFault
 from data_prep.rendered import Span
 from data_prep.template import special_tokens
@@ -81,8 +81,12 @@ class Encoder:
         What spells a special token in a text is ordinary text: a document cannot end itself.
         """
         spelled = {i for i, text in enumerate(texts) if self._special.search(text)}
-        plain = iter(self._plain([text for i, text in enumerate(texts) if i not in spelled]))
-        rows = [self._as_ordinary_text(text) if i in spelled else next(plain) for i, text in enumerate(texts)]
+        short = [text for i, text in enumerate(texts) if i not in spelled and not is_long(text)]
+        plain = iter(self.ids(short, frame=True))
+        rows = [
+            next(plain) if i not in spelled and not is_long(text) else self._alone(text, ordinary=i in spelled)
+            for i, text in enumerate(texts)
+        ]
         end = self._tokenizer.eos_token_id
         return [[*row, end] if isinstance(row, list) and end is not None and row[-1:] != [end] else row for row in rows]
 
@@ -105,24 +109,29 @@ class Encoder:
         found = dict(zip(distinct, rows, strict=True))
         return [found[text] if text in found else [] for text in texts]
 
-    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        short = iter(self.ids([text for text in texts if not is_long(text)], frame=True))
-        return [
-            self._in_pieces(text, lambda piece, frame: self.ids([piece], frame=frame)[0])
-            if is_long(text)
-            else next(short)
-            for text in texts
-        ]
+    def _alone(self, text: str, *, ordinary: bool) -> list[int] | RowFault:
+        """A document's tokens; `ordinary`: it spells special tokens, which are ordinary text."""
+        try:
+            if ordinary:
+                return self._as_ordinary_text(text)
+            return self._in_pieces(text, lambda piece, frame: self.ids([piece], frame=frame)[0])
+        except RowFault as fault:
+            return fault
 
     def _in_pieces(self, text: str, encode: Callable[[str, bool], list[int]]) -> list[int]:
-        """A document's tokens, by a function of a text and whether it is framed: in pieces if these add up."""
+        """A document's tokens, by a function of a text and whether it is framed: in pieces if these add up.
+
+        Raises:
+            RowFault: it is too long to be tokenised whole, and cannot be cut.
+        """
         pieces = pieces_of(text, self.ids) if self.pieces_add_up else [text]
+        refuse_longer(max(map(len, pieces)), "a stretch without a place to cut")
         if len(pieces) == 1 or self._frame is None:
             return encode(text, True)
         before, behind = self._frame
         return [*before, *chain.from_iterable(encode(piece, False) for piece in pieces), *behind]
 
-    def _as_ordinary_text(self, text: str) -> list[int] | RowFault:
+    def _as_ordinary_text(self, text: str) -> list[int]:
         def encode(piece: str, frame: bool) -> list[int]:
             found: list[int] = self._tokenizer(
                 piece, split_special_tokens=True, add_special_tokens=frame, return_attention_mask=False, verbose=False
@@ -137,7 +146,7 @@ class Encoder:
         for token in spelled:
             number = self._tokenizer.convert_tokens_to_ids(token)
             if ids.count(number) > framed.count(number):
-                return RowFault("the text holds a control token", token)
+                raise RowFault("the text holds a control token", token)
         self._notes["documents that spell a special token: it is ordinary text"] += 1
         return ids
 

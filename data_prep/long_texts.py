@@ -10,6 +10,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
+from data_prep.records import RowFault
+
+MAX_WHOLE = 4 * 2**20
+"""Characters of the longest text that a tokenizer is given at once."""
 PIECE = 2**18
 """Characters of a piece, at least."""
 _WINDOW = 64
@@ -17,6 +21,16 @@ _WINDOW = 64
 _TRIES = 64
 _BORDER = re.compile(r"(?<=\w)(?=\W)")
 """The end of a word, where most tokenizers part a text before they look for tokens."""
+
+
+def refuse_longer(characters: int, what: str) -> None:
+    """What must be tokenised whole, and takes too much memory.
+
+    Raises:
+        RowFault: it is longer than `MAX_WHOLE`.
+    """
+    if characters > MAX_WHOLE:
+        raise RowFault("row too long", f"{what} of {characters:,} characters, above {MAX_WHOLE:,}")
 
 
 def is_long(text: str) -> bool:

@@ -11,8 +11,8 @@ from data_prep.records import RowFault, unique_keys
 
 CHUNK_BYTES = 2**20
 """About as much as a chunk carries; some tenths of a second of a worker's time."""
-MAX_ROW_BYTES = 4 * 2**20
-"""A longer row becomes a reject. It fits no model, and tokenizing it takes 120 bytes of memory for each of its own."""
+MAX_ROW_BYTES = 16 * 2**20
+"""A longer row becomes a reject: a document of so many bytes takes some 0.5 GiB of memory on its way through."""
 MAX_SCANNED_BYTES = 64 * 2**20
 """A longer element of a list, or field of a table, is taken for a quote that is never closed."""
 

@@ -11,6 +11,8 @@ from data_prep.shingles import WITHOUT_SPACES
 
 RUN = 10
 """Words of a run."""
+_MAX_CHARS = 4 * 2**20
+"""Of a longer text only the beginning is looked at, which bounds the memory: up to 55 bytes a character."""
 
 _ALONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in WITHOUT_SPACES)
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
@@ -22,6 +24,7 @@ def repeated_share(text: str) -> float:
     A line counts from its second occurrence on, and so do the words of a run. In scripts without spaces each character
     is a word. A text of ten words or fewer repeats no run.
     """
+    text = text[:_MAX_CHARS]
     return max(_in_lines(text), _in_runs(text))
 
 

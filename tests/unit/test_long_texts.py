@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep import long_texts
 from data_prep.encode import Encoder
-from tests.unit.prep_kit import byte_level, sentencepiece_like
+from data_prep.records import Message, Origin, Record, Reject, TextRecord
+from data_prep.render import Renderer, Sample
+from tests.unit.prep_kit import CHATML, byte_level, sentencepiece_like, with_template
 
 _WORDS = [
     "the",
@@ -66,3 +68,19 @@ def test_a_long_document_has_the_tokens_of_the_whole(make: object, fast: bool, m
         longest.clear()
         encoder.documents(texts[:6])
         assert max(longest) < 1000 < min(map(len, texts[:6]))
+
+
+def test_what_cannot_be_cut_and_conversations_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_texts, "PIECE", 300)
+    monkeypatch.setattr(long_texts, "MAX_WHOLE", 1000)
+    origin = Origin("a", 1)
+    records = [
+        TextRecord(origin, "x, " * 1000),
+        TextRecord(origin, "x" * 3000),
+        Record(origin, (Message("user", "x, " * 1000), Message("assistant", "a", True))),
+        TextRecord(origin, "short"),
+    ]
+    for make, kept in ((byte_level, [True, False, False, True]), (sentencepiece_like, [False, False, False, True])):
+        results = Renderer(with_template(make(), CHATML), max_length=9999).render(records)
+        assert [isinstance(result, Sample) for (result,) in results] == kept
+        assert {each.reason for (each,) in results if isinstance(each, Reject)} == {"row too long"}
