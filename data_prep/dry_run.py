@@ -17,6 +17,7 @@ from configs.schema.roots import PrepConfig
 from data_prep.clean import Cleaner
 from data_prep.counts import Counts, split_entry
 from data_prep.dataset import SPLITS, Dataset, RowsDataset
+from data_prep.job import renderer_for
 from data_prep.mixture import epochs_per_source
 from data_prep.outlook import SHOWN_SAMPLES, Outlook, outlook
 from data_prep.render import Renderer
@@ -25,7 +26,6 @@ from data_prep.samples import Decode, ShownSample, ShownText, shown_text, visibl
 from data_prep.shards import sequences
 from data_prep.summary import labelled
 from data_prep.terminal import legend, print_line, print_sample
-from data_prep.tokenizer import load_tokenizer
 from data_prep.verdict import doubts_of, faults_of, untold_of
 
 ROWS = 100
@@ -131,15 +131,7 @@ def dry_run(cfg: PrepConfig, model_dir: Path) -> DryRun:
     """
     dataset = build(cfg.dataset, Dataset, seed=cfg.seed)
     previews = dataset.preview(max(5, min(ROWS, ALL_ROWS // len(dataset.parts()))))
-    template = Path(cfg.template.path) if cfg.template.path is not None else None
-    tokenizer = load_tokenizer(model_dir, template=template, trust_remote_code=cfg.model.trust_remote_code)
-    renderer = Renderer(
-        tokenizer,
-        max_length=cfg.max_length,
-        model_name=str(model_dir),
-        too_long=cfg.too_long,
-        template_kwargs=cfg.template.kwargs,
-    )
+    renderer = renderer_for(cfg, model_dir)()
     cleaner = Cleaner(cfg.clean)
     outlooks = [outlook(preview, cleaner, renderer) for preview in previews]
     shown_above = tuple(f"read as {preview.recognised}" for preview in previews)

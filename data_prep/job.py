@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
 from data_prep.dataset import Dataset
 from data_prep.hashes import SourceHashes
-from data_prep.tokenizer import template_sha256, template_text, tokenizer_sha256
+from data_prep.render import Renderer
+from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,23 @@ logger = logging.getLogger(__name__)
 def template_path(cfg: PrepConfig) -> Path | None:
     """The file that replaces the model's chat template, if there is one."""
     return Path(cfg.template.path) if cfg.template.path is not None else None
+
+
+def renderer_for(cfg: PrepConfig, model_dir: Path) -> Callable[[], Renderer]:
+    """Makes renderers, all with one tokenizer.
+
+    Raises:
+        ModelError: the model folder has no tokenizer that can be loaded.
+    """
+    tokenizer = load_tokenizer(model_dir, template=template_path(cfg), trust_remote_code=cfg.model.trust_remote_code)
+    return partial(
+        Renderer,
+        tokenizer,
+        max_length=cfg.max_length,
+        model_name=str(model_dir),
+        too_long=cfg.too_long,
+        template_kwargs=cfg.template.kwargs,
+    )
 
 
 class Job:

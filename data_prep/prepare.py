@@ -12,7 +12,6 @@ import logging
 import shutil
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,16 @@ from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
 from data_prep.corpus import Executor
 from data_prep.dataset import Dataset
-from data_prep.job import Job, template_path
+from data_prep.job import Job, renderer_for, template_path
 from data_prep.journal import Journal, JournalError
 from data_prep.mixture import epochs_per_source
 from data_prep.output import Output
 from data_prep.passes import Passes
 from data_prep.progress import Progress
 from data_prep.rejects import remedy_for
-from data_prep.render import Renderer
 from data_prep.report import write_report
 from data_prep.samples import samples_of
-from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, tokenizer_sha256
+from data_prep.tokenizer import template_sha256, template_text, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -167,18 +165,7 @@ def _resumed(job: Job, journal: Journal, on_progress: Progress | None) -> Prepar
 def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress: Progress | None) -> Prepared:
     """The finished folder, in its place; or another's that turns out to be the same."""
     cfg = job.cfg
-    tokenizer = load_tokenizer(
-        job.model_dir, template=template_path(cfg), trust_remote_code=cfg.model.trust_remote_code
-    )
-    _remember_more_words(tokenizer)
-    make_renderer = partial(
-        Renderer,
-        tokenizer,
-        max_length=cfg.max_length,
-        model_name=str(job.model_dir),
-        too_long=cfg.too_long,
-        template_kwargs=cfg.template.kwargs,
-    )
+    make_renderer = renderer_for(cfg, job.model_dir)
     executor = build(cfg.executor, Executor)
     dataset = executor.stage(cfg, job.dataset, on_note=logger.info)
     passes = Passes(executor.rest(cfg), dataset, job.work, journal, make_renderer, on_progress)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_prep.shingles import mixed
+
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
@@ -115,12 +117,5 @@ class _Groups:
 
 
 def _mix(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Other numbers for other seeds, one to one, without a pattern: the finalizer of SplitMix64.
-
-    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
-    """
-    mask = 2**64 - 1
-    mixed = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & mask)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    """Other numbers for other seeds, one to one, without a pattern."""
+    return mixed(keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1))

@@ -6,7 +6,6 @@ templates. `model` has the forms, `checks` what a row must hold, `content` their
 """
 
 from data_prep.records.checks import (
-    answers,
     as_context,
     conversation,
     kind_of,
@@ -48,7 +47,6 @@ __all__ = [
     "ToolCall",
     "Vote",
     "acts_of",
-    "answers",
     "as_context",
     "content_json",
     "conversation",

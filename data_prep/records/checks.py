@@ -5,7 +5,7 @@ Every fault is a `RowFault` whose reason is one of a few phrases, so that reject
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -182,8 +182,3 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if not system or (messages and messages[0].role == "system"):
         return messages
     return [Message("system", system), *messages]
-
-
-def answers(record: Record) -> Iterator[tuple[int, str]]:
-    """Position and text of the turns to learn from."""
-    return ((i, m.content) for i, m in enumerate(record.messages) if m.train)
