@@ -135,7 +135,7 @@ class Output:
         return [f"{what}: {count:,}" for what, count in sorted(self._notes.items()) if count]
 
     def duplicates(self) -> dict[str, int]:
-        """How many records repeat another, where no survey has counted them; 8 bytes a record in memory."""
+        """How many records repeat another, where no survey has counted them; 18 bytes a record in memory."""
         tags = np.fromfile(self._folder / _TAGS, np.uint64)
         return {**count_repeated(tags), "near": 0, "removed": 0}
 
