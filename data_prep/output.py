@@ -137,7 +137,7 @@ class Output:
     def duplicates(self) -> dict[str, int]:
         """How many records repeat another, where no survey has counted them; 18 bytes a record in memory."""
         tags = np.fromfile(self._folder / _TAGS, np.uint64)
-        return {**count_repeated(tags), "near": 0, "removed": 0}
+        return {**count_repeated(tags), "removed": 0}
 
     def _check_kind(self, kind: str | None, path: str) -> None:
         if kind is None or kind == self.kind:

@@ -77,7 +77,7 @@ def _mixture(mix: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _duplicates(counts: Mapping[str, int]) -> Iterator[str]:
     across = f"{counts.get('across_splits', 0):,} across splits"
     if counts.get("removed"):
-        kinds = f"{counts.get('exact', 0):,} exact, {counts.get('near', 0):,} near"
+        kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("exact", "near") if kind in counts)
         yield labelled("duplicates", f"{counts['removed']:,} removed ({kinds}; {across})")
     elif counts.get("exact"):
         yield labelled("duplicates", f"{counts['exact']:,} rows repeat another, {across}; dedup=exact takes them out")

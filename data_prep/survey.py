@@ -116,13 +116,13 @@ class SurveyFiles:
         origins = (arrays["lines"], np.cumsum(self._part_rows), [part.source.path for part in self._parts])
         if not (dedup.exact or dedup.near):
             tags = (arrays["digests"][:, 0] & ~np.uint64(3)) | codes.astype(np.uint64)
-            counts = {**count_repeated(tags[codes >= 0]), "near": 0, "removed": 0}
+            counts = {**count_repeated(tags[codes >= 0]), "removed": 0}
             return Survey(codes, None, None, origins, self._chunks, counts)
         found = find_duplicates(dedup, arrays["digests"], arrays.get("signatures"), codes, meetings)
         gone = found.of >= 0
         counts = {
             "exact": int((gone & ~found.near).sum()),
-            "near": int((gone & found.near).sum()),
+            **({"near": int((gone & found.near).sum())} if dedup.near else {}),
             "across_splits": int((codes[gone] != codes[found.of[gone]]).sum()),
             "removed": int(gone.sum()),
         }

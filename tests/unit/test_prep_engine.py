@@ -241,12 +241,12 @@ def test_duplicates_are_counted_or_removed(tmp_path: Path, model: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", [rows[7], rows[7]])
     # What is prepared lies below the records' folder, where nobody takes it for records.
     counted = prepare(prep_config(tmp_path, files(path.parent)), model)
-    assert counted.manifest["duplicates"] == {"exact": 4, "across_splits": 1, "near": 0, "removed": 0}
+    assert counted.manifest["duplicates"] == {"exact": 4, "across_splits": 1, "removed": 0}
     assert counted.manifest["splits"]["train"]["rows"] == 22
     cfg = prep_config(tmp_path, files(path.parent, max_rejects=0))
     cfg.dedup = DedupConfig(exact=True)
     removed = prepare(cfg, model)
-    assert removed.manifest["duplicates"] == {"exact": 4, "across_splits": 1, "near": 0, "removed": 4}
+    assert removed.manifest["duplicates"] == {"exact": 4, "across_splits": 1, "removed": 4}
     train, test = str(path), str(path.parent / "test.jsonl")
     assert [(r["file"], r["line"], r["reason"], r["detail"]) for r in _rejects(removed)] == [
         (test, 2, "duplicate", f"of {test}:1"),
