@@ -36,8 +36,6 @@ from data_prep.tokenizer import template_sha256, template_text, tokenizer_sha256
 logger = logging.getLogger(__name__)
 
 _SAMPLES_SHOWN = 8
-_WORDS_REMEMBERED = 2**17
-"""They take 30 MB in each worker."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +186,6 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
     manifests.write(job.work, manifest)
     job.put_in_place()
     return Prepared(job.target(), manifests.read(job.target()), reused=False)
-
-
-def _remember_more_words(tokenizer: Any) -> None:
-    """The tokens of a word are kept for when it comes again, of 10,000 words by default; more is a tenth faster."""
-    resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
-    if resize is not None:
-        resize(_WORDS_REMEMBERED)
 
 
 def _manifest(job: Job, passes: Passes, output: Output) -> dict[str, Any]:
