@@ -53,8 +53,11 @@ class LicensesDataset(RowsDataset):
         self._rejects: list[Reject] = []
 
     def settings(self) -> dict[str, Any]:
-        """See `Dataset.settings`. The seed is in it: it decides which notices are taken and which are held out."""
-        cfg, skipped = self._cfg, {"_target_", "name", "license", "path", "max_rejects"}
+        """See `Dataset.settings`. The seed is in it: it decides which notices are taken and which are held out.
+
+        `learn` is not: a notice has one answer.
+        """
+        cfg, skipped = self._cfg, {"_target_", "name", "license", "path", "max_rejects", "learn"}
         return {"seed": self.seed, **{k: v for k, v in vars(cfg).items() if k not in skipped}}
 
     def source(self) -> tuple[Source, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def _dataset(folder: Path, seed: int = 0, **settings: object) -> LicensesDataset
 def test_what_is_taken_and_held_out(tmp_path: Path) -> None:
     dataset = _dataset(_folder(tmp_path), test_fraction=0.2, validation_fraction=0.1)
     rows = list(dataset.rows())
+    assert json.loads(json.dumps(dataset.settings()))["max_per_label"] == 40, "settings are hashed as JSON"
     rejects = [r for _, r in rows if isinstance(r, Reject)]
     assert [(r.origin.file, r.reason) for r in rejects] == [("broken.RULE", "no front matter")]
     records = [(split, r) for split, r in rows if isinstance(r, Record)]
