@@ -109,7 +109,7 @@ def compare(first: Path, again: Path, losses: list, expected: list, same_layout:
 def differences(first: Path, again: Path, step: int) -> list[str]:
     folder = f"step-{step:08d}"
     with CheckpointReader(first / folder, verify=False) as a, CheckpointReader(again / folder) as b:
-        if list(a) != list(b) or a.state != b.state:
+        if list(a.params) != list(b.params) or a.state != b.state:
             return ["names or trainer state"]
         found = []
         for name, entry in a.params.items():
