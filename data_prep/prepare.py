@@ -126,7 +126,8 @@ def _build(job: Job, on_progress: Progress | None) -> Prepared:
         job.dataset.open()
         made = _resumed(job, journal, on_progress)
     except (ConfigError, DataError, ModelError):
-        shutil.rmtree(job.work, ignore_errors=True)  # what must be mended first changes what is made
+        # Mending the records or the settings mostly changes what is made; a raised max_rejects, too, begins anew.
+        shutil.rmtree(job.work, ignore_errors=True)
         raise
     except BaseException as error:
         if not journal.exists:
