@@ -22,7 +22,7 @@ from configs.check import apply, options_with
 from configs.construct import construct
 from configs.docs import field_docs
 from configs.errors import ConfigError, CrosstuneError, ErrorGroup, StorageError
-from configs.groups import EXPERIMENT, ROOTS, SCHEMAS, groups_of
+from configs.groups import EXPERIMENT, ROOTS, SCHEMAS, groups_of, spoken
 from configs.layers import Layer, Typed, check_choices, layers, parse_overrides
 
 T = TypeVar("T")
@@ -130,7 +130,9 @@ def _override(config: DictConfig, item: Typed, command: str) -> list[CrosstuneEr
     if item.key in (*SCHEMAS, EXPERIMENT) and item.key not in groups_of(command):
         if item.key not in config:
             return [
-                ConfigError(item.key, f"`crosstune {command}` has no such group", allowed=", ".join(groups_of(command)))
+                ConfigError(
+                    item.key, f"`crosstune {spoken(command)}` has no such group", allowed=", ".join(groups_of(command))
+                )
             ]
     parts = item.key.split(".")
     for length in range(1, len(parts)):  # a key inside a free dictionary, whose own names may hold dots no further
@@ -195,7 +197,7 @@ def _missing(config: DictConfig, key: str, command: str) -> ConfigError:
     owner = OmegaConf.get_type(OmegaConf.select(config, parent) if parent else config)
     assert isinstance(owner, type)
     doc = field_docs(owner).get(name)
-    remedy = f"add it: crosstune {command} {key}=..."
+    remedy = f"add it: crosstune {spoken(command)} {key}=..."
     return ConfigError(key, "not set, and there is no default", allowed=doc, remedy=remedy)
 
 

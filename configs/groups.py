@@ -9,7 +9,8 @@ from typing import Any
 
 from configs.schema.clean import CleanConfig, DedupConfig, HereConfig, LocalConfig, RayConfig, SlurmConfig
 from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig, MixDatasetConfig
-from configs.schema.device import DeviceConfig
+from configs.schema.device import AscendConfig, DeviceConfig
+from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
@@ -27,6 +28,9 @@ ROOTS: dict[str, type[Any]] = {
     "run": RunConfig,
     "export": ExportJobConfig,
     "eval": EvalJobConfig,
+    "doctor": DoctorConfig,
+    "doctor_portability": PortabilityConfig,
+    "doctor_ascend-standin": StandinConfig,
 }
 
 # group -> schema name, as an option's YAML file lists it under `defaults:` -> dataclass
@@ -51,10 +55,16 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "optim": {"adamw_schema": AdamWConfig, "sgd_schema": SGDConfig},
     "schedule": {"constant_schema": ConstantConfig, "linear_schema": LinearConfig, "cosine_schema": CosineConfig},
     "sharding": {"plain_schema": PlainConfig, "zero_schema": ZeroConfig},
-    "device": {"device_schema": DeviceConfig},
+    "device": {"device_schema": DeviceConfig, "ascend_schema": AscendConfig},
     "checkpoint": {"checkpoint_schema": CheckpointConfig},
     "export": {"export_schema": ExportConfig},
 }
+
+
+def spoken(command: str) -> str:
+    """A command as it is typed: ``doctor_portability`` is ``crosstune doctor portability``."""
+    return command.replace("_", " ", 1)
+
 
 # Experiments are whole runs. They are composed as a `run`, and a smaller command then takes the part it knows.
 EXPERIMENT = "experiment"

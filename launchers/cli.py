@@ -23,8 +23,12 @@ COMPOSED = {
     "export": "checkpoint of a run -> adapter and merged model",
     "eval": "figures of a run, or of any model, on the held-out split",
     "run": "the whole road: prep, train, export, eval",
+    "doctor": "what a device can do here, and what is missing",
+    "doctor portability": "what a model asks of a device that the device lacks",
+    "doctor ascend-standin": "builds a pretended Ascend machine, and runs a command on it: ... -- COMMAND",
 }
 """Commands with a config of their own."""
+SUBCOMMANDS = {"prep": ("inspect",), "doctor": ("portability", "ascend-standin")}
 WITH_PATH = {
     "prep inspect": "samples of prepared data, what is learned in colour: crosstune prep inspect PATH",
     "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
@@ -70,6 +74,8 @@ class Request:
     cfg: bool = False
     dry_run: bool = False
     """Of `prep`."""
+    program: list[str] = field(default_factory=list)
+    """Of `doctor ascend-standin`: the command to run on it, after ``--``."""
     resume: bool = False
     """Set for workers that go on from a checkpoint."""
     config_dir: Path | None = None
@@ -107,7 +113,9 @@ def parse(arguments: Sequence[str]) -> Request:
     request = Request(help=not arguments)
     rest = iter(arguments)
     for word in rest:
-        if word in ("--help", "-h"):
+        if word == "--":
+            request.program = list(rest)
+        elif word in ("--help", "-h"):
             request.help = True
         elif word == "--json":
             request.json = True
@@ -115,7 +123,7 @@ def parse(arguments: Sequence[str]) -> Request:
             request.dry_run = True
         elif word == "--resume":
             request.resume = True
-        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved"):
+        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build"):
             _set_option(request, word, rest)
         elif word.startswith("-"):
             options = ("--help", "--cfg", "--config-dir", "--resolved", "--json", "--dry-run")
@@ -125,14 +133,16 @@ def parse(arguments: Sequence[str]) -> Request:
             )
         elif not request.command:
             request.command = _command(word)
-        elif (request.command, word) == ("prep", "inspect") and not request.words:
-            request.command = "prep inspect"
-        elif request.command == "prep" and not request.words and nearest(word, ["inspect"]):
-            raise ConfigError(word, "unknown command", remedy="did you mean crosstune prep inspect?")
+        elif not request.words and word in SUBCOMMANDS.get(request.command, ()):
+            request.command = f"{request.command} {word}"
+        elif not request.words and (meant := nearest(word, SUBCOMMANDS.get(request.command, ()))):
+            raise ConfigError(word, "unknown command", remedy=f"did you mean crosstune {request.command} {meant}?")
         else:
             request.words.append(word)
     if request.dry_run and request.command != "prep":
         raise ConfigError("--dry-run", "an option of `crosstune prep` alone", remedy="crosstune prep --dry-run ...")
+    if request.program and request.command != "doctor ascend-standin":
+        raise ConfigError("--", "a command to run", remedy="crosstune doctor ascend-standin ... -- COMMAND")
     if not request.command and not request.help:
         raise ConfigError("crosstune", "no command", allowed=", ".join(COMMANDS))
     return request
@@ -147,6 +157,8 @@ def _set_option(request: Request, word: str, rest: Any) -> None:
         request.cfg = True
     elif not value:
         raise ConfigError(option, "needs a value", remedy=f"{option} {'FILE' if option == '--resolved' else 'DIR'}")
+    elif option == "--build":
+        request.words.append(f"build={value}")
     elif option == "--config-dir":
         request.config_dir = Path(value).expanduser()
     else:
@@ -173,6 +185,8 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         _print_config(cfg)
         return None
     _prepare_process(cfg)
+    if request.command.startswith("doctor"):
+        return _doctor(request, cfg)
     from launchers import prep, steps
     from launchers.failure import ERROR_DIR
     from launchers.torchrun import join_terminal
@@ -188,6 +202,20 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         "eval": steps.evaluate,
     }
     return commands[request.command](cfg)
+
+
+def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
+    if request.command == "doctor portability":
+        from launchers.doctor.portability import portability
+
+        return portability(cfg)
+    if request.command == "doctor ascend-standin":
+        from launchers.doctor.standin.command import standin
+
+        return standin(cfg, request.program)
+    from launchers.doctor.device import doctor
+
+    return doctor(cfg)
 
 
 def _with_path(request: Request) -> dict[str, Any] | None:
@@ -220,15 +248,16 @@ def _with_path(request: Request) -> dict[str, Any] | None:
 
 def _config(request: Request) -> Any:
     from configs.compose import amend, command_of, compose, load_resolved
+    from configs.groups import spoken
 
     if request.resolved is None:
-        return compose(request.command, request.words, config_dir=request.config_dir)
+        return compose(request.command.replace(" ", "_"), request.words, config_dir=request.config_dir)
     cfg = load_resolved(request.resolved)
     fitting = {"run": ("run", "train"), "train": ("train",)}.get(command_of(cfg), (command_of(cfg),))
     if request.command not in fitting:
         raise ConfigError(
             "--resolved",
-            f"'{request.resolved}' is the config of `crosstune {command_of(cfg)}`",
+            f"'{request.resolved}' is the config of `crosstune {spoken(command_of(cfg))}`",
             remedy=" or ".join(f"crosstune {name} --resolved ..." for name in fitting),
         )
     return amend(cfg, request.words, config_dir=request.config_dir) if request.words else cfg
@@ -268,7 +297,8 @@ def _print_help(request: Request) -> None:
     else:
         from launchers.help import command_help
 
-        print(command_help(request.command, COMPOSED[request.command], request.config_dir))
+        command = request.command.replace(" ", "_")
+        print(command_help(command, COMPOSED[request.command], request.config_dir))
 
 
 def _fail(error: Exception, request: Request | None, out: TextIO) -> int:

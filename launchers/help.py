@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from configs.docs import field_docs
-from configs.groups import ROOTS, SCHEMAS, groups_of, options_of
+from configs.groups import ROOTS, SCHEMAS, groups_of, options_of, spoken
 
 TYPED_MOST = (
     "model.path",
@@ -34,9 +34,13 @@ WIDTH = 118
 
 def command_help(command: str, about: str, config_dir: Path | None) -> str:
     """The help text of a command with a config."""
-    lines = [f"crosstune {command}: {about}", "", f"usage: crosstune {command} [group=option ...] [key=value ...]"]
-    lines += ["", "groups and their options:"]
-    lines += [f"  {group:<11}{', '.join(options_of(group, config_dir))}" for group in groups_of(command)]
+    typed = spoken(command)
+    lines = [f"crosstune {typed}: {about}", "", f"usage: crosstune {typed} [group=option ...] [key=value ...]"]
+    if command == "doctor_ascend-standin":
+        lines[-1] += " [-- COMMAND ...]"
+    if groups := groups_of(command):
+        lines += ["", "groups and their options:"]
+        lines += [f"  {group:<11}{', '.join(options_of(group, config_dir))}" for group in groups]
     keys = list(_keys(command))
     lines += ["", "keys that are typed most:"]
     lines += [line for key in keys if key[0] in TYPED_MOST for line in _key_lines(*key)]
@@ -48,7 +52,7 @@ def command_help(command: str, about: str, config_dir: Path | None) -> str:
             "crosstune prep --dry-run ... reads 100 rows of each source, writes nothing and says what would happen.",
         ]
         lines += ["crosstune prep inspect PATH shows samples of prepared data with what is learned."]
-    lines += ["", f"crosstune {command} ... --cfg job prints the values that would be used."]
+    lines += ["", f"crosstune {typed} ... --cfg job prints the values that would be used."]
     return "\n".join(lines)
 
 

@@ -27,6 +27,9 @@ BASE = {
     "run": ["model.path=/m", "dataset.path=/d"],
     "export": ["run_dir=/r"],
     "eval": ["run_dir=/r"],
+    "doctor": [],
+    "doctor_portability": ["model.path=/m"],
+    "doctor_ascend-standin": [],
 }
 # `prep` and `train` have the groups of `run`; one option of theirs each is enough.
 EVERY_OPTION = [
