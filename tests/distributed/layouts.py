@@ -1,4 +1,7 @@
-"""What the engine and resume tests share: a small awkward model, every engine, and uneven batches."""
+"""What the engine and resume tests share: a small awkward model, every engine, and uneven batches.
+
+The device is the CPU, or what CROSSTUNE_TEST_DEVICE names (cpu, cuda, ascend, ...): `launch(..., environment=...)`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.schema.device import DeviceConfig
+from configs.compose import build as build_from
+from configs.compose import compose
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import PlainConfig, ZeroConfig
-from train.devices.cpu import CpuDevice
+from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.engine.plain import PlainEngine
 from train.engine.zero import ZeroEngine
 
+DEVICE_VARIABLE = "CROSSTUNE_TEST_DEVICE"
 VOCAB = 67
 # Small enough that stage 3 both splits and keeps whole parameters; a later key must not move the fragments.
 STAGE3 = {"zero_optimization": {"stage3_param_persistence_threshold": 500}}
@@ -94,8 +102,30 @@ def build(
             if parameter.requires_grad:
                 parameter.data.normal_()
     config = (ENGINES | MORE_ENGINES)[name]
-    engine = PlainEngine if isinstance(config, PlainConfig) else ZeroEngine
-    return engine(config, model, optim=optim, device=DEVICE, world=world, working_dtype=dtype)
+    cls = PlainEngine if isinstance(config, PlainConfig) else ZeroEngine
+    engine = cls(config, model, optim=optim, device=DEVICE, world=world, working_dtype=dtype)
+    watch_gradients(engine)
+    return engine
+
+
+def watch_gradients(engine: Engine) -> None:
+    """Counts on which kind of device gradients arrive, in ``engine.gradients_on``."""
+    engine.gradients_on = Counter()
+    for parameter in engine.trained.values():
+        parameter.register_hook(lambda gradient: engine.gradients_on.update([gradient.device.type]))
+
+
+def must_lie_on_device(engine: Engine) -> None:
+    """Every trained tensor, gradient and optimizer state is where it belongs, and the backend is the device's own."""
+    own = DEVICE.torch_device
+    weights = {str(parameter.device) for parameter in engine.trained.values()}
+    assert weights == {str(own)}, weights
+    assert set(engine.gradients_on) == {own.type}, engine.gradients_on
+    offloaded = getattr(engine.config, "offload_optimizer", False)
+    kept = {(kind, str(f.view(kind).device)) for f in engine.fragments(owned=False) for kind in f.kinds}
+    assert {place for _, place in kept} == {"cpu" if offloaded else str(own)}, kept
+    if dist.is_initialized():
+        assert dist.get_backend() == DEVICE.backend, dist.get_backend()
 
 
 def run_step(engine: Engine, step: int, lr: float, micro_batches: int = 2, poison: float = 1.0) -> tuple[float, float]:
@@ -121,14 +151,22 @@ def _loss_sum(engine: Engine, samples: list[torch.Tensor]) -> torch.Tensor:
     """Summed over the tokens; a micro-batch without samples still goes through the model, as a weightless one."""
     weight = 1.0 if samples else 0.0
     rows = samples or [torch.zeros(2, dtype=torch.long)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(DEVICE.torch_device)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    mask = mask.to(DEVICE.torch_device)
     labels = ids.masked_fill(mask == 0, -100)[:, 1:]
     logits = engine.forward(input_ids=ids, attention_mask=mask, marker=MARKER).logits[:, :-1].float()
     return weight * torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1), reduction="sum")
 
 
-DEVICE = CpuDevice(DeviceConfig(threads=1))
+def _device() -> Device:
+    name = os.environ.get(DEVICE_VARIABLE, "cpu")
+    return build_from(
+        compose("train", ["model.path=.", "dataset.path=.", f"device={name}", "device.threads=1"]).device, Device
+    )
+
+
+DEVICE = _device()
 
 
 def start() -> World:
@@ -137,16 +175,20 @@ def start() -> World:
     return init_world(DEVICE)
 
 
-def launch(module: str, ranks: int, **arguments: object) -> None:
-    """Runs ``module`` as that many real processes over gloo; its output is the message if it fails."""
+def launch(module: str, ranks: int, environment: Mapping[str, str] = os.environ, **arguments: object) -> None:
+    """Runs ``module`` as that many real processes; its output is the message if it fails.
+
+    `environment` is the whole environment, such as a stand-in's.
+    """
     command = [sys.executable, "-P"]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, json.dumps(arguments)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     root = str(Path(__file__).parents[2])
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    env = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([*paths, root])}
     done = subprocess.run(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
+        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-6000:]

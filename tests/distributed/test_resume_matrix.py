@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from configs.schema.optim import AdamWConfig
-from tests.distributed.layouts import ENGINES, MORE_ENGINES, build, launch, run_step, start
+from tests.distributed.layouts import ENGINES, MORE_ENGINES, build, launch, must_lie_on_device, run_step, start
 from train.checkpoint.layout import CheckpointReader, TrainerState
 from train.checkpoint.restore import restore
 from train.checkpoint.save import save
@@ -85,6 +87,7 @@ def resume_all(plan: dict, out: Path, world: World) -> None:
             state = restore(engine, out / source / f"step-{SAVED:08d}", world)
             save(engine, again, state, world)
             losses = train(engine, SAVED, END)
+            must_lie_on_device(engine)
             save(engine, again, trainer_state(END), world)
             resumed += 1
             if world.rank == 0:
@@ -136,10 +139,13 @@ def worker(arguments: dict) -> None:
     world.close()
 
 
-def run_matrix(out: Path, plans: list[dict]) -> None:
-    """Runs the engines `x1` at one rank and `x2` at two, each resuming what any of the same plan saved."""
+def run_matrix(out: Path, plans: list[dict], two: Mapping[str, str] = os.environ) -> None:
+    """Runs the engines `x1` at one rank and `x2` at two, each resuming what any of the same plan saved.
+
+    `two` is the environment of the two ranks, such as one that gives them another device.
+    """
     launch(__name__, 1, out=str(out), tasks=["save"], plans=plans)
-    launch(__name__, 2, out=str(out), tasks=["save", "resume"], plans=plans)
+    launch(__name__, 2, two, out=str(out), tasks=["save", "resume"], plans=plans)
     launch(__name__, 1, out=str(out), tasks=["resume"], plans=plans)
     for plan in plans:
         results = [json.loads((out / folder_of(plan) / f"resumed-x{ranks}.json").read_text()) for ranks in (1, 2)]
