@@ -46,6 +46,17 @@ class DeviceConfig:
             raise ConfigError("device.peak_tflops", str(self.peak_tflops), allowed="0 (as known) or more")
 
 
+ASCEND_RANGES = (
+    # HCCL's and torch_npu's own bounds: train/devices/ascend_variables.py names the sources.
+    ("connect_timeout_seconds", 120, 7200),
+    ("execute_timeout_seconds", 0, 2**31 - 1),
+    ("buffer_mib", 1, 2**31 - 1),
+    ("base_port", 1024, 65520),
+    ("task_queue", 0, 2),
+    ("cpu_affinity", 0, 2),
+)
+
+
 @dataclass
 class AscendConfig(DeviceConfig):
     """Run-time settings of CANN, HCCL and torch_npu. Null: the environment's value, else crosstune's default."""
@@ -53,11 +64,11 @@ class AscendConfig(DeviceConfig):
     connect_timeout_seconds: int | None = None
     """HCCL_CONNECT_TIMEOUT: how long ranks wait for each other at the start. Default 600."""
     execute_timeout_seconds: int | None = None
-    """HCCL_EXEC_TIMEOUT: how long a collective may wait; HCCL rounds it down to a multiple of 68. Default 1836."""
+    """HCCL_EXEC_TIMEOUT: how long a collective may wait; 0 for ever. Default 1836. Before the 910B, times of 68 s."""
     buffer_mib: int | None = None
     """HCCL_BUFFSIZE: each communicator takes twice that of device memory. Default 200."""
     interface: str | None = None
-    """HCCL_SOCKET_IFNAME, and GLOO_SOCKET_IFNAME where it is not set: network interface of the collectives."""
+    """HCCL_SOCKET_IFNAME, and GLOO_SOCKET_IFNAME where it is not set: ``eth`` (prefix), ``=eth0``, ``^docker``."""
     base_port: int | None = None
     """HCCL_IF_BASE_PORT: first of the ports that HCCL listens on."""
     allocator: str | None = None
@@ -67,10 +78,26 @@ class AscendConfig(DeviceConfig):
     cpu_affinity: int | None = None
     """CPU_AFFINITY_CONF: 0 none, 1 and 2 bind each process to the cores near its NPU. Default 1."""
     launch_blocking: bool = False
-    """ASCEND_LAUNCH_BLOCKING: each operator ends before the next begins, for debugging; needs task_queue=0."""
+    """ASCEND_LAUNCH_BLOCKING: each operator ends before the next begins, for debugging; no queue then."""
     jit_compile: bool = False
     """Compiles operators for each new shape; slow where shapes change, as they do here."""
     internal_format: bool = False
     """Lets torch_npu keep weights in the NPU's private layouts, which others cannot read."""
     known_variables: list[str] = field(default_factory=list)
     """Environment variables that your CANN knows and crosstune does not: they are not taken for misspelt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, low, high in ASCEND_RANGES:
+            value = getattr(self, key)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"device.{key}", str(value), allowed=f"{low} to {high:,}, or null")
+        for key in ("interface", "allocator"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"device.{key}", "empty", allowed="a value, or null for what the environment says")
+        if self.launch_blocking and self.task_queue:
+            raise ConfigError(
+                "device.task_queue",
+                f"{self.task_queue}, but device.launch_blocking turns the queue off",
+                remedy="device.task_queue=0, or leave one of them out",
+            )
