@@ -21,6 +21,7 @@ from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
 from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
+from train.faults import told
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import dtype_name, load_config, load_model, resolve_precision
@@ -28,7 +29,8 @@ from train.objectives.base import Objective
 from train.observe.environment import code_version, write_environment
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
-from train.ops.packed_attention import PACKED_ATTENTION, register
+from train.ops.packed_attention import register
+from train.ops.select import use_kernels
 from train.run_folder import RunFolder, RunRecord, sha256_of
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
@@ -55,7 +57,7 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         cfg = replace(cfg, model=replace(cfg.model, precision=precision))
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
-    with closing(init_world(device)) as world:
+    with closing(init_world(device)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
         note: Note = logger.info if world.rank == 0 else logger.debug
         run, objective = RunFolder(run_dir), build(cfg.objective, Objective)
         data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
@@ -102,14 +104,14 @@ def make_engine(
     """Model, tuning method and engine.
 
     Raises:
-        DeviceError: the precision does not work on the device.
+        DeviceError: the precision does not work on the device, or a kernel that was asked for by name does not.
         ModelError: the folder does not open.
         ConfigError: the tuning method does not fit the model.
     """
     dtype = resolve_precision(cfg.model.precision, device, on_note=note)
-    register()
     device.seed(cfg.seed)
-    attention = PACKED_ATTENTION if kind is RowKind.packed else "sdpa"
+    packed = kind is RowKind.packed
+    attention = register() if packed else "sdpa"
     model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family)
@@ -118,6 +120,8 @@ def make_engine(
     trained, total = count_parameters(module)
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)
+    # Before the engine, which may cut the weights into pieces; after the adapters, which wrap only projections.
+    use_kernels(model, family, device, dtype, packed=packed, note=note)
     engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)

@@ -9,6 +9,22 @@ ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Where a family computes the ops of `train/ops`: classes of one module of transformers, with that very formula.
+
+    The formula is compared again before a layer is touched (`train/ops/replace.py`).
+    """
+
+    module: str
+    rms_norm: str
+    """A class with `weight` and `variance_epsilon`."""
+    rotary: str
+    """An attention class that calls its module's `apply_rotary_pos_emb`."""
+    swiglu: str
+    """A class with `gate_proj`, `up_proj`, `down_proj` and `act_fn`."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Facts about one `config.model_type`."""
 
@@ -17,12 +33,26 @@ class Family:
     """Proven by test: logits and gradients of a packed row equal those of its samples alone."""
     lora_targets: tuple[str, ...] | None
     """Names of the projections that LoRA adapts by default; None: every linear module but the head."""
+    layers: Layers | None = None
+    """None: its layers run as transformers wrote them, on every device."""
 
 
-_PROVEN = ("llama", "mistral", "qwen2", "qwen3")
+_PROVEN = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Softmax attention through transformers' attention interface only: `tests/unit/test_packing.py` runs over these."""
 
-FAMILIES = {name: Family(name, packing_exact=True, lora_targets=ATTENTION_AND_MLP) for name in _PROVEN}
+
+def _family(name: str, prefix: str) -> Family:
+    """One of `_PROVEN`; they are built from the same parts and name them alike."""
+    layers = Layers(
+        module=f"transformers.models.{name}.modeling_{name}",
+        rms_norm=f"{prefix}RMSNorm",
+        rotary=f"{prefix}Attention",
+        swiglu=f"{prefix}MLP",
+    )
+    return Family(name, packing_exact=True, lora_targets=ATTENTION_AND_MLP, layers=layers)
+
+
+FAMILIES = {name: _family(name, prefix) for name, prefix in _PROVEN.items()}
 
 
 def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
