@@ -274,9 +274,10 @@ def _prepare_process(cfg: object) -> None:
     import logging
 
     from launchers.environment import prepare_environment
+    from launchers.failure import ERROR_DIR
     from launchers.stages import is_first_rank
 
-    prepare_environment(cfg)
+    notes = prepare_environment(cfg)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     ours = logging.StreamHandler(sys.stdout)
     ours.setFormatter(logging.Formatter("      %(message)s"))
@@ -284,6 +285,8 @@ def _prepare_process(cfg: object) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [ours], False
         logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+    for note in notes if ERROR_DIR not in os.environ else ():  # the parent of a worker has said them
+        logging.getLogger("train.devices").info(note)
 
 
 def _print_help(request: Request) -> None:
