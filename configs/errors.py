@@ -78,6 +78,14 @@ class RunFailedError(CrosstuneError):
     exit_code = EXIT_RUN_FAILED
 
 
+class OutOfMemoryError(RunFailedError):
+    """Memory of a device, or of the host, ran out."""
+
+
+class WorkerLostError(RunFailedError):
+    """A process of the run was killed, or ended without a word."""
+
+
 class StoppedError(CrosstuneError):
     """The run was stopped before its end, and can go on from a checkpoint."""
 

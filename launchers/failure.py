@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs.errors import EXIT_RUN_FAILED, CrosstuneError, ErrorGroup, RunFailedError
+from configs import errors as kinds
+from configs.errors import (
+    EXIT_RUN_FAILED,
+    CrosstuneError,
+    ErrorGroup,
+    OutOfMemoryError,
+    RunFailedError,
+    WorkerLostError,
+)
 
 ERROR_DIR = "CROSSTUNE_ERROR_DIR"
 """Folder in which a worker leaves its fault; set by the process that starts workers."""
@@ -89,11 +98,53 @@ def earliest_error(folder: Path) -> CrosstuneError | None:
 
 def _rebuilt(content: dict[str, Any]) -> CrosstuneError:
     errors: Sequence[CrosstuneError] = [
-        (UnexpectedError if e["kind"] == UnexpectedError.__name__ else CrosstuneError)(
-            e["where"], e["found"], allowed=e["allowed"], remedy=e["remedy"]
-        )
-        for e in content["errors"]
+        _kind(e["kind"])(e["where"], e["found"], allowed=e["allowed"], remedy=e["remedy"]) for e in content["errors"]
     ]
     error = errors[0] if len(errors) == 1 else ErrorGroup(errors)
     error.exit_code = int(content.get("exit_code", EXIT_RUN_FAILED))
     return error
+
+
+def _kind(name: str) -> type[CrosstuneError]:
+    """The class of a worker's fault; a library's own subclass becomes a plain `CrosstuneError`."""
+    found = UnexpectedError if name == UnexpectedError.__name__ else getattr(kinds, name, None)
+    return found if isinstance(found, type) and issubclass(found, CrosstuneError) else CrosstuneError
+
+
+def with_way_on(error: RunFailedError, folder: Path) -> RunFailedError:
+    """The fault of a run, with how far the run had come and how it goes on.
+
+    Args:
+        error: what ended the run.
+        folder: of the run.
+    """
+    saved = sorted(path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE"))
+    done = _last_step(folder / "metrics.jsonl")
+    if saved:
+        step = int(saved[-1].removeprefix("step-"))
+        way_on = f"crosstune resume {shlex.quote(str(folder))} goes on after step {step}"
+        if isinstance(error, OutOfMemoryError):
+            way_on += ", with what is to change added as key=value"
+    elif done:
+        way_on = "no checkpoint was kept: start again, with checkpoint.every=STEPS"
+    else:
+        way_on = None
+    found = f"{error.found} {_when(done)}" if isinstance(error, WorkerLostError) else error.found
+    remedy = "; ".join(text for text in (error.remedy, way_on) if text)
+    return type(error)(error.where, found, allowed=error.allowed, remedy=remedy or None)
+
+
+def _when(last_step: int) -> str:
+    return f"after step {last_step}" if last_step else "before the first step was done"
+
+
+def _last_step(metrics: Path) -> int:
+    """Of metrics.jsonl, written by rank 0 after each step; 0 where there is none. A torn last line is left out."""
+    steps = [0]
+    if metrics.is_file():
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]:
+            try:
+                steps.append(int(json.loads(line)["step"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return max(steps)

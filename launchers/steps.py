@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.compose import amend, load_resolved, save_resolved
-from configs.errors import CheckpointError, ConfigError, DataError, StoppedError
+from configs.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutOfMemoryError,
+    StoppedError,
+    WorkerLostError,
+)
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import available_device, check_processes, choose_accelerator
-from launchers.failure import traceback_kept_in
+from launchers.failure import UnexpectedError, traceback_kept_in, with_way_on
 from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
@@ -43,7 +50,7 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Re
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
-    with traceback_kept_in(folder / "logs"), resumable(folder):
+    with resumable(folder, worker=worker), traceback_kept_in(folder / "logs"):
         with nullcontext() if worker else alone_in(folder) if resume else new_run(folder):
             _train(cfg, folder, stages, resume=resume)
     stages.end(f"run: {folder}")
@@ -55,7 +62,7 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
-    with traceback_kept_in(folder / "logs"), resumable(folder):
+    with resumable(folder), traceback_kept_in(folder / "logs"):
         with alone_in(folder) if resume else new_run(folder):
             _train(cfg, folder, stages, resume=resume)
             if not is_first_rank():  # under an outer torchrun the other ranks are done here
@@ -68,14 +75,17 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Says, where a run is stopped by Ctrl-C, that it can go on, if it can.
+def resumable(folder: Path, *, worker: bool = False) -> Iterator[None]:
+    """Says, where a run is stopped by Ctrl-C or fails, how it can go on, if it can; a worker leaves that to its parent.
 
     Raises:
         StoppedError: it was stopped and has a checkpoint.
+        RunFailedError: as it came, with the way on.
     """
     try:
         yield
+    except (OutOfMemoryError, UnexpectedError, WorkerLostError) as error:
+        raise error if worker else with_way_on(error, folder) from error.__cause__
     except KeyboardInterrupt:
         if not list(folder.glob("checkpoints/step-*/COMPLETE")):  # by name: a stop imports no torch
             raise
@@ -277,6 +287,7 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
     seconds_before = stages.seconds
     device = available_device(cfg.device)
     from train.evaluate.run import evaluate_model, evaluate_run
+    from train.faults import told
     from train.models.load import ensure_model
     from train.observe.report import write_report
 
@@ -287,7 +298,7 @@ def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
         out = fresh_folder(f"eval-{Path(cfg.model.path).name}")
     if out is not None:
         make_writable(out, "out")
-    with stages.stage("eval"):
+    with stages.stage("eval"), told(device, cfg.eval):
         device.activate(0)
         if cfg.run_dir is None:
             assert data is not None and out is not None

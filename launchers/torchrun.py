@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError
+from configs.errors import EXIT_DONE, CrosstuneError, WorkerLostError
 from launchers.failure import ERROR_DIR, UnexpectedError, earliest_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")
+"""Rank and exit code of a worker in torchrun's own report."""
 SHUTDOWN_SECONDS = 120
 """Time that workers have to save and leave after a stop signal."""
 
@@ -37,7 +39,7 @@ def run_workers(nproc: int, arguments: Sequence[str], logs: Path, *, threads: in
 
     Raises:
         CrosstuneError: the earliest fault of a worker, with its exit code.
-        RunFailedError: workers ended without leaving a fault.
+        WorkerLostError: a worker was killed, or ended without leaving a fault.
         KeyboardInterrupt: the user stopped the run.
     """
     attempt = new_attempt(logs)
@@ -140,13 +142,15 @@ def _root_cause(attempt: Path, left: CrosstuneError | None) -> CrosstuneError:
     """The fault to show: what a worker left, unless another one was killed and that fault only followed from it."""
     expected = left is not None and not isinstance(left, UnexpectedError)
     text = (attempt / "torchrun.log").read_text(encoding="utf-8", errors="replace")
-    codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)]
-    killed = [-code for code in codes if code < 0 and -code not in STOP_SIGNALS]
+    ended = [(int(rank), int(code)) for rank, code in ENDED.findall(text)]
+    killed = [(rank, signal.Signals(-code)) for rank, code in ended if code < 0 and -code not in STOP_SIGNALS]
     remedy = f"the logs are in {attempt}"
     if killed and not expected:
-        hint = "; the kernel kills so when memory runs out" if killed[0] == signal.SIGKILL else ""
-        return RunFailedError("worker", f"ended by signal {signal.Signals(killed[0]).name}{hint}", remedy=remedy)
+        # A rank that misses its peer may abort: what came from outside is told first.
+        rank, number = min(killed, key=lambda dead: dead[1] == signal.SIGABRT)
+        hint = ", as the kernel does when memory runs out," if number == signal.SIGKILL else ""
+        return WorkerLostError(f"rank {rank}", f"ended by signal {number.name}{hint}", remedy=remedy)
     if left is not None:
         return left
-    ending = f"ended with code {codes[0]}" if codes else "torchrun ended early"
-    return RunFailedError("worker", f"{ending} without a message", remedy=remedy)
+    where, ending = (f"rank {ended[0][0]}", f"ended with code {ended[0][1]}") if ended else ("torchrun", "ended early")
+    return WorkerLostError(where, f"{ending} without a message", remedy=remedy)
