@@ -8,27 +8,41 @@ from typing import TYPE_CHECKING
 from configs.compose import build
 from configs.errors import ConfigError, DeviceError
 from configs.schema.device import DeviceConfig
+from configs.schema.model import Precision
 from configs.schema.roots import TrainConfig
+from configs.schema.sharding import ZeroConfig
 
 if TYPE_CHECKING:
     from train.devices.base import Device
 
 
 def check_processes(cfg: TrainConfig) -> None:
-    """Looks at device and processes before anything slow starts.
+    """Looks at device, processes and number format before anything slow starts; every fault at once.
 
     Raises:
         ConfigError: an outer launcher started another number of processes.
-        DeviceError: the device is not there, or there are fewer of them than processes.
+        DeviceError: the device is not there, there are fewer of them than processes, or it cannot do what was asked.
     """
+    from train.devices.base import raise_all
+
     world = os.environ.get("WORLD_SIZE")
     if world is not None and cfg.nproc not in (1, int(world)):
         raise ConfigError(
             "nproc", f"{cfg.nproc}, but the outer launcher started {world} processes", remedy="leave it out"
         )
     device = available_device(cfg.device)
-    if device.torch_type != "cpu" and cfg.nproc > device.count():
-        raise DeviceError("nproc", f"{cfg.nproc} processes, but {device.count()} {device.name} devices are visible")
+    faults = list(device.faults(processes_here(cfg.nproc), cfg.model.precision))
+    if isinstance(cfg.sharding, ZeroConfig) and device.deepspeed_accelerator is None:
+        found = f"ZeRO stage {cfg.sharding.stage}, but DeepSpeed has no class for device={device.name}"
+        faults.append(DeviceError("sharding", found, allowed="plain", remedy="sharding=plain"))
+    raise_all(faults)
+
+
+def processes_here(nproc: int) -> int:
+    """Processes of the run on this machine: what an outer launcher says, else what we shall start."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("LOCAL_RANK", "0")) + 1 if "WORLD_SIZE" in os.environ else nproc
 
 
 def choose_accelerator(name: str) -> None:
@@ -48,8 +62,17 @@ def available_device(cfg: DeviceConfig) -> Device:
     from train.devices.base import Device
 
     device = build(cfg, Device)
-    found = device.availability()
-    if not found.ok:
-        raise DeviceError(f"device={device.name}", found.reason, remedy="device=auto takes what is there")
-    choose_accelerator(device.deepspeed_accelerator)
+    device.require()
+    choose_accelerator(device.deepspeed_choice)
+    return device
+
+
+def device_of_one(cfg: DeviceConfig) -> Device:
+    """The configured device for work of a single process, checked.
+
+    Raises:
+        DeviceError: it is not there, or the variables that hide devices name what is not there.
+    """
+    device = available_device(cfg)
+    device.check(1, Precision.auto)
     return device

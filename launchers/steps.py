@@ -20,7 +20,7 @@ from configs.errors import (
     WorkerLostError,
 )
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
-from launchers.accelerator import available_device, check_processes, choose_accelerator
+from launchers.accelerator import check_processes, choose_accelerator, device_of_one
 from launchers.failure import UnexpectedError, traceback_kept_in, with_way_on
 from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
@@ -285,7 +285,7 @@ def _export(folder: RunFolder, cfg: ExportJobConfig, stages: Stages) -> Result:
 
 def _evaluate(cfg: EvalJobConfig, stages: Stages) -> Result:
     seconds_before = stages.seconds
-    device = available_device(cfg.device)
+    device = device_of_one(cfg.device)
     from train.evaluate.run import evaluate_model, evaluate_run
     from train.faults import told
     from train.models.load import ensure_model

@@ -18,7 +18,8 @@ SHOWN = 8
 def restore(engine: Engine, path: Path, world: World) -> TrainerState:
     """Overwrites trained weights, optimizer state and random generators with those of `path`. Called on all ranks.
 
-    Generators go on where they stood if the number of ranks is the same, else from a seed made of (seed, step, rank).
+    Generators go on where they stood if the number of ranks (and, for the device's own, the kind of device) is the
+    same, else from a seed made of (seed, step, rank).
     Memory: what the engine holds anyway, and pages of the mapped files.
 
     Returns:
@@ -36,10 +37,11 @@ def restore(engine: Engine, path: Path, world: World) -> TrainerState:
             for kind in entry.kinds:
                 reader.read_into(fragment.view(kind), fragment.name, kind, fragment.offset)
         engine.finish_restore(reader.state.step)
+        seed = derived_seed(reader.state.seed, reader.state.step, world.rank)
         if reader.world_size == world.size:
-            set_rng_states(reader.rng_states(world.rank), engine.device)
+            set_rng_states(reader.rng_states(world.rank), engine.device, otherwise=seed)
         else:
-            engine.device.seed(derived_seed(reader.state.seed, reader.state.step, world.rank))
+            engine.device.seed(seed)
     world.barrier()
     return reader.state
 

@@ -23,21 +23,31 @@ def rng_states(device: Device) -> dict[str, torch.Tensor]:
         "torch": torch.get_rng_state(),
     }
     own = device.rng_state()
-    return states if own is None else {**states, "device": own.cpu()}
+    return states if own is None else {**states, _key(device): own.cpu()}
 
 
-def set_rng_states(states: Mapping[str, torch.Tensor], device: Device) -> None:
-    """Puts back what `rng_states` gave; a device state from another kind of device is left out."""
+def set_rng_states(states: Mapping[str, torch.Tensor], device: Device, *, otherwise: int) -> None:
+    """Puts back what `rng_states` gave.
+
+    A generator of another kind of device cannot go on here, though its state may have the same size: a device whose
+    own state is not in `states` starts from the seed `otherwise`.
+    """
+    stored = states.get(_key(device))
+    has_own = device.rng_state() is not None
+    if has_own and stored is None:
+        device.seed(otherwise)
     version, internal, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = _from_bytes(states["numpy"])
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    own = device.rng_state()
-    if own is not None:
-        stored = states.get("device")
-        if stored is not None and stored.shape == own.shape:
-            device.set_rng_state(stored)
+    if has_own and stored is not None:
+        device.set_rng_state(stored)
+
+
+def _key(device: Device) -> str:
+    """Of the device's own generator."""
+    return f"device.{device.torch_type}"
 
 
 def derived_seed(seed: int, step: int, rank: int) -> int:

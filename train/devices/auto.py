@@ -6,15 +6,23 @@ import logging
 from functools import cache
 
 from configs.schema.device import DeviceConfig
+from train.devices.accelerator import AcceleratorDevice, is_installed
 from train.devices.ascend import AscendDevice
 from train.devices.base import Device
 from train.devices.cpu import CpuDevice
 from train.devices.cuda import CudaDevice
+from train.devices.rocm import RocmDevice
+from train.devices.table import HpuDevice, MluDevice, MpsDevice, MusaDevice, SdaaDevice, SupaDevice
+from train.devices.xpu import XpuDevice
 
 logger = logging.getLogger(__name__)
 
-ORDER: tuple[type[Device], ...] = (AscendDevice, CudaDevice, CpuDevice)
-"""An accelerator before the host; an NPU first, since a machine that has torch_npu installed is meant for it."""
+ORDER: tuple[type[Device], ...] = (
+    *(MluDevice, SdaaDevice, MusaDevice, SupaDevice, AscendDevice, HpuDevice),
+    *(RocmDevice, CudaDevice, XpuDevice, MpsDevice, CpuDevice),
+)
+"""As accelerate orders them: a vendor's plugin before torch's own names, since a machine that has it installed is meant
+for it and some plugins answer for torch.cuda, too; an accelerator before the host."""
 
 
 class AutoDevice(Device):
@@ -22,12 +30,17 @@ class AutoDevice(Device):
 
     def __new__(cls, cfg: DeviceConfig) -> Device:  # type: ignore[misc]  # gives another class on purpose
         """Logs what was taken and what the others lacked."""
+        absent: list[str] = []
         passed_over: list[str] = []
         for backend in ORDER:
             device = backend(cfg)
+            if isinstance(device, AcceleratorDevice) and device.plugin and not is_installed(device.plugin):
+                absent.append(device.plugin)
+                continue
             found = device.availability()
             if found.ok:
-                _say_once(f"device=auto took {device.name} ({'; '.join([found.reason, *passed_over])})")
+                lacking = [*passed_over, *([f"not installed: {', '.join(absent)}"] if absent else [])]
+                _say_once(f"device=auto took {device.name} ({'; '.join([found.reason, *lacking])})")
                 return device
             passed_over.append(f"{device.name}: {found.reason}")
         raise AssertionError("the CPU is always available")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 
+import psutil
 import torch
 
-from train.devices.base import Availability, Device, usable_cores
+from train.devices.base import Availability, Device, Memory, usable_cores
 
 
 class CpuDevice(Device):
@@ -18,7 +18,9 @@ class CpuDevice(Device):
     torch_type = "cpu"
     backend = "gloo"
     deepspeed_accelerator = "cpu"
+    proven = True
     visible_devices_variable = None
+    recorded_variables = ("LOCAL_SIZE", "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "MKL_NUM_THREADS")
 
     def availability(self) -> Availability:
         """Always there."""
@@ -27,6 +29,12 @@ class CpuDevice(Device):
     def count(self) -> int:
         """Any number of processes may share the cores; one per core is the sensible limit."""
         return usable_cores()
+
+    def versions(self) -> dict[str, str]:
+        """The libraries that multiply, and the best instructions that torch uses here."""
+        known = {"oneDNN": torch.backends.mkldnn, "MKL": torch.backends.mkl}
+        libraries = [name for name, library in known.items() if library.is_available()]
+        return {"libraries": ", ".join(libraries), "instructions": torch.backends.cpu.get_cpu_capability()}
 
     def fast_dtypes(self) -> tuple[torch.dtype, ...]:
         """bf16 only with the instructions for it: without them it ran at a quarter of fp32's speed."""
@@ -38,10 +46,10 @@ class CpuDevice(Device):
         """bf16 is emulated where it is not native, slowly but correctly."""
         return dtype in (torch.float32, torch.bfloat16)
 
-    def peak_memory_bytes(self) -> int:
-        """Largest resident set of the process; Linux counts in KiB, macOS in bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    def memory(self) -> Memory:
+        """Resident sets of the process, and the machine's memory."""
+        used, peak = int(psutil.Process().memory_info().rss), _peak_resident_bytes()
+        return Memory(used, max(used, peak), int(psutil.virtual_memory().total))  # the kernel rounds them differently
 
     def synchronize(self) -> None:
         """Nothing is queued on the host."""
@@ -57,3 +65,13 @@ class CpuDevice(Device):
 
     def _activate(self, local_rank: int) -> None:
         """Nothing to choose."""
+
+
+def _peak_resident_bytes() -> int:
+    """Largest resident set; Linux counts in KiB, macOS in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -65,7 +65,8 @@ def init_world(device: Device) -> World:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone where they are unset.
 
     Host values travel over gloo in a group of their own where the device has another backend: that backend may
-    know neither host tensors nor fp64.
+    know neither host tensors nor fp64. The default group is bound to the process's device, so that no collective,
+    a barrier among them, guesses one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,7 +74,7 @@ def init_world(device: Device) -> World:
         return World(local_rank=local_rank)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
     if not dist.is_initialized():
-        dist.init_process_group(device.backend, timeout=timeout)
+        dist.init_process_group(device.backend, timeout=timeout, device_id=device.group_device)
     control = None if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), size, local_rank, control)
 

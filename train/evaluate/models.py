@@ -15,11 +15,11 @@ from train.models.load import load_model
 
 
 def compute_dtype(working: torch.dtype, device: Device) -> torch.dtype:
-    """What evaluation computes in: fp32 on CPUs, the working weights' format elsewhere.
+    """What evaluation computes in: the working weights' format, but fp32 on CPUs and where that format does not work.
 
     The weights keep the rounding they had in training either way.
     """
-    return torch.float32 if device.torch_type == "cpu" else working
+    return torch.float32 if device.torch_type == "cpu" or not device.supports(working) else working
 
 
 def base_model(trained: Trained, device: Device) -> Any:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from configs.errors import DeviceError, ModelError, StorageError
+from configs.errors import ModelError, StorageError
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
-from train.devices.base import Device
+from train.devices.base import DTYPES, Device
 from train.models.gguf import dequantise
 
 logger = logging.getLogger(__name__)
@@ -143,14 +143,10 @@ def resolve_precision(precision: Precision, device: Device, *, on_note: Callable
         dtype = device.fast_dtypes()[0]
         on_note(f"precision {dtype_name(dtype)}: the fastest that {device.name} has here")
         return dtype
-    dtype = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[precision]
-    if not device.supports(dtype):
-        raise DeviceError(
-            "model.precision",
-            f"{precision.value} does not work on device {device.name} here",
-            allowed=", ".join(dtype_name(d) for d in device.fast_dtypes()) + ", auto",
-            remedy="model.precision=auto",
-        )
+    fault = device.precision_fault(precision)
+    if fault is not None:
+        raise fault
+    dtype = DTYPES[precision]
     if dtype not in device.fast_dtypes():
         on_note(f"precision {precision.value}: works here but is emulated, several times slower than fp32")
     return dtype
@@ -158,7 +154,7 @@ def resolve_precision(precision: Precision, device: Device, *, on_note: Callable
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``bf16`` or ``fp32``."""
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    return next(precision.value for precision, each in DTYPES.items() if each == dtype)
 
 
 def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:

@@ -71,7 +71,7 @@ def write_environment(path: Path, device: Device) -> None:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device.describe(),
         "packages": package_versions(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ} | device.variables(),
     }
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
