@@ -184,6 +184,11 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     if request.cfg:
         _print_config(cfg)
         return None
+    if request.command == "doctor ascend-standin":
+        from launchers.doctor.standin.command import standin
+
+        # Before the process is prepared: the program gets the user's own environment.
+        return standin(cfg, request.program)
     _prepare_process(cfg)
     if request.command.startswith("doctor"):
         return _doctor(request, cfg)
@@ -209,10 +214,6 @@ def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
         from launchers.doctor.portability import portability
 
         return portability(cfg)
-    if request.command == "doctor ascend-standin":
-        from launchers.doctor.standin.command import standin
-
-        return standin(cfg, request.program)
     from launchers.doctor.device import doctor
 
     return doctor(cfg)
