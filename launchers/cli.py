@@ -275,7 +275,6 @@ def _prepare_process(cfg: object) -> None:
     import logging
 
     from launchers.environment import prepare_environment
-    from launchers.failure import ERROR_DIR
     from launchers.stages import is_first_rank
 
     notes = prepare_environment(cfg)
@@ -286,7 +285,7 @@ def _prepare_process(cfg: object) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [ours], False
         logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
-    for note in notes if ERROR_DIR not in os.environ else ():  # the parent of a worker has said them
+    for note in notes:
         logging.getLogger("train.devices").info(note)
 
 

@@ -65,7 +65,7 @@ class Plan:
 
 
 def settle(cfg: AscendConfig, environment: MutableMapping[str, str]) -> list[str]:
-    """Sets Ascend's variables in `environment`; a second call with the same config changes nothing.
+    """Sets Ascend's variables in `environment`; a second call with the same config changes and says nothing.
 
     Args:
         cfg: the device's config; what is null there comes from the environment, else from crosstune's default.
@@ -81,8 +81,9 @@ def settle(cfg: AscendConfig, environment: MutableMapping[str, str]) -> list[str
     found = plan(cfg, environment)
     if found.faults:
         raise found.faults[0] if len(found.faults) == 1 else ErrorGroup(found.faults)
+    changes = any(environment.get(name) != value for name, value in found.values.items())
     environment.update(found.values)
-    return found.notes
+    return found.notes if changes else []
 
 
 def recorded(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,122 @@
+"""`crosstune doctor device=X`: what a device can do here, what is missing, and how to get it.
+
+Nothing is trained and nothing is changed. Not covered: speed, and whether several devices reach each other
+(`tests/device/check.py` runs them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.compose import save_resolved
+from configs.errors import EXIT_DONE, EXIT_USER_FAULT
+from configs.schema.doctor import DoctorConfig
+from launchers.doctor.findings import AUTO, installed, of_ascend, of_look, of_packages
+from launchers.environment import ascend_config
+from train.devices.ascend_environment import Plan, plan
+
+PATIENCE_SECONDS = 120
+"""For one device. A driver that hangs is a finding."""
+
+
+def doctor(cfg: DoctorConfig) -> dict[str, Any]:
+    """`crosstune doctor`: prints what was found; the result is the same as data, with the exit code."""
+    ascend = ascend_config(cfg.device)
+    settings = plan(ascend, os.environ) if ascend else None
+    records = look(cfg, environment_for(settings))
+    chosen, passed_over = records[-1], records[:-1]
+    versions = {"python": platform.python_version(), **installed(), **chosen["versions"]}
+    findings = [*of_packages(versions), *of_look(chosen, cfg)]
+    if settings is not None and (chosen["name"] == "ascend" or settings.faults):
+        findings += [each for each in of_ascend(settings, cfg) if each not in findings]
+    report = {
+        "device": chosen["name"],
+        "answers": chosen,
+        "passed_over": passed_over,
+        "versions": versions,
+        "settings": settings_of(chosen, settings),
+        "findings": [vars(finding) for finding in findings],
+        "exit_code": EXIT_USER_FAULT if any(each.level == "missing" for each in findings) else EXIT_DONE,
+    }
+    from launchers.doctor.page import show
+
+    show(report)
+    return report
+
+
+def settings_of(chosen: Mapping[str, Any], settings: Plan | None) -> list[dict[str, str]]:
+    """Environment variables of the device as a run would have them, with where each value comes from."""
+    if settings is not None and chosen["name"] == "ascend":
+        return [
+            {"variable": name, "value": value, "from": settings.origins[name]}
+            for name, value in sorted(settings.values.items())
+        ]
+    return [
+        {"variable": name, "value": value, "from": "environment"}
+        for name, value in sorted(chosen.get("variables", {}).items())
+    ]
+
+
+def environment_for(settings: Plan | None) -> dict[str, str]:
+    """The environment of the look: as for a run, without what would stop one, so that the rest is seen."""
+    environment = dict(os.environ)
+    if settings is None:
+        return environment
+    faulty = {fault.where for fault in settings.faults}
+    for name in faulty & environment.keys():
+        del environment[name]
+    return environment | {name: value for name, value in settings.values.items() if name not in faulty}
+
+
+def look(cfg: DoctorConfig, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What each device answered, the one that a run would take last.
+
+    A device that takes the looking process down is recorded so, and the look goes on without it.
+    """
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+        config = Path(folder) / "config.yaml"
+        save_resolved(cfg, config)
+        while True:
+            out = Path(folder) / f"{len(records)}.jsonl"
+            ended = _look(config, out, [record["name"] for record in records], environment)
+            lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+            records += [line for line in lines if "available" in line]
+            if ended is None and records:
+                return records
+            lost = lines[-1]["name"] if lines and "available" not in lines[-1] else None
+            records.append(_lost(lost or cfg.device._target_.rpartition(".")[2], ended or "ended without an answer"))
+            if lost is None or cfg.device._target_ != AUTO:
+                return records
+
+
+def _look(config: Path, out: Path, skip: list[str], environment: Mapping[str, str]) -> str | None:
+    """Runs the looking process; None, or how it ended."""
+    command = [sys.executable, "-P", "-m", "launchers.doctor.look", str(config), str(out), *skip]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"did not answer within {PATIENCE_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode < 0:
+        return f"took its process down ({signal.Signals(-done.returncode).name}): {said}"
+    return f"failed: {said}"
+
+
+def _lost(name: str, how: str) -> dict[str, Any]:
+    """The record of a device that could not even say that it is not there."""
+    return {
+        **{"name": name, "available": False, "reason": how, "proven": False, "deepspeed": "unknown"},
+        **{"versions": {}, "variable": None, "faults": [], "remedy": "see the driver's and the plugin's own logs"},
+    }
