@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest_plugins = ["tests.standin"]
+
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
