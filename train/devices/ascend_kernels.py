@@ -3,7 +3,9 @@
 Their meaning and limits are those of Huawei's documentation (Ascend/op-plugin at 517f2e7, folder
 ``docs/zh/custom_APIs/torch_npu``, and the argument checks of ``op_plugin/ops/opapi``); gradients are torch_npu's own.
 Checked against the reference on a pretended NPU only, whose operators are written from the same documentation. On a
-card `train/ops/agreement.py` compares values, gradients and masks at each start before one of them is used.
+card `train/ops/agreement.py` compares values, gradients and masks at each start before one of them is used: others met
+silent faults in kernels of this kind (vllm-project/vllm-ascend#13699: no softmax with TND and no mask; #15503: a mask
+ignored behind the 512th key).
 """
 
 from __future__ import annotations

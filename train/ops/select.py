@@ -13,7 +13,7 @@ from configs.schema.device import KernelChoice
 from train.devices.base import Device
 from train.models.families import Family
 from train.ops.agreement import disagreement
-from train.ops.kernel import REFERENCES, Kernel, Needs, Version
+from train.ops.kernel import REFERENCES, Kernel, Needs
 from train.ops.packed_attention import register
 from train.ops.replace import another_formula, layers_of, replace
 
@@ -69,7 +69,7 @@ def use_kernels(
 
 def _why_not(
     op: str,
-    version: Version | None,
+    version: Kernel | None,
     model: Any,
     family: Family,
     device: Device,
@@ -91,7 +91,7 @@ def _why_not(
         if different := another_formula(op, found, dtype, device.torch_device):
             return different
     needs = Needs.of(model)
-    if isinstance(version, Kernel) and (unmet := version.unmet(needs)):
+    if unmet := version.unmet(needs):
         return unmet
     found_wrong = disagreement(op, version, needs, dtype, device.torch_device)
     if found_wrong is None:
@@ -101,7 +101,7 @@ def _why_not(
     return f"it disagrees with the reference in {dtype}: {found_wrong}"
 
 
-def _use(op: str, version: Version, model: Any, family: Family, device: Device) -> None:
+def _use(op: str, version: Kernel, model: Any, family: Family, device: Device) -> None:
     if op == "attention":
         model.set_attn_implementation(register(device.name, version))
     else:

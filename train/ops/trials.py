@@ -16,7 +16,7 @@ MANY: Lengths = ((300, 1, 140),)
 ROWS: Lengths = ((37,), (1, 36))
 """A row that one sample fills, and one of two samples."""
 LONG: Lengths = ((2100,),)
-"""A sample beyond the edge of a compressed mask, 2048 tokens on Ascend."""
+"""A sample beyond the edge of compressed masks, commonly 2048 tokens."""
 WINDOW = 96
 """Stands for the model's window, which samples this short would not fill."""
 
