@@ -25,18 +25,18 @@ from train.devices.base import Device
 from train.engine.base import Engine
 from train.loop import Loop
 
+MODEL, ENGINE = "model", "engine"
+"""Phases before the first step: the weights go to the device; the engine is built over them."""
 PHASES = {
     (Loop, "take_step"): "forward pass",  # what follows it has an engine's name
     (Loop, "validation_loss"): "validation",
     (Loop, "save"): "checkpoint",
-    (Engine, "__init__"): "engine",
+    (Engine, "__init__"): ENGINE,
     (Engine, "backward"): "backward pass",
     (Engine, "step"): "optimizer step",
 }
 """The innermost of these frames says what was at work."""
-MODEL = "model"
-"""The phase before the engine is built: the weights go to the device."""
-OF_WEIGHTS = (MODEL, "engine", "optimizer step", "checkpoint")
+OF_WEIGHTS = (MODEL, ENGINE, "optimizer step", "checkpoint")
 """Phases in which weights and optimizer state fill the memory; in the others activations come on top."""
 
 ASKED = (
@@ -62,9 +62,11 @@ class Place:
     """Path and class of the innermost module at work; None outside the model, and in most of a backward pass."""
 
     def __str__(self) -> str:
-        text = {MODEL: "moving the model to it", "engine": "building masters and gradient buffers"}.get(self.phase)
-        text = text or f"the {self.phase}"
-        return text if self.step is None else f"{text} of step {self.step}"
+        if self.phase == MODEL:
+            return "while the model was moved there"
+        if self.phase == ENGINE:
+            return "while masters and gradient buffers were made"
+        return f"in the {self.phase}" + (f" of step {self.step}" if self.step is not None else "")
 
 
 @contextmanager
@@ -130,11 +132,11 @@ def unsupported_operator(error: BaseException) -> str | None:
 
 
 def _no_kernel(operator: str, place: Place, device: Device, cfg: TrainConfig | EvalConfig, who: str) -> DeviceError:
-    where = f"{place}, in {place.module}" if place.module else f"{place}"
+    where = f"{place.module}, " if place.module else ""
     model = f"model.path={cfg.model.path}" if isinstance(cfg, TrainConfig) else "model.path=..."
     return DeviceError(
         f"device={device.name}",
-        f"{who} has no kernel for {operator}, which the model needs in {where}",
+        f"{who} has no kernel for {operator}, which {where or 'the run '}needs {place}",
         remedy=f"crosstune doctor portability {model} device={device.name} lists all that it lacks at once; "
         "a newer version of the device's plugin may have it, device=cpu has it",
     )
@@ -147,7 +149,7 @@ def _no_memory(
     cause = _that_says_how_much(error)
     asked = _asked_bytes(str(cause))
     on_host = device.torch_type != "cpu" and not isinstance(cause, torch.OutOfMemoryError) and _is_host(cause)
-    found = f"out of {'host memory' if on_host else 'memory'} in {place}"
+    found = f"out of {'host memory' if on_host else 'memory'} {place}"
     if asked:
         found += f": {in_gib(asked)} more were asked for"
     if not on_host:

@@ -14,6 +14,7 @@ from configs.schema.optim import OptimConfig
 from tests.distributed.layouts import ENGINES, MORE_ENGINES, build, launch, must_lie_on_device, run_step, start
 from train.checkpoint.layout import CheckpointReader, TrainerState
 from train.checkpoint.save import save
+from train.engine.base import World
 
 pytestmark = pytest.mark.distributed
 
@@ -57,6 +58,12 @@ FP32 = [name for name, case in ALL.items() if not case.get("bf16")]
 def worker(out: Path, only: list[str] | None) -> None:
     """Takes one clipped step in each layout of this world size (or `only` some), then one that must not be taken."""
     world = start()
+    take_steps(world, out, only)
+    world.close()
+
+
+def take_steps(world: World, out: Path, only: list[str] | None) -> None:
+    """See `worker`."""
     results = {}
     for case in cases(world.size):
         if only is not None and label(case) not in only:
@@ -75,7 +82,6 @@ def worker(out: Path, only: list[str] | None) -> None:
         engine.close()
     if world.rank == 0:
         (out / f"{world.size}.json").write_text(json.dumps(results))
-    world.close()
 
 
 @pytest.fixture(scope="module")

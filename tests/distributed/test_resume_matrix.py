@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -132,21 +130,27 @@ def folder_of(plan: dict) -> str:
 
 def worker(arguments: dict) -> None:
     world = start()
-    for plan, task in product(arguments["plans"], arguments["tasks"]):
-        out = Path(arguments["out"], folder_of(plan))
-        out.mkdir(exist_ok=True)
-        {"save": save_all, "resume": resume_all}[task](plan, out, world)
+    run_tasks(world, Path(arguments["out"]), arguments["plans"], arguments["tasks"])
     world.close()
 
 
-def run_matrix(out: Path, plans: list[dict], two: Mapping[str, str] = os.environ) -> None:
-    """Runs the engines `x1` at one rank and `x2` at two, each resuming what any of the same plan saved.
+def run_tasks(world: World, out: Path, plans: list[dict], tasks: list[str]) -> None:
+    for plan, task in product(plans, tasks):
+        folder = out / folder_of(plan)
+        folder.mkdir(exist_ok=True)
+        {"save": save_all, "resume": resume_all}[task](plan, folder, world)
 
-    `two` is the environment of the two ranks, such as one that gives them another device.
-    """
+
+def run_matrix(out: Path, plans: list[dict]) -> None:
+    """Runs the engines `x1` at one rank and `x2` at two, each resuming what any of the same plan saved."""
     launch(__name__, 1, out=str(out), tasks=["save"], plans=plans)
-    launch(__name__, 2, two, out=str(out), tasks=["save", "resume"], plans=plans)
+    launch(__name__, 2, out=str(out), tasks=["save", "resume"], plans=plans)
     launch(__name__, 1, out=str(out), tasks=["resume"], plans=plans)
+    must_have_resumed(out, plans)
+
+
+def must_have_resumed(out: Path, plans: list[dict]) -> None:
+    """Every layout of every plan was resumed under every other, and nothing was lost."""
     for plan in plans:
         results = [json.loads((out / folder_of(plan) / f"resumed-x{ranks}.json").read_text()) for ranks in (1, 2)]
         faults = results[0]["faults"] + results[1]["faults"]
