@@ -127,8 +127,8 @@ FAMILIES = (
     *("TASK_QUEUE_", "CPU_AFFINITY_"),
 )
 """Names that begin so are meant for an Ascend."""
-OTHERS = re.compile(r"(TORCH_)?(?!HCCL_)[A-Z]{1,2}CCL_|PYTORCH_(CUDA|HIP|XPU|MPS)_")
-"""Right names of other vendors, one letter away from ours: NCCL_BUFFSIZE."""
+OTHERS = re.compile(r"(TORCH_)?(?!HCCL_)[A-Z]{1,2}CCL_|PYTORCH_(CUDA|HIP|XPU|MPS)_|TORCHELASTIC_")
+"""Right names of other vendors, one letter away from ours: NCCL_BUFFSIZE. And those that torchrun gives its workers."""
 NEAR = 0.88
 """Likeness (difflib) from which a name is taken for a misspelt one; HCCL_BUFFER_SIZE has 0.90."""
 
