@@ -31,15 +31,14 @@ class _ThenPutOn(importlib.abc.Loader):
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds torch_npu, once, as Python itself would."""
+    """Finds torch_npu as Python itself would: also for those who only ask where it is."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "torch_npu":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenPutOn(spec.loader)
         return spec

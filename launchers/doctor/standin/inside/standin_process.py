@@ -19,14 +19,14 @@ DISPATCH_KEY = "PrivateUse1"
 
 TORCH_NPUS_OWN = frozenset(
     """
-    empty.memory_format empty_strided empty_like new_empty_strided resize_ resize_as_ record_stream is_pinned _pin_memory
-    view _reshape_alias as_strided as_strided_ unfold set_ set_.source_Storage set_.source_Storage_storage_offset
-    set_.source_Tensor copy_ _copy_from _copy_from_and_resize is_set_to empty_with_format unsafe_empty_with_format
-    empty_with_swapped_memory get_storage_size copy_memory_ _lazy_clone contiguous _fused_sdp_choice _local_scalar_dense
-    _has_compatible_shallow_copy_type
+    empty.memory_format empty_strided empty_like new_empty_strided empty_with_format unsafe_empty_with_format
+    empty_with_swapped_memory resize_ resize_as_ record_stream is_pinned _pin_memory get_storage_size
+    view _reshape_alias as_strided as_strided_ unfold contiguous _lazy_clone _has_compatible_shallow_copy_type is_set_to
+    set_ set_.source_Storage set_.source_Storage_storage_offset set_.source_Tensor
+    copy_ _copy_from _copy_from_and_resize copy_memory_ _local_scalar_dense _fused_sdp_choice
     """.split()
 )
-"""Operators that allocate, view or copy without a kernel of the device: what is tested is torch_npu's version of them."""
+"""Operators that allocate, view or copy without a kernel of the device: torch_npu's version of them is what is tested."""
 
 
 def put_on() -> None:
@@ -72,7 +72,7 @@ def replaceable(name: str) -> bool:
 
 
 def missing(own: set[str]) -> Iterator[str]:
-    """Operators that torch_npu hands to the CPU with a warning: a CPU kernel, none of its own, and none made of others."""
+    """Operators that torch_npu hands to the CPU with a warning: no kernel of its own, and none made of other operators."""
     composite = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
     for name in registered("CPU") - own:
         if not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in composite):
