@@ -194,12 +194,6 @@ class AcceleratorDevice(Device):
     def _set_device(self, local_rank: int) -> None:
         self.runtime.set_device(local_rank)
 
-    @property
-    def group_device(self) -> torch.device | None:
-        """This process's device, where torch knows its type as the accelerator of the build."""
-        accelerator = torch.accelerator.current_accelerator()
-        return self.torch_device if accelerator is not None and accelerator.type == self.torch_type else None
-
     def seed(self, seed: int) -> None:
         """Seeds the device's generator by name, too: torch seeds only those types that it knows."""
         super().seed(seed)
@@ -230,6 +224,8 @@ class AcceleratorDevice(Device):
 def is_installed(plugin: str) -> bool:
     """Whether a package can be found; imports nothing, of a dotted name only what it lies in."""
     root, _, inner = plugin.partition(".")
+    if root in sys.modules and sys.modules[root] is None:  # kept out by `load_plugin`
+        return True
     if importlib.util.find_spec(root) is None:
         return False
     with suppress(ImportError):  # a package of that name, but not the one
@@ -251,6 +247,8 @@ def load_plugin(plugin: str, torch_type: str) -> str | None:
         root = plugin.partition(".")[0]
         for name in [name for name in sys.modules if name == root or name.startswith(f"{root}.")]:
             del sys.modules[name]
+        # transformers, too, would import it wherever it is installed, and fail with it; None counts as not installed.
+        sys.modules[root] = None  # type: ignore[assignment]  # what the import system documents
         if not had and hasattr(torch, torch_type):
             delattr(torch, torch_type)
         return f"{type(error).__name__}: {first_line(error)}"

@@ -209,11 +209,6 @@ class Device(ABC):
         """Where tensors go."""
         return torch.device(self.torch_type, self.index)
 
-    @property
-    def group_device(self) -> torch.device | None:
-        """The device that a process group is bound to; None where torch binds none."""
-        return None
-
     def seed(self, seed: int) -> None:
         """Seeds every generator that training may draw from."""
         random.seed(seed)

@@ -9,6 +9,7 @@ Not covered here: tensor and pipeline parallelism; fp16 (its loss scaling makes 
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,16 +66,19 @@ def init_world(device: Device) -> World:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone where they are unset.
 
     Host values travel over gloo in a group of their own where the device has another backend: that backend may
-    know neither host tensors nor fp64. The default group is bound to the process's device, so that no collective,
-    a barrier among them, guesses one.
+    know neither host tensors nor fp64.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
         return World(local_rank=local_rank)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    # Torch would have the group bound to a device. A gloo group beside a bound one exists for few devices only, and
+    # each group that is made from a bound one connects at once and takes its buffers, used or not. There is nothing
+    # to guess either: the current device is the one that `Device.activate` has set.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     if not dist.is_initialized():
-        dist.init_process_group(device.backend, timeout=timeout, device_id=device.group_device)
+        dist.init_process_group(device.backend, timeout=timeout)
     control = None if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), size, local_rank, control)
 

@@ -111,5 +111,4 @@ def _ensure_group(device: Device) -> None:
     """A process that runs alone needs a group of one; an in-memory store needs no port."""
     os.environ.setdefault("LOCAL_RANK", str(device.index))  # DeepSpeed refuses to start without it
     if not dist.is_initialized():
-        store = torch._C._distributed_c10d.HashStore()
-        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, device_id=device.group_device)
+        dist.init_process_group(device.backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
