@@ -1,7 +1,7 @@
 """Every op of `train/ops`: the reference against its formula, the device's version against the reference, and what the
 agreement check must refuse.
 
-`test_on_the_stand_in` runs this file once more where the operators are behind the real torch_npu.
+`test_on_the_stand_in` runs this file once more, and `tests/unit/test_ops_model.py`, behind the real torch_npu.
 """
 
 from __future__ import annotations
@@ -278,8 +278,11 @@ def test_nothing_of_the_check_stays_in_memory(operators):  # noqa: F811
 
 @pytest.mark.skipif(ON_NPU, reason="this is the stand-in")
 def test_on_the_stand_in(standin):
+    """This file and the models', with the real torch_npu, on tensors of a pretended NPU."""
     root = Path(__file__).parents[2]
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(root / "tests/contracts/test_ops.py")]
+    files = ["tests/contracts/test_ops.py", "tests/unit/test_ops_model.py"]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-k", "not formula", *files]
     environment = standin.environment() | {"CROSSTUNE_TEST_DEVICE": "ascend"}
     done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) > 20, done.stdout[-4000:] + done.stderr[-2000:]

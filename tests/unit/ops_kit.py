@@ -7,7 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from launchers.doctor.standin.inside import fused_attention, fused_operators
 from train.devices.ascend_kernels import KERNELS, _causal_mask
 from train.devices.base import Device
 from train.devices.cpu import CpuDevice
+from train.ops import select
+from train.ops.agreement import disagreement
 from train.ops.kernel import Kernel, Needs
 
 OPERATORS = {
@@ -70,6 +73,15 @@ def kernel(run: Callable[..., torch.Tensor]) -> Kernel:
     return Kernel(run, lambda needs: None)
 
 
+_compared = cache(disagreement)
+
+
+@pytest.fixture(autouse=True)
+def compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is compared once for all models of the same sizes: the comparison has tests of its own."""
+    monkeypatch.setattr(select, "disagreement", _compared)
+
+
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Counts the calls of torch_npu's operators; on the CPU the stand-in's own functions are in their place."""
@@ -81,8 +93,10 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     else:
         functions = {name: getattr(fused_operators, name, None) for name in OPERATORS.values()}
         functions["npu_fusion_attention"] = fused_attention.npu_fusion_attention
-        plugin = SimpleNamespace(**functions)
+        plugin = ModuleType("torch_npu")
+        vars(plugin).update(functions)
         monkeypatch.setitem(sys.modules, "torch_npu", plugin)
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where something imports it, takes this for an NPU
         for module in (fused_attention, fused_operators):
             monkeypatch.setattr(module, "on_fused_chip", lambda name: None)
     for op, name in OPERATORS.items():
