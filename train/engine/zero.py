@@ -49,6 +49,7 @@ class ZeroEngine(Engine):
         super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)
         deepspeed = _import_deepspeed()
         _ensure_group(device)
+        _sum_norms_in_fp32_where_needed(device)
         optimizer = build_optimizer(optim, self.trained.items())
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory reports, asked or not
@@ -105,6 +106,20 @@ def _import_deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
     return module
+
+
+def _sum_norms_in_fp32_where_needed(device: Device) -> None:
+    """Tells DeepSpeed where collectives take no fp64, in which it sums the norms of gradients on all but Apple's devices.
+
+    Asked of the backend itself: it depends on the chip (HCCL sums fp64 on Ascend 950, not on 910), and the refusal
+    comes before anything is sent.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    try:
+        dist.all_reduce(torch.zeros(1, dtype=torch.float64, device=device.torch_device))
+    except (RuntimeError, TypeError):
+        get_accelerator().is_fp64_supported = lambda: False
 
 
 def _ensure_group(device: Device) -> None:
