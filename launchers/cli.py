@@ -274,10 +274,11 @@ def _prepare_process(cfg: object) -> None:
     """What must stand before a library is imported."""
     import logging
 
-    from launchers.environment import prepare_environment
+    from launchers.environment import keep_out_plugins, prepare_environment
     from launchers.stages import is_first_rank
 
     notes = prepare_environment(cfg)
+    keep_out_plugins(cfg)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     ours = logging.StreamHandler(sys.stdout)
     ours.setFormatter(logging.Formatter("      %(message)s"))

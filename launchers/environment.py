@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import MutableMapping
 from dataclasses import fields, is_dataclass
 
 from configs.schema.device import AscendConfig, DeviceConfig
+from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
 from configs.schema.model import HUB_PREFIX
 from configs.schema.roots import EvalJobConfig, TrainConfig
 
@@ -55,6 +57,20 @@ def prepare_environment(cfg: object, environment: MutableMapping[str, str] = os.
     from train.devices.ascend_environment import settle
 
     return settle(ascend, environment)
+
+
+def keep_out_plugins(cfg: object) -> None:
+    """Keeps torch_npu out of a process that does not work on an Ascend.
+
+    transformers imports it wherever it is installed. That takes seconds, rewrites parts of torch, and fails where CANN
+    is not there, as on a login node. A module that is None in `sys.modules` counts as not installed.
+    """
+    works_there = isinstance(cfg, (TrainConfig, EvalJobConfig)) and ascend_config(cfg.device) is not None
+    # The doctor's commands look at devices in processes of their own.
+    looks = isinstance(cfg, (DoctorConfig, PortabilityConfig, StandinConfig))
+    if works_there or looks or "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is None:
+        return
+    sys.modules["torch_npu"] = None  # type: ignore[assignment]  # what the import system documents
 
 
 def ascend_config(device: DeviceConfig) -> AscendConfig | None:

@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import CrosstuneError
 from configs.schema.device import KernelChoice
 from configs.schema.doctor import DoctorConfig
+from launchers.doctor.standin.build import MARK
 from train.devices.ascend_environment import Plan
 from train.devices.ascend_variables import unknown
 
@@ -90,7 +91,7 @@ def of_fault(error: CrosstuneError) -> Finding:
 
 def of_ascend(plan: Plan, cfg: DoctorConfig, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """What can be said of an Ascend without loading torch_npu, which may take the process down."""
-    if "CROSSTUNE_STANDIN" in environment:
+    if MARK in environment:
         yield Finding("note", "this is crosstune's stand-in: the real torch_npu API on a pretended device, no card")
     yield from _versions_of_torch_npu()
     home = environment.get("ASCEND_HOME_PATH") or environment.get("ASCEND_TOOLKIT_HOME")

@@ -94,6 +94,7 @@ def test_a_misspelt_name_is_refused_with_the_right_one_and_with_the_way_to_keep_
 
 def test_names_of_other_vendors_and_of_a_newer_cann_stop_nothing():
     others = ["NCCL_BUFFSIZE", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_BLOCKING_WAIT", "PYTORCH_CUDA_ALLOC_CONF"]
+    others += ["TORCHELASTIC_USE_AGENT_STORE"]  # torchrun's, in every worker
     newer = ["ASCEND_HCCL_PATH", "HCCL_TIMEOUT"]
     environment = dict.fromkeys([*others, *newer, "TP_SOCKET_IFNAME"], "1")
     settle(config(), environment)
