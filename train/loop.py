@@ -98,7 +98,7 @@ class Loop:
         for i, batch in enumerate(self.sampler.batches(step)):
             loss = self.objective.loss_sum(self.engine.forward, batch)
             self.engine.backward(loss / step.num_targets, last=i == last)
-            loss_sum += loss.detach().double().cpu()
+            loss_sum += loss.detach().cpu().double()  # not every device knows fp64
         grad_norm = self.engine.step(lr)
         [total] = self.world.all_reduce_sum([loss_sum.item()])
         state.epoch = self.sampler.plan.position(state.step).epoch
