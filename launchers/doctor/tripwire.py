@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import inspect
 import json
 import os
@@ -35,6 +36,8 @@ from typing import Any
 
 VARIABLE = "CROSSTUNE_TRIPWIRE"
 """File that records are added to; unset: nothing is watched."""
+OWN = ("torch", "torch_npu")
+"""What these do inside is no assumption of anybody else."""
 CUDA_MODULES = ("torch.cuda.", "torch.backends.cuda.")
 STACK_DEPTH = 12
 """Frames outside torch that a record keeps, the innermost first."""
@@ -43,6 +46,8 @@ Judge = Callable[[tuple[Any, ...], dict[str, Any]], str | None]
 """From the arguments of a call to what it assumes, or None."""
 
 _state = threading.local()
+_own_folders: tuple[str, ...] = ()
+_watched: set[Callable[..., Any]] = set()
 _seen: set[tuple[str, str, int, int]] = set()
 _active = False
 
@@ -53,10 +58,11 @@ def activate() -> None:
     if _active or not os.environ.get(VARIABLE):
         return
     _active = True
-    if hasattr(sys.modules.get("torch"), "distributed"):
+    for name in OWN:  # the plugin puts functions of its own in the place of some of torch's
+        if name not in sys.modules:
+            sys.meta_path.insert(0, _After(name))
+    if "torch" in sys.modules:
         _watch_torch()
-    else:
-        sys.meta_path.insert(0, _AfterTorch())
 
 
 def site_folder(parent: Path) -> Path:
@@ -73,16 +79,19 @@ def records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-class _AfterTorch(importlib.abc.MetaPathFinder):
-    """Watches torch as soon as its import has ended, before the importing code goes on."""
+class _After(importlib.abc.MetaPathFinder):
+    """Watches as soon as the import of `name` has ended, before the importing code goes on."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "torch":
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = importlib.util.find_spec(fullname)  # as found without us
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -98,6 +107,9 @@ def _watch_torch() -> None:
     import torch.distributed
     from torch.distributed import device_mesh, distributed_c10d
 
+    global _own_folders
+    files = [sys.modules[name].__file__ for name in OWN if name in sys.modules]
+    _own_folders = tuple(os.path.dirname(file) + os.sep for file in files if file)
     _watch_cuda(torch)
     _watch_constructors(torch)
     for kind in (torch.Tensor, torch.nn.Module):
@@ -203,13 +215,16 @@ def _replace(owner: Any, name: str, judge: Judge, also: Iterable[Any] = ()) -> N
 
 
 def _wrapper(function: Callable[..., Any], judge: Judge) -> Callable[..., Any]:
+    if function in _watched:
+        return function
+
     @functools.wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
         what = judge(args, kwargs)
         if what is None or getattr(_state, "inside", False):
             return function(*args, **kwargs)
         frame = sys._getframe(1)
-        if frame.f_code.co_filename.startswith(_own_folders()):
+        if frame.f_code.co_filename.startswith(_own_folders):
             return function(*args, **kwargs)
         _state.inside = True
         kind = "raises"
@@ -221,14 +236,8 @@ def _wrapper(function: Callable[..., Any], judge: Judge) -> Callable[..., Any]:
             _state.inside = False
             _record(what, kind, frame)
 
+    _watched.add(watched)
     return watched
-
-
-@functools.cache
-def _own_folders() -> tuple[str, ...]:
-    """Where torch and its Ascend plugin lie."""
-    found = [sys.modules[name].__file__ for name in ("torch", "torch_npu") if name in sys.modules]
-    return tuple(os.path.dirname(file) + os.sep for file in found if file)
 
 
 def _record(what: str, kind: str, frame: FrameType) -> None:
@@ -241,7 +250,7 @@ def _record(what: str, kind: str, frame: FrameType) -> None:
     outer: FrameType | None = frame
     while outer is not None and len(stack) < STACK_DEPTH:
         code = outer.f_code
-        if not code.co_filename.startswith((__file__, *_own_folders())):
+        if not code.co_filename.startswith((__file__, *_own_folders)):
             stack.append(f"{code.co_filename}:{outer.f_lineno} {code.co_qualname}")
         outer = outer.f_back
     content = {

@@ -185,7 +185,8 @@ def test_our_runs_assume_no_cuda(home, tmp_path, standin):
     file = tmp_path / "records.jsonl"
     site = str(site_folder(tmp_path))
     crosstune(*words(home, tmp_path / "cpu", "device=cpu"), **{VARIABLE: str(file), "PYTHONPATH": site})
-    environment = standin.environment() | {VARIABLE: str(file)}
+    environment = standin.environment()
+    environment |= {VARIABLE: str(file), "PYTHONPATH": os.pathsep.join((environment["PYTHONPATH"], site))}
     crosstune(*words(home, tmp_path / "npu", "device=ascend", "nproc=2", "sharding=zero2"), **environment)
     found = records(file)
     assert not not_allowed(found), "\n".join(not_allowed(found))
