@@ -94,7 +94,7 @@ def look(cfg: DoctorConfig, environment: Mapping[str, str]) -> list[dict[str, An
             if ended is None and records:
                 return records
             lost = lines[-1]["name"] if lines and "available" not in lines[-1] else None
-            records.append(_lost(lost or cfg.device._target_.rpartition(".")[2], ended or "ended without an answer"))
+            records.append(_lost(lost or cfg.device._target_.rpartition(".")[2], ended or "it ended without an answer"))
             if lost is None or cfg.device._target_ != AUTO:
                 return records
 
@@ -105,18 +105,16 @@ def _look(config: Path, out: Path, skip: list[str], environment: Mapping[str, st
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"did not answer within {PATIENCE_SECONDS} s"
+        return f"it did not answer within {PATIENCE_SECONDS} s"
     if done.returncode == 0:
         return None
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode < 0:
-        return f"took its process down ({signal.Signals(-done.returncode).name}): {said}"
-    return f"failed: {said}"
+        return f"it took its process down ({signal.Signals(-done.returncode).name}): {said}"
+    return said
 
 
 def _lost(name: str, how: str) -> dict[str, Any]:
     """The record of a device that could not even say that it is not there."""
-    return {
-        **{"name": name, "available": False, "reason": how, "proven": False, "deepspeed": "unknown"},
-        **{"versions": {}, "variable": None, "faults": [], "remedy": "see the driver's and the plugin's own logs"},
-    }
+    reason = f"{how}; see the driver's and the plugin's own logs"
+    return {"name": name, "available": False, "reason": reason, "versions": {}, "faults": []}

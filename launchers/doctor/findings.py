@@ -59,8 +59,9 @@ def of_packages(versions: Mapping[str, str]) -> Iterator[Finding]:
 def of_look(record: Mapping[str, Any], cfg: DoctorConfig) -> Iterator[Finding]:
     """What a device said of itself."""
     if not record["available"]:
+        # A device says what is wrong, then what to do.
         problem, _, remedy = record["reason"].partition("; ")
-        yield Finding("missing", f"{record['name']} cannot be used: {problem}", remedy or record.get("remedy"))
+        yield Finding("missing", f"{record['name']} cannot be used: {problem}", remedy or None)
     for fault in record["faults"]:
         yield of_fault(CrosstuneError(fault["where"], fault["found"], allowed=fault["allowed"], remedy=fault["remedy"]))
     if record.get("multiplies") is True:
@@ -73,13 +74,15 @@ def of_look(record: Mapping[str, Any], cfg: DoctorConfig) -> Iterator[Finding]:
         if reason and getattr(cfg.device, f"{op}_kernel") is KernelChoice.device:
             what = f"device.{op}_kernel=device, but it cannot be used: {reason}"
             yield Finding("missing", what, f"device.{op}_kernel=auto")
-    if record["deepspeed"] is None:
+    if record["available"] and record["deepspeed"] is None:
         yield Finding(
             "note", f"DeepSpeed knows no {record['name']}: sharding=zero1, zero2 and zero3 stop", "sharding=plain"
         )
     if record["available"] and not record["proven"]:
         yield Finding(
-            "note", f"{record['name']} was not run by crosstune's makers", "tests/device/check.py proves it here"
+            "note",
+            f"{record['name']} was not run by crosstune's makers",
+            f"tests/device/check.py device={record['name']} proves it here",
         )
 
 

@@ -156,4 +156,7 @@ def kernels(device: Device, dtype: torch.dtype) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CrosstuneError as error:  # such as a class of the user's that is no device
+        sys.exit(f"{error.where}: {error.found}" + (f"; {error.remedy}" if error.remedy else ""))

@@ -72,7 +72,8 @@ def answer_lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "passed over", "\n".join(_passed_over(report["passed_over"]))
     if "torch_device" in found:
         yield from _capabilities(found)
-    yield "DeepSpeed", _deepspeed(found["deepspeed"])
+    if found["available"]:
+        yield "DeepSpeed", _deepspeed(found["deepspeed"])
     if "kernels" in found:
         yield "kernels", "\n".join(_kernels(found["kernels"], found["kernels_dtype"]))
     yield "versions", "; ".join(f"{name} {version}" for name, version in report["versions"].items())

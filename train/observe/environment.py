@@ -21,8 +21,10 @@ PACKAGES = (
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
     *("DS_ACCELERATOR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "TOKENIZERS_PARALLELISM"),
-    *("PYTHONHASHSEED", "TORCH_EXTENSIONS_DIR"),
+    *("PYTHONHASHSEED", "TORCH_EXTENSIONS_DIR", "TORCH_DEVICE_BACKEND_AUTOLOAD"),
+    "CROSSTUNE_STANDIN",  # a device that is only pretended must show in the record
 )
+"""Those of the device come besides: it names its own."""
 
 
 def package_versions() -> dict[str, str]:
