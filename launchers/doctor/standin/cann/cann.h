@@ -23,5 +23,8 @@ enum { MAX_DEVICES = 64 };
 // Device that the calling thread has chosen, from 0.
 int32_t standin_current_device(void);
 
+// Chip, as CANN names it.
+const char *aclrtGetSocName(void);
+
 // Number in the environment variable, or `fallback` where it is not set.
 long standin_setting(const char *variable, long fallback);

@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { OPTIONS = 64 };
+enum { OPTIONS = 64, ACL_OP_JIT_COMPILE = 10 };
 
 static int64_t system_options[OPTIONS];
 
@@ -73,10 +73,15 @@ size_t aclGetCompileoptSize(int32_t option) {
     return 256;
 }
 
+// torch_npu asks for one option alone: whether operators are compiled for each new shape. CANN's default is to do so on the
+// first training chips (910A, 910PremiumA, ...) and on inference chips, and not to from 910B on. torch_npu has no complex
+// numbers with it.
 aclError aclGetCompileopt(int32_t option, char *value, size_t room) {
-    if (room < 2) return ACL_ERROR_INVALID_PARAM;
-    memset(value, 0, room);
-    value[0] = '0';
+    const char *soc = aclrtGetSocName();
+    int later = !strncmp(soc, "Ascend910B", 10) || !strncmp(soc, "Ascend910_93", 12) || !strncmp(soc, "Ascend95", 8);
+    const char *text = option != ACL_OP_JIT_COMPILE ? "0" : later ? "disable" : "enable";
+    if (room <= strlen(text)) return ACL_ERROR_INVALID_PARAM;
+    strcpy(value, text);
     return ACL_SUCCESS;
 }
 

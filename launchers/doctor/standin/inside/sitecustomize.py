@@ -25,9 +25,9 @@ class _ThenPutOn(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        import standin_process
+        from launchers.doctor.standin.inside.standin_process import put_on
 
-        standin_process.put_on()
+        put_on()
 
 
 class _Watch(importlib.abc.MetaPathFinder):

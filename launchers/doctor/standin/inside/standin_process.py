@@ -14,6 +14,8 @@ import standin_overlay as overlay
 import torch
 import torch.distributed as dist
 
+from launchers.doctor.standin.inside import fused_operators
+
 DISPATCH_KEY = "PrivateUse1"
 """What PyTorch calls a device from outside: torch_npu's "npu"."""
 
@@ -26,7 +28,7 @@ TORCH_NPUS_OWN = frozenset(
     copy_ _copy_from _copy_from_and_resize copy_memory_ _local_scalar_dense _fused_sdp_choice
     """.split()
 )
-"""Operators that allocate, view or copy without a kernel of the device: torch_npu's version of them is what is tested."""
+"""Operators that allocate, view or copy without a kernel of the device: torch_npu's own are what is tested."""
 
 
 def put_on() -> None:
@@ -46,7 +48,7 @@ def put_on() -> None:
         overlay.make_unsupported(*split(name))
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(hccl, True)
     run_unqueued()
-    put_in_fused_operators()
+    fused_operators.install()
     if folder := os.environ.get("CROSSTUNE_STANDIN_REPORT"):
         atexit.register(write_report, Path(folder), frozenset(without_kernel))
 
@@ -72,7 +74,7 @@ def replaceable(name: str) -> bool:
 
 
 def missing(own: set[str]) -> Iterator[str]:
-    """Operators that torch_npu hands to the CPU with a warning: no kernel of its own, and none made of other operators."""
+    """Operators that torch_npu hands to the CPU with a warning: no kernel of its own, nor one made of others."""
     composite = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
     for name in registered("CPU") - own:
         if not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in composite):
@@ -93,11 +95,11 @@ def unsupported() -> Iterator[str]:
 def hccl(options: Any, group_options: Any = None) -> Any:
     """What `init_process_group` and `new_group` call for the backend "hccl"."""
     gloo = dist.ProcessGroupGloo
-    plain = gloo._Options()
+    plain = gloo._Options()  # type: ignore[attr-defined]
     # All ranks are on this machine; gloo would else look up the host's name, which not every machine can.
     plain._devices = [gloo.create_device(hostname="127.0.0.1")]
     plain._timeout = options.timeout or timedelta(minutes=30)
-    store = dist.PrefixStore("hccl/", options.store)
+    store = torch._C._distributed_c10d.PrefixStore("hccl/", options.store)
     return overlay.hccl(gloo(store, options.group_rank, options.group_size, plain))
 
 
@@ -109,21 +111,16 @@ def run_unqueued() -> None:
     torch.npu.set_task_queue_enable(0)  # type: ignore[attr-defined]
 
 
-def put_in_fused_operators() -> None:
-    """The operators that only torch_npu has, as far as there are reference versions of them."""
-    from launchers.doctor.standin.inside import fused_operators
-
-    fused_operators.install()
-
-
 def write_report(folder: Path, without_kernel: frozenset[str]) -> None:
     """Leaves ``<pid>.json``: what this process dispatched."""
     operators = overlay.operators()
     npu = torch.npu  # type: ignore[attr-defined]
+    used = {name: {"count": count, "dtypes": sorted(dtypes)} for name, (count, dtypes) in operators.items()}
+    fused = {name: {"count": count, "dtypes": []} for name, count in fused_operators.CALLS.items()}
     report = {
         "rank": int(os.environ["RANK"]) if "RANK" in os.environ else None,
         "devices": [npu.get_device_name(index) for index in range(npu.device_count())],
-        "operators": {name: {"count": count, "dtypes": sorted(dtypes)} for name, (count, dtypes) in operators.items()},
+        "operators": used | fused,
         "collectives": overlay.collectives(),
         "cautions": sorted(without_kernel & operators.keys()),
     }
