@@ -30,7 +30,7 @@ from train.observe.environment import code_version, write_environment
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
 from train.ops.packed_attention import register
-from train.ops.select import use_kernels
+from train.ops.select import KernelSelection
 from train.run_folder import RunFolder, RunRecord, sha256_of
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
@@ -109,8 +109,9 @@ def make_engine(
         ConfigError: the tuning method does not fit the model.
     """
     dtype = resolve_precision(cfg.model.precision, device, on_note=note)
-    device.seed(cfg.seed)
     packed = kind is RowKind.packed
+    kernels = KernelSelection(device, family, packed=packed)
+    device.seed(cfg.seed)
     attention = register() if packed else "sdpa"
     model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
     tuning = build(cfg.tuning, Tuning)
@@ -121,7 +122,7 @@ def make_engine(
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)
     # Before the engine, which may cut the weights into pieces; after the adapters, which wrap only projections.
-    use_kernels(model, family, device, dtype, packed=packed, note=note)
+    kernels.use(model, dtype, note)
     engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)

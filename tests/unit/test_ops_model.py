@@ -20,7 +20,7 @@ from train.models.families import FAMILIES
 from train.objectives.causal_lm import CausalLM
 from train.ops.kernel import REFERENCES
 from train.ops.packed_attention import register
-from train.ops.select import use_kernels
+from train.ops.select import KernelSelection
 
 LENGTHS = (37, 1, 75, 20)
 DEVICE = device_with()
@@ -38,7 +38,7 @@ def made(family="llama", *, kernels, lora=False, checkpointing=False, packed=Tru
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     module.to(DEVICE.torch_device)
     if kernels:
-        used = use_kernels(model, FAMILIES[family], DEVICE, torch.float32, packed=packed)
+        used = KernelSelection(DEVICE, FAMILIES[family], packed=packed).use(model, torch.float32)
         assert used == tuple(op for op in REFERENCES if packed or op != "attention")
     return module
 

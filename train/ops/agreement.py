@@ -134,7 +134,8 @@ def _dropout(version: Version, needs: Needs, dtype: torch.dtype, device: torch.d
     """Dropout keeps the right share, keeps the mean, and has one mask in both directions.
 
     With values of 1 an output is the sum of the kept weights over the share kept: 1 on average, its variance as
-    with the reference. Attention is linear in the values, so sum(out * w) equals sum(value * gradient of value) if the masks are equal.
+    with the reference. Attention is linear in the values, so sum(out * w) equals sum(value * gradient of value) if
+    both directions drop the same.
     """
     if needs.dropout == 0:
         return None
