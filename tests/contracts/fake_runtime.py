@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train.devices.accelerator import AcceleratorDevice, load_plugin
+from train.devices.accelerator import AcceleratorDevice
 from train.devices.base import Device
 from train.devices.table import ROWS
 
@@ -105,7 +105,6 @@ def pretend(backend: type[Device], patch: pytest.MonkeyPatch, tmp_path: Any, car
     fake = FakeRuntime(f"torch.{kind}", getattr(torch, kind, None), cards)
     patch.setattr(torch, kind, fake, raising=False)
     patch.setattr(dist, "is_backend_available", lambda name: True)
-    load_plugin.cache_clear()
     assert issubclass(backend, AcceleratorDevice)
     for name in _packages(backend):
         module = fake if name == f"habana_frameworks.torch.{kind}" else ModuleType(name)

@@ -23,7 +23,7 @@ from configs.groups import CONFIG_ROOT
 from configs.schema.device import AscendConfig, DeviceConfig
 from configs.schema.model import Precision
 from tests.contracts.fake_runtime import FakeRuntime, pretend
-from train.devices.accelerator import AcceleratorDevice, load_plugin
+from train.devices.accelerator import AcceleratorDevice
 from train.devices.auto import ORDER, AutoDevice, _say_once
 from train.devices.base import Device
 from train.devices.cpu import CpuDevice
@@ -42,7 +42,6 @@ def as_before() -> Iterator[None]:
     os.environ.update(environment)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
-    load_plugin.cache_clear()
 
 
 class Asked:

@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -223,9 +222,9 @@ class AcceleratorDevice(Device):
 
 def is_installed(plugin: str) -> bool:
     """Whether a package can be found; imports nothing, of a dotted name only what it lies in."""
-    root, _, inner = plugin.partition(".")
-    if root in sys.modules and sys.modules[root] is None:  # kept out by `load_plugin`
+    if plugin in UNLOADABLE:
         return True
+    root, _, inner = plugin.partition(".")
     if importlib.util.find_spec(root) is None:
         return False
     with suppress(ImportError):  # a package of that name, but not the one
@@ -233,13 +232,18 @@ def is_installed(plugin: str) -> bool:
     return False
 
 
-@cache
+UNLOADABLE: dict[str, str] = {}
+"""Plugins that did not load in this process, and why. They are not tried again."""
+
+
 def load_plugin(plugin: str, torch_type: str) -> str | None:
-    """Imports a plugin once.
+    """Imports a plugin.
 
     Returns:
         Why it does not load; None if it did. What it left behind is taken away, so that other devices work.
     """
+    if plugin in UNLOADABLE:
+        return UNLOADABLE[plugin]
     had = hasattr(torch, torch_type)
     try:
         importlib.import_module(plugin)
@@ -251,8 +255,8 @@ def load_plugin(plugin: str, torch_type: str) -> str | None:
         sys.modules[root] = None  # type: ignore[assignment]  # what the import system documents
         if not had and hasattr(torch, torch_type):
             delattr(torch, torch_type)
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None
+        UNLOADABLE[plugin] = f"{type(error).__name__}: {first_line(error)}"
+    return UNLOADABLE.get(plugin)
 
 
 def first_line(message: object) -> str:
