@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from configs.compose import compose
 from configs.errors import ConfigError, DeviceError, ErrorGroup
 from configs.schema.device import AscendConfig
-from launchers.environment import ascend_config, prepare_environment
+from launchers.environment import ascend_config, keep_out_plugins, prepare_environment
+from launchers.torchrun import worker_environment
 from tests.command import crosstune
 from train.devices import ascend_environment, ascend_variables
 from train.devices.ascend_environment import plan, recorded, settle
@@ -276,3 +278,43 @@ def test_torch_npu_sees_our_values_when_it_is_loaded_and_a_plugin_that_does_not_
     wanted = DEFAULTS | {"HCCL_CONNECT_TIMEOUT": "900", "HCCL_BUFFSIZE": "64"}
     assert seen == {name: value for name, value in wanted.items() if name in seen} and len(seen) == 5
     assert after_torch, "the device layer loads it, and torch alone does not"
+
+
+def test_libraries_do_without_a_plugin_that_does_not_load(broken_plugin):
+    """A login node: torch_npu is installed, CANN is not, and transformers imports it wherever it finds it."""
+    code = """
+import sys
+from configs.schema.device import DeviceConfig
+from train.devices.auto import AutoDevice
+device = AutoDevice(DeviceConfig(_target_="train.devices.auto.AutoDevice"))
+import transformers.integrations.sdpa_attention
+print(device.name)
+"""
+    environment = broken_plugin | {"PATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["cpu"], done.stderr
+
+
+def test_torch_npu_is_kept_out_of_work_on_other_devices(broken_plugin, monkeypatch):
+    monkeypatch.syspath_prepend(broken_plugin["PYTHONPATH"])
+    words = ["model.path=/m", "dataset.path=/d"]
+    elsewhere = [
+        compose("train", [*words, "device=cpu"]),
+        compose("prep", words),
+        compose("export", ["run_dir=/r"]),
+        None,
+    ]
+    there = [compose("train", [*words, f"device={name}"]) for name in ("ascend", "auto")] + [compose("doctor", [])]
+    for cfg, kept in [*((each, False) for each in elsewhere), *((each, True) for each in there)]:
+        monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+        keep_out_plugins(cfg)
+        assert (importlib.util.find_spec("torch_npu") is not None) is kept
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+
+
+def test_workers_inherit_the_settled_environment(tmp_path):
+    environment: dict[str, str] = {}
+    settle(config(buffer_mib=64), environment)
+    workers = worker_environment(environment, tmp_path, 2, 1)
+    assert environment.items() <= workers.items()
+    assert settle(config(buffer_mib=64), workers) == [], "and there is nothing left to say in them"
