@@ -127,7 +127,7 @@ def _compile_unit(name: str, files: tuple[str, ...], objects: Path) -> list[str]
     unit.write_text("".join(f'#include "{overlay / file}.cpp"\n' for file in files))
     headers = (torch, torch / "torch/csrc/api/include", sysconfig.get_path("include"))
     return [
-        *("g++", "-std=c++20", "-O1", "-Wall", "-fPIC", "-fvisibility=hidden", "-DUSE_DISTRIBUTED"),
+        *("g++", "-std=c++20", "-O1", "-Wall", "-Wfatal-errors", "-fPIC", "-fvisibility=hidden", "-DUSE_DISTRIBUTED"),
         # -isystem: warnings of others' headers are not ours.
         *(word for folder in headers for word in ("-isystem", str(folder))),
         *("-c", str(unit), "-o", str(objects / f"{name}.o")),
