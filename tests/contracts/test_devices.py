@@ -184,6 +184,10 @@ def test_out_of_memory_is_known_by_kind_and_by_words(asked: Asked):
     assert device.is_out_of_memory(wrapped)
     assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
     assert not device.is_out_of_memory(ValueError("out of memory"))
+    if asked.fake is None:
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(1 << 50, dtype=torch.uint8, device=device.torch_device)
+        assert device.is_out_of_memory(raised.value)
 
 
 def test_auto_takes_the_first_available_and_says_what_the_others_lack(caplog: pytest.LogCaptureFixture):

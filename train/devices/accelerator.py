@@ -63,7 +63,7 @@ class AcceleratorDevice(Device):
 
     def availability(self) -> Availability:
         """Needs the plugin, or the right build of torch, and a visible device."""
-        missing = self._missing_plugin() or self._missing_build()
+        missing = self._missing_plugin() or self.missing_build()
         if missing:
             return Availability(False, missing)
         said: list[str] = []
@@ -89,7 +89,7 @@ class AcceleratorDevice(Device):
             f"{self.plugin} does not load ({fault}){'; ' + self.load_hint if self.load_hint else ''}" if fault else None
         )
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """Why this build of torch, or the process's state, does not do."""
         return None
 

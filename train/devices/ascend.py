@@ -1,7 +1,8 @@
 """Huawei Ascend NPUs through torch_npu.
 
 The real torch_npu API is tested on a pretended device (`crosstune doctor ascend-standin`), never on a card so far.
-Its environment is settled in `ascend_environment.py`, its kernels are in `ascend_kernels.py`.
+Its environment is settled in `ascend_environment.py`, its kernels are in `ascend_kernels.py`. What its collectives do
+not take (HCCL sums fp64 on Ascend 950, not on 910) engines ask of the backend itself.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class AscendDevice(AcceleratorDevice):
             logger.info(note)
         return super()._missing_plugin()
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """A process in which torch.cuda means the NPU is not one in which anything can be relied on."""
         if "torch_npu.contrib.transfer_to_npu" in sys.modules:
             return (

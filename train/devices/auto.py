@@ -31,6 +31,7 @@ class AutoDevice(Device):
     def __new__(cls, cfg: DeviceConfig) -> Device:  # type: ignore[misc]  # gives another class on purpose
         """Logs what was taken and what the others lacked."""
         absent: list[str] = []
+        unbuilt: list[str] = []
         passed_over: list[str] = []
         for backend in ORDER:
             device = backend(cfg)
@@ -39,10 +40,14 @@ class AutoDevice(Device):
                 continue
             found = device.availability()
             if found.ok:
-                lacking = [*passed_over, *([f"not installed: {', '.join(absent)}"] if absent else [])]
-                _say_once(f"device=auto took {device.name} ({'; '.join([found.reason, *lacking])})")
+                lacking = {"not installed": absent, "not in this build of torch": unbuilt}
+                passed_over += [f"{what}: {', '.join(names)}" for what, names in lacking.items() if names]
+                _say_once(f"device=auto took {device.name} ({'; '.join([found.reason, *passed_over])})")
                 return device
-            passed_over.append(f"{device.name}: {found.reason}")
+            if isinstance(device, AcceleratorDevice) and not device.plugin and device.missing_build():
+                unbuilt.append(device.name)
+            else:
+                passed_over.append(f"{device.name}: {found.reason}")
         raise AssertionError("the CPU is always available")
 
 

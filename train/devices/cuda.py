@@ -35,7 +35,7 @@ class CudaDevice(AcceleratorDevice):
         *("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_ALGO", "NCCL_PROTO", "NCCL_DEBUG"),
     )
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """Needs a CUDA build of torch; a ROCm build has the same module."""
         if torch.version.hip is not None:
             return f"this torch {torch.__version__} is a ROCm build: device=rocm"

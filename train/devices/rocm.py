@@ -37,7 +37,7 @@ class RocmDevice(AcceleratorDevice):
         *("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_ALGO", "NCCL_PROTO", "NCCL_DEBUG"),
     )
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """Needs a ROCm build of torch; a CUDA build has the same module."""
         if torch.version.hip is not None:
             return None

@@ -233,7 +233,7 @@ class MpsDevice(TableDevice):
 
     name = "mps"
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """Needs torch for macOS."""
         if torch.backends.mps.is_built():
             return None

@@ -36,7 +36,7 @@ class XpuDevice(AcceleratorDevice):
         *("CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "CCL_PROCESS_LAUNCHER", "CCL_LOG_LEVEL", "FI_PROVIDER"),
     )
 
-    def _missing_build(self) -> str | None:
+    def missing_build(self) -> str | None:
         """Needs an XPU build of torch."""
         if torch.xpu._is_compiled():
             return None

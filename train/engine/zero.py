@@ -111,8 +111,8 @@ def _import_deepspeed() -> ModuleType:
 def _sum_norms_in_fp32_where_needed(device: Device) -> None:
     """Tells DeepSpeed where collectives take no fp64, in which it sums gradient norms on all but Apple's devices.
 
-    Asked of the backend itself: it depends on the chip (HCCL sums fp64 on Ascend 950, not on 910), and the refusal
-    comes before anything is sent.
+    Asked of the backend itself: one and the same takes it on some chips and not on others, and the refusal comes
+    before anything is sent.
     """
     from deepspeed.accelerator import get_accelerator
 
