@@ -10,9 +10,9 @@ fp32's epsilon; the largest measured was 2.5e-6.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
-from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -38,6 +38,7 @@ STEPS = [
 BF16 = "lora-zero2-x2-micro4-bf16"
 REFERENCES = ["full-plain-x1-micro1", "lora-plain-x1-micro1"]
 PLANS = [{"dtype": "fp32", "tuning": "lora", "dropouts": [0.0, 0.2], "x1": ["plain"], "x2": ["plain", "zero3"]}]
+PLAIN_KERNELS = [f"device.{op}_kernel=reference" for op in ("attention", "rms_norm", "rotary", "swiglu")]
 
 
 def worker(out: Path) -> None:
@@ -82,6 +83,7 @@ def test_the_ranks_talked_by_hccl(matrix):
     for report in reports:
         assert report["collectives"] and all(count > 0 for count in report["collectives"].values()), report
         assert sum(operator["count"] for operator in report["operators"].values()) > 10_000
+        assert len(report["collectives"]) >= 3, "sums, gathers and broadcasts"
     assert reports[0]["collectives"] == reports[1]["collectives"], "both ranks take part in each"
 
 
@@ -100,10 +102,10 @@ class Road:
         self.data = write_uneven_records(tmp / "data.jsonl", count=40)
 
     def words(self, run: str, tuning: str) -> list[str]:
-        sizes = ["max_length=320", "batch_tokens=400", "micro_batch_tokens=400", "max_steps=4", "checkpoint.every=2"]
+        sizes = ["max_length=320", "batch_tokens=400", "micro_batch_tokens=400", "max_steps=8", "checkpoint.every=2"]
         paths = [f"model.path={self.model}", f"dataset.path={self.data}", f"cache_dir={self.tmp / 'cache'}"]
         rest = ["dataset.test_fraction=0.1", "dataset.license=CC0-1.0", "model.precision=fp32", "optim.lr=5e-3"]
-        return [*paths, *sizes, *rest, f"tuning={tuning}", f"run_dir={self.tmp / run}", "eval.base=false"]
+        return [*paths, *sizes, *rest, f"tuning={tuning}", f"run_dir={self.tmp / run}"]
 
     def losses(self, run: str) -> list[float]:
         return [line["loss"] for line in metrics_of(self.tmp / run)]
@@ -118,21 +120,18 @@ def road(tmp_path_factory):
 def on_cpu(road):
     """Runs of both tunings, one process each."""
     for tuning in ("lora", "full"):
-        crosstune("run", *road.words(f"cpu-{tuning}", tuning), "device=cpu")
+        command = "run" if tuning == "full" else "train"
+        eval_words = ["eval.base=false"] if command == "run" else []
+        crosstune(command, *road.words(f"cpu-{tuning}", tuning), *eval_words, "device=cpu")
     return {tuning: road.losses(f"cpu-{tuning}") for tuning in ("lora", "full")}
 
 
 def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
-    """The kill strikes inside a collective, after the checkpoint of step 2 and before the last step is done."""
-    report = road.tmp / "report"
-    words = [*road.words("killed", "lora"), "device=ascend", "nproc=2", "sharding=zero3"]
-    crosstune("train", *words, **standin.environment(report=str(report)))
-    counts = ranks_of(report)[0]["collectives"]
-    shutil.rmtree(road.tmp / "killed")
-    late = int(sum(counts.values()) * 0.9)
-    shown = standin.crosstune("train", *words, code=3, die=f"1:{late}")
-    assert "rank 1: ended by signal SIGKILL" in shown and "Traceback" not in shown, shown
-    assert f"crosstune resume {road.tmp / 'killed'} goes on after step 2" in shown, shown
+    """Rank 1 dies in one of the 95 collectives of a step, of 8 steps; the parent tells it from the one that noticed."""
+    words = [*road.words("killed", "lora"), *PLAIN_KERNELS, "device=ascend", "nproc=2", "sharding=zero3"]
+    shown = standin.crosstune("train", *words, code=3, die="1:500")
+    assert re.search(r"rank 1: ended by signal SIGKILL.* after step [3-7]", shown) and "Traceback" not in shown, shown
+    assert re.search(rf"crosstune resume {road.tmp / 'killed'}\s+goes on after step [246]", shown), shown
     crosstune("resume", str(road.tmp / "killed"), "device=cpu", "nproc=1", "sharding=plain")
     assert road.losses("killed") == pytest.approx(on_cpu["lora"], rel=1e-5)
 
@@ -140,20 +139,11 @@ def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
 def test_begun_on_a_cpu_goes_on_on_slow_npus_to_the_end_of_the_road(standin, road, on_cpu):
     """Full tuning; rank 1 comes late to every collective, which changes nothing. Export and eval follow on one NPU."""
     run = road.tmp / "cpu-full"
-    before = (run / "export/merged/model.safetensors").read_bytes()
-    shutil.rmtree(run / "checkpoints/step-00000004")
+    shutil.rmtree(run / "checkpoints/step-00000008")
     standin.crosstune("resume", str(run), "device=ascend", "nproc=2", "sharding=zero2", slow="1:20")
     assert road.losses("cpu-full") == pytest.approx(on_cpu["full"], rel=1e-5)
-    assert len((run / "export/merged/model.safetensors").read_bytes()) == len(before)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["export_check"]["identical"] == summary["export_check"]["compared"] > 0
-    assert json.loads((run / "environment.json").read_text())["device"]["name"] == "cpu", "where it began"
-
-
-def test_the_counts_of_a_report_are_of_this_launch(matrix):
-    """Every kind of collective that the engines use came through the pretended HCCL."""
-    names = Counter(name for report in ranks_of(matrix[0] / "report") for name in report["collectives"])
-    assert len(names) >= 3, names
 
 
 if __name__ == "__main__":
