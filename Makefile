@@ -1,5 +1,6 @@
 # make demo   a real model becomes better at a real task, on this machine's CPU
 # make test   the test suite
+# make standin   a pretended Ascend machine, which tests of device=ascend need (g++, half a minute; they are skipped without)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: install install-test demo test test-all check bench clean
+.PHONY: install install-test demo standin test test-all check bench clean
 
 install: $(VENV)/installed
 install-test: $(VENV)/installed-test
@@ -34,6 +35,9 @@ $(VENV)/installed-test: $(VENV)/installed
 
 demo: install
 	$(BIN)/crosstune run experiment=licenses
+
+standin: install
+	$(BIN)/crosstune doctor ascend-standin
 
 # The default suite stays under 15 minutes on two cores; slow proofs run in test-all.
 test: install-test

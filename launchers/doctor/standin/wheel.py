@@ -27,9 +27,9 @@ def fetch(folder: Path, wheel: str | None) -> None:
     Raises:
         DeviceError: there is no such wheel, or pip cannot get it.
     """
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     # --no-compile: half of the time is spent on bytecode that Python writes on first use anyway.
-    command += ["--no-deps", "--no-compile", "--upgrade", "--target", str(folder)]
+    command += ["install", "--quiet", "--no-deps", "--no-compile", "--upgrade", "--target", str(folder)]
     done = subprocess.run([*command, *_source(wheel)], capture_output=True, text=True)
     if done.returncode == 0 and (folder / LIBRARY).is_file():
         return
