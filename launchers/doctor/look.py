@@ -17,15 +17,15 @@ import psutil
 import torch
 
 from configs.compose import build, load_resolved
-from configs.errors import CrosstuneError
+from configs.errors import CrosstuneError, DeviceError
 from configs.schema.device import DeviceConfig, KernelChoice
 from configs.schema.doctor import DoctorConfig
 from configs.schema.model import Precision
 from launchers.doctor.findings import AUTO
 from launchers.failure import as_json
-from train.devices.accelerator import AcceleratorDevice, is_installed
+from train.devices.accelerator import AcceleratorDevice, first_line, is_installed
 from train.devices.auto import ORDER
-from train.devices.base import DTYPES, Device
+from train.devices.base import DTYPES, Availability, Device
 
 
 def main() -> None:
@@ -60,7 +60,11 @@ def absent(device: AcceleratorDevice) -> bool:
 
 def look_at(device: Device, cfg: DoctorConfig) -> dict[str, Any]:
     """What a device answers; only its name and the reason where it cannot be used."""
-    found = device.availability()
+    faults: list[dict[str, Any]] = []
+    try:
+        found = device.availability()
+    except CrosstuneError as error:  # settings that it must have before it can be asked
+        found, faults = Availability(False, "its settings are refused"), as_json(error)["errors"]
     record: dict[str, Any] = {
         "name": device.name,
         "available": found.ok,
@@ -70,22 +74,23 @@ def look_at(device: Device, cfg: DoctorConfig) -> dict[str, Any]:
         "versions": device.versions(),
         "variable": device.visible_devices_variable,
         "variables": device.variables(),
-        "faults": [],
+        "faults": faults,
     }
-    if found.ok:
-        try:
-            device.check(cfg.nproc, cfg.model.precision)
-        except CrosstuneError as error:
-            record["faults"] += as_json(error)["errors"]
-        try:
-            device.activate(0)
-            record |= answers(device, cfg)
-        except CrosstuneError as error:
-            record["faults"] += as_json(error)["errors"]
-        except Exception as error:  # a driver may fail in any way; that it does is what the user wants to know
-            first = (str(error).strip() or "no message").splitlines()[0]
-            what = {"where": f"device={device.name}", "found": f"does not answer: {type(error).__name__}: {first}"}
-            record["faults"].append({**what, "allowed": None, "remedy": "see the driver's own log"})
+    if not found.ok:
+        return record
+    try:
+        device.check(cfg.nproc, cfg.model.precision)
+    except CrosstuneError as error:
+        faults += as_json(error)["errors"]
+    try:
+        device.activate(0)
+        record |= answers(device, cfg)
+    except CrosstuneError as error:
+        faults += as_json(error)["errors"]
+    except Exception as error:  # a driver may fail in any way; that it does is what the user wants to know
+        what = f"does not answer: {type(error).__name__}: {first_line(error) or 'no message'}"
+        silent = DeviceError(f"device={device.name}", what, remedy="see the driver's own log")
+        faults += as_json(silent)["errors"]
     return record
 
 

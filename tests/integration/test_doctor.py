@@ -6,19 +6,23 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from configs.schema.device import AscendConfig, KernelChoice
+from configs.errors import DeviceError
+from configs.schema.device import AscendConfig, DeviceConfig, KernelChoice
 from configs.schema.doctor import DoctorConfig
 from launchers.doctor import findings
+from launchers.doctor.look import look_at
 from launchers.doctor.page import show
 from tests.command import crosstune
 from tests.standin import StandinKit
 from train.devices.ascend_environment import plan
+from train.devices.cpu import CpuDevice
 
 
 def report_of(text: str) -> dict[str, Any]:
@@ -218,3 +222,25 @@ def test_findings_of_a_record():
     assert found["ascend was not run by crosstune's makers"].level == "note"
     (wrong,) = (each for each in findings.of_look({**RECORD, "multiplies": False}, cfg) if "came out" in each.what)
     assert wrong.level == "missing"
+
+
+def test_a_device_that_fails_in_use_or_whose_settings_are_refused_is_told(monkeypatch):
+    cfg = DoctorConfig(device=DeviceConfig(_target_="train.devices.cpu.CpuDevice"))
+    refused = CpuDevice(cfg.device)
+    monkeypatch.setattr(refused, "availability", raises(DeviceError("device.allocator", "'x'", allowed="y")))
+    record = look_at(refused, cfg)
+    assert not record["available"]
+    assert [each.what for each in findings.of_look(record, cfg)][1] == "device.allocator: 'x' (allowed: y)"
+    broken = CpuDevice(cfg.device)
+    monkeypatch.setattr(broken, "activate", raises(RuntimeError("driver is gone\nand more")))
+    (fault,) = look_at(broken, cfg)["faults"]
+    assert (fault["where"], fault["found"]) == ("device=cpu", "does not answer: RuntimeError: driver is gone")
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    """A function that only raises."""
+
+    def function(*arguments: object) -> Any:
+        raise error
+
+    return function

@@ -212,7 +212,9 @@ def test_all_faults_come_at_once_and_nothing_is_changed():
 
 def test_what_a_timeout_really_means_is_said():
     assert "544 s" in settle(config(execute_timeout_seconds=600), {})[0]
-    assert "waits for ever" in settle(config(execute_timeout_seconds=0), {})[0]
+    environment: dict[str, str] = {}
+    assert "waits for ever" in settle(config(execute_timeout_seconds=0), environment)[0]
+    assert settle(config(execute_timeout_seconds=0), environment) == [], "it is said once"
 
 
 @pytest.mark.parametrize(

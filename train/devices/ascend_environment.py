@@ -128,9 +128,9 @@ def _choose(found: Plan, variable: str, wanted: object, default: str | None) -> 
 
 def _deterministic(found: Plan, cfg: AscendConfig) -> None:
     """Reductions in a fixed order; ``strict`` is more than that."""
-    before = found.values.get("HCCL_DETERMINISTIC")
-    if not cfg.deterministic or (before is not None and before.lower() in ("true", "strict")):
+    if not cfg.deterministic:
         return
+    before = found.values.get("HCCL_DETERMINISTIC")
     if before is None:
         found.put("HCCL_DETERMINISTIC", "true", DEFAULT)
     elif before.lower() == "false":
