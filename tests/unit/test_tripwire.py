@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launchers.doctor.tripwire import VARIABLE, records, site_folder
+from launchers.torchrun import free_port
 from tests.command import crosstune, write_uneven_records
 from tests.tiny import save_tiny_model
 from tests.tripwire_allowed import not_allowed, unused
@@ -107,7 +108,7 @@ print("SHOWN", json.dumps(shown))
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """The program run in a torchrun worker, with and without the tripwire: (folder, records, two outputs)."""
+    """The program in a torchrun worker with the tripwire, and plainly without: (folder, records, two outputs)."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "library.py").write_text(LIBRARY)
     (folder / "program.py").write_text(PROGRAM)
@@ -115,7 +116,10 @@ def planted(tmp_path_factory):
     for watched in (True, False):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(site_folder(folder)), str(folder)))}
         environment |= {VARIABLE: str(folder / "records.jsonl")} if watched else {}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", str(folder / "program.py")]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "1"] if watched else []
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, *launcher, str(folder / "program.py")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(json.loads(done.stdout.split("SHOWN", 1)[1]))
@@ -175,19 +179,23 @@ def home(tmp_path_factory):
 def words(home: Path, run: Path, *more: str) -> list[str]:
     sizes = ["batch_tokens=256", "micro_batch_tokens=128", "max_length=128", "max_steps=2", "dataset.test_fraction=0.2"]
     paths = [f"model.path={home / 'model'}", f"dataset.path={home / 'data.jsonl'}", f"cache_dir={home / 'cache'}"]
-    tuning = ["tuning=lora", "model.precision=fp32", "dataset.license=CC0-1.0"]
-    return ["run", *paths, *sizes, *tuning, f"run_dir={run}", *more]
+    tuning = ["tuning=lora", "model.precision=fp32"]
+    return [*paths, *sizes, *tuning, f"run_dir={run}", *more]
 
 
 @pytest.mark.distributed
 def test_our_runs_assume_no_cuda(home, tmp_path, standin):
-    """The whole road in one process on the CPU, and in two with ZeRO-2 on pretended NPUs."""
+    """The whole road in one process on the CPU, and training in two with ZeRO-2 on pretended NPUs."""
     file = tmp_path / "records.jsonl"
     site = str(site_folder(tmp_path))
-    crosstune(*words(home, tmp_path / "cpu", "device=cpu"), **{VARIABLE: str(file), "PYTHONPATH": site})
+    crosstune(
+        "run",
+        *words(home, tmp_path / "cpu", "device=cpu", "dataset.license=CC0-1.0"),
+        **{VARIABLE: str(file), "PYTHONPATH": site},
+    )
     environment = standin.environment()
     environment |= {VARIABLE: str(file), "PYTHONPATH": os.pathsep.join((environment["PYTHONPATH"], site))}
-    crosstune(*words(home, tmp_path / "npu", "device=ascend", "nproc=2", "sharding=zero2"), **environment)
+    crosstune("train", *words(home, tmp_path / "npu", "device=ascend", "nproc=2", "sharding=zero2"), **environment)
     found = records(file)
     assert not not_allowed(found), "\n".join(not_allowed(found))
     assert not unused(found)

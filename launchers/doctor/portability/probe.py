@@ -80,6 +80,7 @@ class Probe:
             "stages": self.stages,
             "failures": self.failures,
             "operators": {name: noted.as_dict() for name, noted in self.watch.operators.items()},
+            "rare": {name: rare.as_dict() for name, rare in self.watch.rare.items()},
         }
 
     def _config(self) -> tuple[Any, str]:

@@ -130,17 +130,11 @@ class Report:
             yield Finding(SLOW, "operator", name, count=noted["count"] if noted else count, **at)
 
     def _dtypes(self) -> Iterator[Finding]:
-        """By dtype the operators that ran in it; the first place stands for all."""
-        by_dtype: dict[str, dict[str, dict[str, Any]]] = {}
-        for name, noted in self.found["operators"].items():
-            for dtype in noted["rare"]:
-                by_dtype.setdefault(dtype, {})[name] = noted
-        for dtype, operators in by_dtype.items():
+        """By dtype the operators that ran in it, with the place of the first."""
+        for dtype, rare in self.found["rare"].items():
             verdict = STOPS if dtype.startswith("float8") else MAY_STOP
-            names = ", ".join(name.removeprefix("aten::") for name in sorted(operators))
-            first = next((n for n in operators.values() if n["place"]["file"]), next(iter(operators.values())))
-            count = sum(noted["count"] for noted in operators.values())
-            yield Finding(verdict, "dtype", f"{dtype} in {names}", count=count, **self._place(first["place"]))
+            names = ", ".join(name.removeprefix("aten::") for name in rare["operators"])
+            yield Finding(verdict, "dtype", f"{dtype} in {names}", count=rare["count"], **self._place(rare["place"]))
 
     def _place(self, place: dict[str, Any]) -> dict[str, Any]:
         detail = {"detail": "in the backward pass"} if place["backward"] else {}
@@ -160,7 +154,7 @@ class Report:
 
 def render(result: dict[str, Any], out: str | None) -> str:
     """One screen."""
-    size = f", {result['parameters'] / 1e6:,.1f} M parameters" if result["parameters"] else ""
+    size = f", {result['parameters']:,} parameters" if result["parameters"] else ""
     lines = [
         "",
         f"{result['class'] or 'the model'}: {result['cut']}{size}, {result['precision']}, {result['tokens']} tokens",

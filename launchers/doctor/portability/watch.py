@@ -54,15 +54,27 @@ class Operator:
     count: int = 0
     dtypes: set[str] = field(default_factory=set)
     """Of its tensors on the device."""
-    rare: set[str] = field(default_factory=set)
-    """Those among them that few NPU operators take."""
     place: Place = field(default_factory=Place)
     faults: dict[str, Place] = field(default_factory=dict)
     """What it failed by, ``mixing`` or the message, before the step went on without the device."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"dtypes": sorted(self.dtypes), "rare": sorted(self.rare)}
+        return asdict(self) | {"dtypes": sorted(self.dtypes)}
+
+
+@dataclass
+class Rare:
+    """A dtype that few NPU operators take."""
+
+    place: Place
+    """Of the first operator that had to do with it."""
+    count: int = 0
+    operators: set[str] = field(default_factory=set)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"operators": sorted(self.operators)}
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,6 +83,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: dict[str, Operator] = {}
+        self.rare: dict[str, Rare] = {}
         self.tracker = ModuleTracker()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,12 +115,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_dtypes(self, name: str, noted: Operator, values: Any) -> None:
         found = {x.dtype for x in tree_flatten(values)[0] if is_on_device(x)}
-        noted.dtypes |= {str(dtype).removeprefix("torch.") for dtype in found}
-        rare = {str(dtype).removeprefix("torch.") for dtype in found if dtype in RARE + FP8}
-        if rare - noted.rare and name not in CARRIERS:
-            if not noted.rare:
-                noted.place = self._place()
-            noted.rare |= rare
+        noted.dtypes |= {_named(dtype) for dtype in found}
+        for dtype in () if name in CARRIERS else found.intersection(RARE + FP8):
+            rare = self.rare.get(_named(dtype))
+            if rare is None:
+                rare = self.rare[_named(dtype)] = Rare(self._place())
+            rare.count += 1
+            rare.operators.add(name)
 
     def _place(self) -> Place:
         names = [name for name in self.tracker.parents if name != "Global"]
@@ -115,6 +129,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         backward = bool(self.tracker.is_bw)
         frame = None if backward else model_frame(sys._getframe(1))
         return Place(module, frame.f_code.co_filename, frame.f_lineno) if frame else Place(module, backward=backward)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_on_device(value: Any) -> bool:
