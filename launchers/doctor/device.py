@@ -20,7 +20,7 @@ from typing import Any
 from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT
 from configs.schema.doctor import DoctorConfig
-from launchers.doctor.findings import AUTO, installed, of_ascend, of_look, of_packages
+from launchers.doctor.findings import AUTO, installed, of_ascend, of_fault, of_look, of_packages
 from launchers.environment import ascend_config
 from train.devices.ascend_environment import Plan, plan
 
@@ -36,8 +36,10 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     chosen, passed_over = records[-1], records[:-1]
     versions = {"python": platform.python_version(), **installed(), **chosen["versions"]}
     findings = [*of_packages(versions), *of_look(chosen, cfg)]
-    if settings is not None and (chosen["name"] == "ascend" or settings.faults):
-        findings += [each for each in of_ascend(settings, cfg) if each not in findings]
+    if settings is not None:
+        # device=auto settles an Ascend's variables before it knows whether it takes one.
+        more = of_ascend(settings, cfg) if chosen["name"] == "ascend" else map(of_fault, settings.faults)
+        findings += [each for each in more if each not in findings]
     report = {
         "device": chosen["name"],
         "answers": chosen,

@@ -44,8 +44,11 @@ def plugin(folder: Path, body: str) -> dict[str, str]:
 
 
 def test_auto_says_what_it_took_and_why_nothing_else_even_where_a_plugin_takes_its_process_down(tmp_path):
-    report = report_of(crosstune("doctor", "--json", **plugin(tmp_path, "import os; os.abort()")))
-    assert report["exit_code"] == 0 and report["device"] == "cpu" and said(report, "missing") == ""
+    environment = plugin(tmp_path, "import os; os.abort()") | {"HCCL_BUFFSIZE": "0"}
+    report = report_of(crosstune("doctor", "--json", code=2, **environment))
+    # A run would stop for that one before it chose the CPU, and for nothing else: CANN's absence is no fault of it.
+    assert report["device"] == "cpu" and said(report, "missing").startswith("HCCL_BUFFSIZE: '0'")
+    assert len(said(report, "missing").splitlines()) == 1
     answers = report["answers"]
     assert answers["torch_device"] == "cpu" and answers["backend"] == "gloo" and answers["deepspeed"] == "cpu"
     assert answers["dtypes"]["fp32"] == "fast" and answers["memory_total_bytes"] > answers["memory_free_bytes"] > 0

@@ -122,7 +122,7 @@ def test_names_of_other_vendors_and_of_a_newer_cann_stop_nothing():
         ("ASCEND_RT_VISIBLE_DEVICES", "0-3", "with commas"),
         ("ASCEND_HOME_PATH", "/nowhere", "a folder that exists"),
         ("ASCEND_GLOBAL_LOG_LEVEL", "5", "0 to 4"),
-        ("PYTORCH_NPU_ALLOC_CONF", "expandable_segment:True", "did you mean expandable_segments?"),
+        ("PYTORCH_NPU_ALLOC_CONF", "expandable_segment:True", "expandable_segments (there is no"),
         ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:true", "True, False"),
         ("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:10", "20 or more"),
         ("PYTORCH_NPU_ALLOC_CONF", "garbage_collection_threshold:1.5", "between 0 and 1"),

@@ -157,7 +157,7 @@ def allocator(value: str) -> str | None:
         key, colon, setting = part.partition(":")
         if key not in ALLOCATOR:
             near = difflib.get_close_matches(key, ALLOCATOR, n=1)
-            return f"no key '{key}'; " + (f"did you mean {near[0]}?" if near else ", ".join(ALLOCATOR))
+            return f"{near[0] if near else ', '.join(ALLOCATOR)} (there is no key '{key}')"
         check = ALLOCATOR[key]
         if not colon or (check is not None and check(setting)):
             return f"{key}:{check(setting) if check else 'a value'}"
