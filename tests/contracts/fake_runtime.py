@@ -83,7 +83,7 @@ class FakeRuntime(ModuleType):
             "get_rng_state": lambda *a: self.generator.get_state(),
             "set_rng_state": lambda state, *a: self.generator.set_state(state) and None,
             "is_bf16_supported": lambda *a, **k: self.bf16,
-            "set_compile_mode": lambda **k: None,
+            "set_compile_mode": lambda *, jit_compile: None,
             "_is_compiled": lambda: True,
         }
 

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from configs.errors import DeviceError
 from configs.schema.device import DeviceConfig
+from configs.schema.model import Precision
 from tests.contracts.fake_runtime import pretend
 from train.devices import ascend
 from train.devices.accelerator import text_version
@@ -164,8 +166,12 @@ def test_ascend_is_not_there_where_its_software_is_not_in_order(monkeypatch: pyt
 
 
 def test_collectives_that_a_package_of_their_own_brings_are_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    fake = pretend(HpuDevice, monkeypatch, tmp_path)
-    loaded: list[str] = []
-    monkeypatch.setattr("train.devices.table.load_plugin", lambda name, kind: loaded.append(name))
-    HpuDevice(DeviceConfig()).activate(1)
-    assert loaded == ["habana_frameworks.torch.distributed.hccl"] and fake.current == 1
+    pretend(HpuDevice, monkeypatch, tmp_path)
+    device, package = HpuDevice(DeviceConfig()), "habana_frameworks.torch.distributed.hccl"
+    device.check(2, Precision.auto)
+    monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
+    device.check(1, Precision.auto)
+    with pytest.raises(DeviceError, match=f"nproc: 2 processes, but {package} does not load"):
+        device.check(2, Precision.auto)
+    with pytest.raises(DeviceError, match=f"device=hpu: {package} does not load"):
+        device.activate(0)

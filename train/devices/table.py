@@ -7,6 +7,7 @@ more than a row writes a file like `ascend.py`.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from configs.errors import DeviceError
 from configs.schema.model import Precision
-from train.devices.accelerator import AcceleratorDevice, is_installed, load_plugin
+from train.devices.accelerator import AcceleratorDevice, first_line
 from train.devices.base import Memory
 
 
@@ -130,34 +131,33 @@ class TableDevice(AcceleratorDevice):
 
     def faults(self, nproc: int, precision: Precision) -> Iterator[DeviceError]:
         """See `Device.faults`."""
-        if nproc > 1 and not self.row.several_processes:
-            yield DeviceError(
-                "nproc", f"{nproc} processes, but device={self.name} has no collectives", remedy="nproc=1"
-            )
-            nproc = 1
-        elif nproc > 1 and self.row.collectives:
-            self._load_collectives()
+        missing = self._missing_collectives() if nproc > 1 else None
+        if missing:
+            yield DeviceError("nproc", f"{nproc} processes, but {missing}", remedy="nproc=1")
+            nproc = 1  # what else is wrong
         yield from super().faults(nproc, precision)
 
     def _activate(self, local_rank: int) -> None:
-        if self.row.collectives:
-            self._load_collectives()
+        missing = self._missing_collectives() if self.row.collectives else None
+        if missing:
+            raise DeviceError(f"device={self.name}", missing, remedy=self.load_hint)
         super()._activate(local_rank)
 
     def _set_device(self, local_rank: int) -> None:
         if self.row.set_device:
             self._call(self.row.set_device, local_rank)
 
-    def _load_collectives(self) -> None:
-        """Registers the backend with torch.distributed.
-
-        Raises:
-            DeviceError: it does not load.
-        """
-        name = str(self.row.collectives)
-        fault = load_plugin(name, self.torch_type) if is_installed(name) else "not installed"
-        if fault:
-            raise DeviceError(f"device={self.name}", f"{name}: {fault}", remedy=self.install_hint)
+    def _missing_collectives(self) -> str | None:
+        """Registers the backend with torch.distributed, where that takes an import; why there is none."""
+        if not self.row.several_processes:
+            return f"device={self.name} has no collectives"
+        if self.row.collectives is None:
+            return None
+        try:
+            importlib.import_module(self.row.collectives)
+        except Exception as error:  # see `load_plugin`
+            return f"{self.row.collectives} does not load ({type(error).__name__}: {first_line(error)})"
+        return None
 
     def _seed_device(self, seed: int) -> None:
         self._call(self.row.seed, seed)
