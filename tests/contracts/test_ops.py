@@ -156,6 +156,28 @@ class WrongGradient(torch.autograd.Function):
         return 1.03 * gradient
 
 
+class FaintGradient(torch.autograd.Function):
+    """Values right, gradients right within every tolerance, but a trace of another sample's in them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 1e-8 * gradient.sum(dim=2, keepdim=True)
+
+
+def faint_gradient(q, k, *rest, **options):
+    return attend_to_each_sample(q, FaintGradient.apply(k), *rest, **options)
+
+
+def dropout_drawn_twice(*args, **options):
+    """What comes out is one draw, what is differentiated another."""
+    shown, differentiated = (attend_to_each_sample(*args, **options) for _ in range(2))
+    return differentiated + (shown - differentiated).detach()
+
+
 def wrong_gradient(op, position):
     def version(*args, **options):
         args = list(args)
@@ -208,6 +230,8 @@ PLANTED = {
     "no dropout": ("attention", lambda *a, dropout, **o: dense(right, *a, dropout=0.0, **o), EXTENDED, "dropout 0.2"),
     "gradient of the query": ("attention", wrong_gradient("attention", 0), NEEDS, "gradients of query are off"),
     "gradient of the value": ("attention", wrong_gradient("attention", 2), NEEDS, "gradients of value are off"),
+    "faint leak in gradients": ("attention", faint_gradient, NEEDS, "get gradients of key from outputs"),
+    "dropout drawn twice": ("attention", dropout_drawn_twice, EXTENDED, "backward pass drops other weights"),
     "attention raises": ("attention", raises, NEEDS, "raised RuntimeError: call aclnn.*failed$"),
     "tokens before heads": (
         "attention",
@@ -242,6 +266,7 @@ def test_a_version_with_a_fault_is_refused(fault):
     op, version, needs, message = PLANTED[fault]
     if ON_NPU:
         pytest.skip("faults are planted on the CPU")
+    torch.manual_seed(0)  # dropout draws
     found = disagreement(op, version, needs, torch.float32, DEVICE)
     assert found is not None and re.search(message, found), found
 

@@ -50,7 +50,7 @@ def test_a_version_that_disagrees_is_passed_over_by_auto_and_stops_device(caplog
     assert used == ("attention", "rotary", "swiglu") and not line
     [record] = caplog.records  # a warning, on whichever rank
     assert record.levelname == "WARNING" and record.message.startswith("kernels: attention, rotary, swiglu by ascend")
-    assert "rms_norm by plain torch: compared with it in fp32, hidden states: values are off by" in record.message
+    assert "rms_norm by plain torch: comparison in fp32: hidden states: values are off by" in record.message
     with pytest.raises(DeviceError, match=r"device.rms_norm_kernel.*values are off by \S+, allowed \S+") as raised:
         choose(tiny_model(), wrong, rms_norm="device")
     assert raised.value.remedy == "device.rms_norm_kernel=auto"

@@ -92,7 +92,7 @@ class KernelSelection:
 
     def _compare(self, op: str, model: Any, dtype: torch.dtype) -> str | None:
         found = disagreement(op, self.kernels[op], Needs.of(model), dtype, self.device.torch_device)
-        return found and f"compared with it in {dtype_name(dtype)}, {found}"
+        return found and f"comparison in {dtype_name(dtype)}: {found}"
 
     def _put(self, op: str, model: Any) -> None:
         if op == "attention":
