@@ -125,7 +125,7 @@ def test_a_process_on_the_pretended_device(
     (report,) = (json.loads(path.read_text()) for path in tmp_path.iterdir())
     assert report["cautions"] == ["aten::special_i0e.out"] and report["devices"] == ["Ascend910B3"] * 3
     assert report["operators"]["aten::bmm"]["count"] > 1
-    assert {"float32", "bfloat16"} <= set(report["operators"]["aten::bmm"]["dtypes"])
+    assert {"float32", "bfloat16"} <= set(report["operators"]["aten::_to_copy"]["dtypes"])
     # `zeros` is one kernel on a card, whatever it is made of here.
     assert "aten::zeros" in report["operators"] and "aten::zero_" not in report["operators"]
 
@@ -281,7 +281,7 @@ for step in range(5):
 """
     left, died = ranks(standin, script, tmp_path, die="1:3")
     assert died.returncode == -signal.SIGKILL and "step 2" in died.stdout and "step 3" not in died.stdout
-    assert left.returncode == 1 and "onnection closed by peer" in left.stdout, left.stdout
+    assert left.returncode == 1 and "by peer" in left.stdout, left.stdout
 
 
 # ---- the command
