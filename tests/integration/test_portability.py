@@ -42,6 +42,7 @@ class Mixer(nn.Module):
         x = x + torch.fft.irfft(mixed, n=x.shape[1], dim=1).to(x.dtype)
         weights = torch.softmax(x.double(), dim=-1)  # planted: float64
         place = torch.arange(x.shape[1])
+        torch.histc(place.to(x.device).int(), bins=4)  # planted: no CPU kernel
         x = x * (weights + 1).to(x.dtype) + torch.ones(1, x.shape[1], 1) / (x[..., :1] + 9)  # planted: mixing
         return (x + place.to(x.device)[None, :, None] * 0).bfloat16()
 
@@ -117,6 +118,7 @@ def test_every_planted_fault_is_found_in_one_go_at_its_line(standin, planted, tm
         ("stops", "cuda", "torch.cuda.synchronize()", lines["synchronize"]),
         ("silent", "cuda", "torch.cuda.empty_cache()", lines["empty_cache"]),
         ("silent", "cuda", 'autocast: device "cuda"', lines["autocast"]),
+        ("unknown", "operator", "aten::histc of int32", lines["no CPU kernel"]),
         ("stops", "device mixing", "aten::div.Tensor on tensors of the NPU and the CPU", lines["mixing"]),
     }
     assert expected <= got, (got, shown)

@@ -14,6 +14,8 @@ STOPS = "stops"
 """An NPU raises here."""
 MAY_STOP = "may stop"
 """Some operators take it, most do not: nobody knows without a card, or CANN's list of operators."""
+UNKNOWN = "unknown"
+"""The pretended device cannot say."""
 SLOW = "slow"
 """Runs, over the CPU and back."""
 SILENT = "silent"
@@ -23,6 +25,7 @@ ASKED = "asked by libraries"
 VERDICTS = {
     STOPS: "stops: an NPU raises here",
     MAY_STOP: "may stop: few NPU operators take this dtype; the others raise, or run on the chip's slow CPU cores",
+    UNKNOWN: "unknown: the pretended device computes on the CPU, whose kernel does not take this dtype; an NPU's may",
     SLOW: "slow: torch_npu has no kernel, copies to the CPU and back, and warns once (CAUTION)",
     SILENT: "silent: no error, but on an NPU it does nothing, or answers for a GPU that is not there",
     ASKED: "asked by libraries: they take a no for an answer",
@@ -119,6 +122,8 @@ class Report:
                 at = self._place(place)
                 if fault == "mixing":
                     yield Finding(STOPS, "device mixing", f"{name} on tensors of the NPU and the CPU", **at)
+                elif fault == UNKNOWN:
+                    yield Finding(UNKNOWN, "operator", f"{name} of {', '.join(noted['dtypes'])}", **at)
                 else:
                     yield Finding(STOPS, "operator", f"{name}: {fault}", **at)
         for name, count in self.without_kernel.items():

@@ -29,6 +29,10 @@ CARRIERS = frozenset(
 )
 """Operators that only hold or move values: they take every dtype."""
 MIXED = "Expected all tensors to be on the same device"
+CPU_LACKS = "not implemented for '"
+"""As PyTorch's CPU kernels say of a dtype."""
+MIXING, UNKNOWN = "mixing", "unknown"
+Change = Callable[[torch.Tensor], torch.Tensor]
 OWN_CODE = tuple(
     str(Path(file).parent) + "/"
     for file in (torch.__file__, __file__, getattr(sys.modules.get("torch_npu"), "__file__", None))
@@ -56,7 +60,7 @@ class Operator:
     """Of its tensors on the device."""
     place: Place = field(default_factory=Place)
     faults: dict[str, Place] = field(default_factory=dict)
-    """What it failed by, ``mixing`` or the message, before the step went on without the device."""
+    """What it failed by, `MIXING`, `UNKNOWN` or the message, before the step went on in another way."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,17 +105,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _go_on(self, func: Any, args: Any, kwargs: Any, noted: Operator, error: Exception) -> Any:
-        if func._schema.is_mutable or not any(is_on_device(x) for x in tree_flatten((args, kwargs))[0]):
+        """The result by a way that a card does not have, the fault noted; the error itself where there is none."""
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if is_on_device(x)]
+        if func._schema.is_mutable or not tensors:
             raise error
-        mixed = MIXED in str(error)
-        device = torch.device("npu" if mixed else "cpu")
-        moved = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) and x.dim() else x, (args, kwargs))
+        kind, change, back = _way(str(error), tensors[0])
+        moved = tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) and x.dim() else x, (args, kwargs))
         try:
             result = func(*moved[0], **moved[1])
         except Exception:
             raise error from None
-        noted.faults.setdefault("mixing" if mixed else str(error).splitlines()[0][:200], self._place())
-        return tree_map(lambda x: x.to("npu") if isinstance(x, torch.Tensor) else x, result)
+        noted.faults.setdefault(kind, self._place())
+        return tree_map(lambda x: back(x) if isinstance(x, torch.Tensor) else x, result)
 
     def _note_dtypes(self, name: str, noted: Operator, values: Any) -> None:
         found = {x.dtype for x in tree_flatten(values)[0] if is_on_device(x)}
@@ -129,6 +134,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         backward = bool(self.tracker.is_bw)
         frame = None if backward else model_frame(sys._getframe(1))
         return Place(module, frame.f_code.co_filename, frame.f_lineno) if frame else Place(module, backward=backward)
+
+
+def _way(message: str, first: torch.Tensor) -> tuple[str, Change, Change]:
+    """Name of the fault, what to do with tensors for another try, and with what comes out."""
+    if MIXED in message:
+        return MIXING, lambda x: x.to("npu"), lambda x: x
+    if CPU_LACKS in message:  # the stand-in's own limit: its kernels are the CPU's
+        taken = first.dtype
+        return UNKNOWN, lambda x: x.float() if x.dtype == taken else x, lambda x: x.to(taken)
+    return message.splitlines()[0][:200], lambda x: x.to("cpu"), lambda x: x.to("npu")
 
 
 def _named(dtype: torch.dtype) -> str:
