@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.errors import CrosstuneError, DeviceError, ErrorGroup, RunFailedError
 
 SOURCES = Path(__file__).parent
-UNITS = {"operators": ("aliasing", "operators", "memory"), "collectives": ("collectives",)}
+UNITS = {"operators": ("aliasing", "operators", "memory"), "collectives": ("collectives", "module")}
 """C++ files by the unit that they are compiled in."""
 OVERLAY = "standin_overlay.so"
 

@@ -1,8 +1,8 @@
 // The pretended CANN: the part of Ascend's C interface that torch_npu needs to start, over host memory.
 //
-// Written from the calls that torch_npu makes, not from CANN's headers, so that nothing of CANN is needed to build it. A
-// function that is not defined here, and that torch_npu links against, gets a stub that returns success (see compile.py).
-// Work is done at the time of the call: streams are always idle and events have always happened.
+// Written from the calls that torch_npu makes, not from CANN's headers, so that nothing of CANN is needed to build
+// it. A function that is not defined here, and that torch_npu links against, gets a stub that returns success (see
+// compile.py). Work is done at the time of the call: streams are always idle and events have always happened.
 #pragma once
 
 #include <stddef.h>

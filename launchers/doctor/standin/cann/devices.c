@@ -21,8 +21,8 @@ int32_t standin_current_device(void) {
     return current_device;
 }
 
-// ASCEND_RT_VISIBLE_DEVICES holds numbers of devices, separated by commas. As with CUDA the first one that is not there,
-// or that is not a number, ends the list: what stands before it is visible, what follows is not.
+// ASCEND_RT_VISIBLE_DEVICES holds numbers of devices, separated by commas. As with CUDA the first one that is not
+// there, or that is not a number, ends the list: what stands before it is visible, what follows is not.
 static void count_devices(void) {
     long machine = standin_setting("CROSSTUNE_STANDIN_DEVICES", 2);
     const char *list = getenv("ASCEND_RT_VISIBLE_DEVICES");
@@ -86,7 +86,9 @@ aclError aclrtGetCurrentContext(void **context) {
 
 aclError aclrtSetCurrentContext(void *context) {
     intptr_t value = (intptr_t)context;
-    if (value >= FIRST_CONTEXT && value < FIRST_CONTEXT + MAX_DEVICES) current_device = (int32_t)(value - FIRST_CONTEXT);
+    if (value >= FIRST_CONTEXT && value < FIRST_CONTEXT + MAX_DEVICES) {
+        current_device = (int32_t)(value - FIRST_CONTEXT);
+    }
     return ACL_SUCCESS;
 }
 

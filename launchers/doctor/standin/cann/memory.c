@@ -1,4 +1,5 @@
-// Device memory is host memory, with an account per device: beyond CROSSTUNE_STANDIN_HBM_MIB an allocation fails as on a card.
+// Device memory is host memory, with an account per device: beyond CROSSTUNE_STANDIN_HBM_MIB an allocation fails as
+// on a card.
 //
 // The account is a process's own. Processes that share a card are not seen by each other.
 #include "cann.h"
@@ -8,7 +9,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-// torch_npu expects device addresses on 512 bytes, and puts its own blocks on multiples of it. The header takes the first.
+// torch_npu expects device addresses on 512 bytes, and puts its own blocks on multiples of it. The header takes the
+// first.
 enum { ALIGNMENT = 512 };
 
 typedef struct {

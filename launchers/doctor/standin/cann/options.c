@@ -73,9 +73,9 @@ size_t aclGetCompileoptSize(int32_t option) {
     return 256;
 }
 
-// torch_npu asks for one option alone: whether operators are compiled for each new shape. CANN's default is to do so on the
-// first training chips (910A, 910PremiumA, ...) and on inference chips, and not to from 910B on. torch_npu has no complex
-// numbers with it.
+// torch_npu asks for one option alone: whether operators are compiled for each new shape. CANN's default is to do so
+// on the first training chips (910A, 910PremiumA, ...) and on inference chips, and not to from 910B on. torch_npu has
+// no complex numbers with it.
 aclError aclGetCompileopt(int32_t option, char *value, size_t room) {
     const char *soc = aclrtGetSocName();
     int later = !strncmp(soc, "Ascend910B", 10) || !strncmp(soc, "Ascend910_93", 12) || !strncmp(soc, "Ascend95", 8);

@@ -25,11 +25,12 @@ static void release_storage(void* storage) {
 at::Tensor as_cpu(const at::Tensor& tensor) {
     if (!on_npu(tensor)) return tensor;
     const c10::Storage& storage = tensor.storage();
-    // The alias owns a reference to the NPU's storage, so it may outlive the tensor. It is resizable for out= arguments: the
-    // CPU kernel then allocates anew, and the operator moves the result (operators.cpp).
+    // The alias owns a reference to the NPU's storage, so it may outlive the tensor. It is resizable for out=
+    // arguments: the CPU kernel then allocates anew, and the operator moves the result (operators.cpp).
     at::DataPtr bytes(storage.mutable_data(), new c10::Storage(storage), &release_storage, c10::Device(c10::kCPU));
     c10::Storage alias(
-        c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(bytes), c10::GetCPUAllocator(), /*resizable=*/true);
+        c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(bytes), c10::GetCPUAllocator(),
+        /*resizable=*/true);
     auto cpu = at::detail::make_tensor<c10::TensorImpl>(
         std::move(alias), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
     auto* impl = cpu.unsafeGetTensorImpl();

@@ -1,15 +1,11 @@
 // HCCL: its collectives and its refusals, carried out by gloo over the same bytes.
 //
 // The refusals and their wording are those of torch_npu's ProcessGroupHCCL.cpp (check_npu_single_tensor,
-// checkSupportedDataType, getHcclReduceOp): gloo takes host tensors, fp64 and bit operations, and would hide that HCCL
-// does not.
+// checkSupportedDataType, getHcclReduceOp), for chips before Ascend950: gloo takes host tensors, fp64 and bit
+// operations, and would hide that HCCL does not.
 #include "overlay.h"
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/utils/pybind.h>
-
-#include <pybind11/chrono.h>
-#include <pybind11/stl.h>
 
 #include <chrono>
 #include <csignal>
@@ -78,8 +74,9 @@ class HcclWork : public c10d::Work {
     Tensors result() override { return results_; }
     c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
         wait(kNoTimeout);
+        std::vector<c10::Device> devices{c10::Device(kNpu, current_device())};
         auto future = c10::make_intrusive<c10::ivalue::Future>(
-            c10::ListType::create(c10::TensorType::get()), std::vector<c10::Device>{c10::Device(kNpu, current_device())});
+            c10::ListType::create(c10::TensorType::get()), std::move(devices));
         future->markCompleted(c10::IValue(results_));
         return future;
     }
@@ -97,8 +94,9 @@ at::Tensor checked(const at::Tensor& tensor) {
     TORCH_CHECK(on_npu(tensor) && !tensor.is_sparse(), "Tensors must be NPU and dense");
     TORCH_CHECK(tensor.is_contiguous(tensor.suggest_memory_format()), "Tensors must be contiguous");
     switch (tensor.scalar_type()) {
-        case at::kByte: case at::kChar: case at::kShort: case at::kInt: case at::kLong: case at::kHalf: case at::kFloat:
-        case at::kDouble: case at::kBool: case at::kBFloat16: case at::kFloat8_e4m3fn: case at::kFloat8_e5m2:
+        case at::kBool: case at::kByte: case at::kChar: case at::kShort: case at::kInt: case at::kLong:
+        case at::kHalf: case at::kBFloat16: case at::kFloat: case at::kDouble:
+        case at::kFloat8_e4m3fn: case at::kFloat8_e5m2:
             return as_cpu(tensor);
         default:
             TORCH_CHECK(false, "Unsupported data type for HCCL process group");
@@ -120,7 +118,8 @@ std::vector<Tensors> checked(const std::vector<Tensors>& lists) {
 // Reductions take fewer dtypes than copies do, and not every operation.
 void check_reduction(const std::string& name, const ReduceOp& op, at::ScalarType dtype) {
     switch (dtype) {
-        case at::kChar: case at::kShort: case at::kInt: case at::kLong: case at::kHalf: case at::kFloat: case at::kBFloat16:
+        case at::kChar: case at::kShort: case at::kInt: case at::kLong:
+        case at::kHalf: case at::kBFloat16: case at::kFloat:
             break;
         default:
             TORCH_CHECK(false, "HCCL ", name, ": Unsupported data type at::k", dtype);
@@ -171,7 +170,9 @@ class HcclBackend : public c10d::Backend {
         auto cpu = checked(tensors);
         auto plain = without_average(options);
         const auto dtype = tensors[0].scalar_type();
-        if (dtype == at::kBool || dtype == at::kByte || dtype == at::kShort) return allreduce_as_int(tensors, cpu, plain);
+        if (dtype == at::kBool || dtype == at::kByte || dtype == at::kShort) {
+            return allreduce_as_int(tensors, cpu, plain);
+        }
         check_reduction("allreduce", options.reduceOp, dtype);
         return work(gloo_->allreduce(cpu, plain), tensors, average(options.reduceOp, cpu));
     }
@@ -212,7 +213,9 @@ class HcclBackend : public c10d::Backend {
     WorkPtr allgather_into_tensor_coalesced(
         Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
         std::vector<WorkPtr> parts;
-        for (size_t i = 0; i < outputs.size(); i++) parts.push_back(_allgather_base(outputs[i], inputs[i], options));
+        for (size_t i = 0; i < outputs.size(); i++) {
+            parts.push_back(_allgather_base(outputs[i], inputs[i], options));
+        }
         return c10::make_intrusive<HcclWork>(std::move(parts), outputs, nullptr);
     }
 
@@ -252,7 +255,9 @@ class HcclBackend : public c10d::Backend {
     WorkPtr reduce_scatter_tensor_coalesced(
         Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
         std::vector<WorkPtr> parts;
-        for (size_t i = 0; i < outputs.size(); i++) parts.push_back(_reduce_scatter_base(outputs[i], inputs[i], options));
+        for (size_t i = 0; i < outputs.size(); i++) {
+            parts.push_back(_reduce_scatter_base(outputs[i], inputs[i], options));
+        }
         return c10::make_intrusive<HcclWork>(std::move(parts), outputs, nullptr);
     }
 
@@ -327,26 +332,13 @@ class HcclBackend : public c10d::Backend {
 
 }  // namespace
 
+c10::intrusive_ptr<c10d::Backend> hccl(c10::intrusive_ptr<c10d::Backend> gloo) {
+    return c10::make_intrusive<HcclBackend>(std::move(gloo));
+}
+
 std::map<std::string, int64_t> collectives() {
     const std::lock_guard<std::mutex> lock(counts_guard);
     return counts;
 }
 
 }  // namespace standin
-
-PYBIND11_MODULE(standin_overlay, module) {
-    using namespace standin;
-    module.def("run_on_cpu", &run_on_cpu);
-    module.def("make_unsupported", &make_unsupported);
-    module.def("restore_derivative", &restore_derivative);
-    module.def("replace_memory_operators", &replace_memory_operators);
-    module.def("collectives", &collectives);
-    module.def("operators", [] {
-        std::map<std::string, std::pair<int64_t, std::set<std::string>>> plain;
-        for (const auto& [name, use] : uses()) plain[name] = {use.count, use.dtypes};
-        return plain;
-    });
-    module.def("hccl", [](const pybind11::object& gloo) -> BackendPtr {
-        return c10::make_intrusive<HcclBackend>(gloo.cast<BackendPtr>());
-    });
-}

@@ -30,8 +30,8 @@ const std::set<std::string> kTakesHostIndices = {
     "aten::_unsafe_index.Tensor", "aten::_unsafe_index_put", "aten::_index_put_impl", "aten::_index_put_impl_",
 };
 
-// Operators that a composite operator is made of are not dispatched on a card, where that operator is one kernel. So they
-// are not counted.
+// Operators that a composite operator is made of are not dispatched on a card, where that operator is one kernel:
+// they are not counted.
 thread_local int composite_depth = 0;
 
 struct InsideComposite {
@@ -39,11 +39,12 @@ struct InsideComposite {
     ~InsideComposite() { --composite_depth; }
 };
 
-// Random operators draw from the NPU's generator: the CPU's is seeded from its seed and offset for one operator, and put
-// back. The offset moves on as after a kernel on the device, so saved states behave alike.
+// Random operators draw from the NPU's generator: the CPU's is seeded from its seed and offset for one operator, and
+// put back. The offset moves on as after a kernel on the device, so saved states behave alike.
 class BorrowedGenerator {
    public:
-    BorrowedGenerator(const at::Generator& given, c10::DeviceIndex device) : host_(at::detail::getDefaultCPUGenerator()) {
+    BorrowedGenerator(const at::Generator& given, c10::DeviceIndex device)
+        : host_(at::detail::getDefaultCPUGenerator()) {
         auto npu = given.defined() ? given : at::globalContext().defaultGenerator(Device(kNpu, device));
         const uint64_t offset = npu.get_offset();
         npu.set_offset(offset + 4);  // torch_npu, like CUDA, counts in steps of four
@@ -83,8 +84,9 @@ class Call {
         }
         TORCH_CHECK(
             !host_tensor_ || shown_.empty() || takes_host_indices,
-            "Expected all tensors to be on the same device, but found at least two devices, ", shown_.front().npu.device(),
-            " and cpu! (when running ", name_, " with a tensor of shape ", host_tensor_->sizes(), " on the CPU)");
+            "Expected all tensors to be on the same device, but found at least two devices, ",
+            shown_.front().npu.device(), " and cpu! (when running ", name_, " with a tensor of shape ",
+            host_tensor_->sizes(), " on the CPU)");
     }
 
     // Device of what comes out new.
@@ -145,8 +147,9 @@ class Call {
         if (!shown_.empty() && tensor.dim() > 0) {
             const auto first = shown_.front().npu.device();
             TORCH_CHECK(
-                first == tensor.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
-                first, " and ", tensor.device(), "! (when running ", name_, ")");
+                first == tensor.device(),
+                "Expected all tensors to be on the same device, but found at least two devices, ", first, " and ",
+                tensor.device(), "! (when running ", name_, ")");
         }
         auto cpu = as_cpu(tensor);
         shown_.push_back({tensor, cpu, written, cpu.storage().data()});
@@ -245,7 +248,8 @@ class CpuKernel : public c10::OperatorKernel {
     const std::string name_;
     const bool missing_, takes_host_indices_;
     std::atomic<int64_t> count_{0};
-    std::atomic<uint64_t> dtypes_{0};
+    std::atomic<uint64_t> dtypes_{0};  // a bit for each c10::ScalarType
+    static_assert(static_cast<int>(c10::ScalarType::NumOptions) <= 64);
 };
 
 // Owned by the dispatcher, which keeps them until the process ends.
@@ -264,9 +268,9 @@ void register_kernel(
 void raise_unsupported(const c10::OperatorHandle& op, Stack*) {
     const auto name = c10::toString(op.operator_name());
     TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "Could not run '", name, "' with arguments from the 'PrivateUse1' backend. This could be because the operator ",
-        "doesn't exist for this backend, or was omitted during the selective/custom build process (if using custom build). '",
-        name, "' was made unsupported by a setting of crosstune's stand-in.");
+        false, "Could not run '", name, "' with arguments from the 'PrivateUse1' backend. This could be because ",
+        "the operator doesn't exist for this backend, or was omitted during the selective/custom build process ",
+        "(if using custom build). '", name, "' was made unsupported by a setting of crosstune's stand-in.");
 }
 
 void upstream_derivative(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
@@ -286,7 +290,8 @@ void run_on_cpu(const std::string& name, const std::string& overload, bool missi
     auto kernel = std::make_unique<CpuKernel>(full_name(name, overload), missing);
     kernels.push_back(kernel.get());
     register_kernel(
-        name, overload, DispatchKey::PrivateUse1, c10::KernelFunction::makeFromBoxedFunctor<CpuKernel>(std::move(kernel)));
+        name, overload, DispatchKey::PrivateUse1,
+        c10::KernelFunction::makeFromBoxedFunctor<CpuKernel>(std::move(kernel)));
 }
 
 void make_unsupported(const std::string& name, const std::string& overload) {
