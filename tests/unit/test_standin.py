@@ -362,14 +362,26 @@ def test_a_changed_source_is_another_build(
     monkeypatch.setattr(compile, "SOURCES", sources)
     cfg = StandinConfig(build=str(tmp_path / "built"))
     folders = [building.build(cfg).folder]
-    for change in ("cann/memory.c", "overlay/overlay.h", "compile.py"):
+    for change in ("cann/memory.c", "overlay/overlay.h"):
         (sources / change).write_text("// changed")
         folders.append(building.build(cfg).folder)
     monkeypatch.setattr(compile, "compiler_version", lambda: "14.1.0")
     folders.append(building.build(cfg).folder)
+    monkeypatch.setattr(compile, "RECIPE", b"other flags")
+    folders.append(building.build(cfg).folder)
     (sources / "inside/fused_operators.py").write_text("# read where it stands")
     assert building.build(cfg).folder == folders[-1]
     assert len(set(folders)) == 5 and no_compiler_needed.count("fetch") == 1
+
+
+def test_sources_that_change_while_they_are_compiled(
+    no_compiler_needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compiled is then neither the one nor the other."""
+    monkeypatch.setattr(compile, "compile_all", lambda *_: monkeypatch.setattr(compile, "RECIPE", b"edited"))
+    with pytest.raises(RunFailedError, match="changed while they were compiled"):
+        building.build(StandinConfig(build=str(tmp_path)))
+    assert not list(tmp_path.rglob(building.MANIFEST))
 
 
 @pytest.mark.parametrize("torn", ["fetch", "compile"])

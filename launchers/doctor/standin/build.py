@@ -25,7 +25,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.errors import DeviceError, StorageError
+from configs.errors import DeviceError, RunFailedError, StorageError
 from configs.schema.doctor import StandinConfig
 from launchers.doctor.standin import compile, wheel
 
@@ -112,6 +112,8 @@ def _build(
         say("compiling the pretended CANN and the overlay (half a minute)")
         with _moved_into_place(folder) as partial:
             compile.compile_all(partial, site / wheel.LIBRARY)
+            if _hash_of_sources() != versions["sources"]:
+                raise RunFailedError("ascend-standin", "its sources changed while they were compiled", remedy="again")
             (partial / MANIFEST).write_text(json.dumps(dict(versions), indent=1), encoding="utf-8")
 
 
@@ -170,13 +172,8 @@ def _versions() -> dict[str, str]:
 
 def _hash_of_sources() -> str:
     """Over what is compiled and how. Not `inside/`, which processes read where it stands."""
-    files = [
-        compile.SOURCES / "compile.py",
-        *sorted(compile.SOURCES.glob("cann/*")),
-        *sorted(compile.SOURCES.glob("overlay/*")),
-    ]
-    digest = hashlib.sha256()
-    for file in files:
+    digest = hashlib.sha256(compile.RECIPE)
+    for file in sorted(compile.SOURCES.glob("cann/*")) + sorted(compile.SOURCES.glob("overlay/*")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

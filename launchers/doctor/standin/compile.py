@@ -16,6 +16,8 @@ from pathlib import Path
 from configs.errors import CrosstuneError, DeviceError, ErrorGroup, RunFailedError
 
 SOURCES = Path(__file__).parent
+RECIPE = Path(__file__).read_bytes()
+"""This file as this process runs it: part of what identifies a build."""
 UNITS = {"operators": ("aliasing", "operators", "memory"), "collectives": ("collectives", "module")}
 """C++ files by the unit that they are compiled in."""
 OVERLAY = "standin_overlay.so"
