@@ -194,6 +194,20 @@ def test_a_plugin_that_does_not_load_is_a_reason_and_leaves_nothing(
     taken.seed(3)
 
 
+def test_a_plugin_that_fails_with_torch_changed_for_good_stops_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    broken(tmp_path, monkeypatch)
+    names = iter(["privateuseone", "mlu"])  # as if the plugin had registered itself with torch
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: next(names))
+    with pytest.raises(DeviceError, match="torch_mlu: failed while it loaded, and has changed torch already") as raised:
+        AutoDevice(DeviceConfig())
+    assert "libcnrt.so" in str(raised.value) and "device=cpu" in str(raised.value)
+    for name in ("torch_mlu", "torch_mlu.inner"):
+        sys.modules.pop(name, None)
+    delattr(torch, "mlu")
+
+
 def test_auto_imports_no_plugin_that_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

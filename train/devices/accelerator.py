@@ -241,13 +241,23 @@ def load_plugin(plugin: str, torch_type: str) -> str | None:
 
     Returns:
         Why it does not load; None if it did. What it left behind is taken away, so that other devices work.
+
+    Raises:
+        DeviceError: it failed so late that torch is changed for good, for other devices, too.
     """
     if plugin in UNLOADABLE:
         return UNLOADABLE[plugin]
-    had = hasattr(torch, torch_type)
+    had, registered = hasattr(torch, torch_type), torch._C._get_privateuse1_backend_name()
     try:
         importlib.import_module(plugin)
     except Exception as error:  # whatever a vendor's package raises is a reason to go without it, never a crash
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        if torch._C._get_privateuse1_backend_name() != registered:
+            raise DeviceError(
+                plugin,
+                f"failed while it loaded, and has changed torch already ({fault})",
+                remedy="mend or uninstall it; device=cpu, or another one by name, does not load it",
+            ) from error
         root = plugin.partition(".")[0]
         for name in [name for name in sys.modules if name == root or name.startswith(f"{root}.")]:
             del sys.modules[name]
@@ -255,7 +265,7 @@ def load_plugin(plugin: str, torch_type: str) -> str | None:
         sys.modules[root] = None  # type: ignore[assignment]  # what the import system documents
         if not had and hasattr(torch, torch_type):
             delattr(torch, torch_type)
-        UNLOADABLE[plugin] = f"{type(error).__name__}: {first_line(error)}"
+        UNLOADABLE[plugin] = fault
     return UNLOADABLE.get(plugin)
 
 
