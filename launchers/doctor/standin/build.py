@@ -69,7 +69,7 @@ class Standin:
 
 
 def build(cfg: StandinConfig, say: Callable[[str], None] = lambda line: None) -> Standin:
-    """The stand-in of these versions, built where it is not there yet (half a minute; some 160 MB with the wheel).
+    """The stand-in of these versions, built where it is not there yet (half a minute; 130 MB with the wheel).
 
     Args:
         cfg: `build`, `wheel` and `cache_dir` are looked at; the knobs are of the environment.
