@@ -127,10 +127,10 @@ def on_cpu(road):
 
 
 def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
-    """Rank 1 dies in one of the 95 collectives of a step, of 8 steps; the parent tells it from the one that noticed."""
+    """Rank 1 dies in a collective about halfway through the 8 steps; the parent tells it from the one that noticed."""
     words = [*road.words("killed", "lora"), *PLAIN_KERNELS, "device=ascend", "nproc=2", "sharding=zero3"]
-    shown = standin.crosstune("train", *words, code=3, die="1:500")
-    assert re.search(r"rank 1: ended by signal SIGKILL.* after step [3-7]", shown) and "Traceback" not in shown, shown
+    shown = standin.crosstune("train", *words, code=3, die="1:650")
+    assert re.search(r"rank 1: ended by signal SIGKILL.* after step [2-7]", shown) and "Traceback" not in shown, shown
     assert re.search(rf"crosstune resume {road.tmp / 'killed'}\s+goes on after step [246]", shown), shown
     crosstune("resume", str(road.tmp / "killed"), "device=cpu", "nproc=1", "sharding=plain")
     assert road.losses("killed") == pytest.approx(on_cpu["lora"], rel=1e-5)
