@@ -21,8 +21,8 @@ ALLOWED = (
     "configs/groups.py",
 )
 NAMES = re.compile(
-    r"torch\.(cuda|npu|xpu|mps|hpu|musa|mlu)\b|\b(cuda|nccl|hccl|rccl|xccl|npu|nvidia|ascend|huawei|rocm|amd|intel|"
-    r"habana|gaudi|cambricon|mthreads|musa|biren)\b|torch_npu",
+    r"torch\.(cuda|npu|xpu|mps|hpu|musa|mlu|sdaa|supa)\b|\b(cuda|nccl|hccl|rccl|xccl|npu|nvidia|ascend|huawei|rocm|amd|intel|"
+    r"habana|gaudi|cambricon|mthreads|musa|biren|sdaa|tecorigin|supa)\b|torch_npu",
     re.IGNORECASE,
 )
 

@@ -1,5 +1,7 @@
 """Dense peaks of cards as their makers publish them, for the model FLOP/s utilisation.
 
+Collected from memory of the datasheets named, not from the sheets themselves: compare before you quote a figure.
+
 "Dense": makers like to print the figure with 2:4 sparsity, which is twice as much. fp32 is that of the plain units,
 since crosstune multiplies fp32 as fp32. A card that is not listed has no utilisation, unless ``device.peak_tflops``
 says its peak.

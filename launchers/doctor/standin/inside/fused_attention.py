@@ -210,7 +210,8 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, head_num: int, layout: str
         require(fits, NAME, f"query {shape(query)} and key {shape(key)} do not divide into {head_num} heads")
         shared = key.shape[-1] // width
         require(shared > 0 and value.shape[-1] % shared == 0, NAME, f"value {shape(value)} against {shared} heads")
-        query, key, value = (x.unflatten(-1, (n, -1)) for x, n in ((query, head_num), (key, shared), (value, shared)))
+        sizes = ((query, head_num), (key, shared), (value, shared))
+        query, key, value = (torch.unflatten(x, -1, (n, -1)) for x, n in sizes)
     query, key, value = (x.unsqueeze(0) if layout == "TND" else x for x in (query, key, value))
     order = {"SBH": (1, 2, 0, 3), "BNSD": (0, 1, 2, 3)}.get(layout, (0, 2, 1, 3))
     q, k, v = (x.permute(order) for x in (query, key, value))
@@ -230,7 +231,8 @@ def _attend(
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     if not k.shape[2]:  # an empty sample has no maximum
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), *(q.new_zeros(*q.shape[:3], 1) for _ in range(2))
+        maximum, total = (q.new_zeros(*q.shape[:3], 1) for _ in range(2))
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), maximum, total
     top = scores.detach().amax(-1, keepdim=True)
     total = (scores.detach() - top).exp().sum(-1, keepdim=True)
     kept = functional.dropout(scores.softmax(-1), 1 - keep_prob)
