@@ -33,7 +33,7 @@ from train.evaluate.models import compute_dtype
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     environment = dict(os.environ)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     _say_once.cache_clear()
     yield
@@ -47,7 +47,7 @@ VISIBLE: list[tuple[type[Device], dict[str, str], int, str | None]] = [
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": "1, 0"}, 2, None),
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": "GPU-8f2a1c,MIG-3/1/0"}, 2, None),
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": "0,7"}, 1, "'0,7' names 2 cards, but the runtime finds 1 of them"),
-    (CudaDevice, {"CUDA_VISIBLE_DEVICES": "0,0"}, 0, "'0,0' names 0 twice"),
+    (CudaDevice, {"CUDA_VISIBLE_DEVICES": "0, 0"}, 0, "'0, 0' names 0 twice"),
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": "gpu0"}, 2, "'gpu0': 'gpu0' names no card, and what follows it is not read"),
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": ""}, 0, "'' hides every card"),
     (CudaDevice, {"CUDA_VISIBLE_DEVICES": "-1"}, 0, "'-1' hides every card"),
@@ -130,6 +130,22 @@ def test_a_worker_of_an_outer_launcher_looks_at_its_own_machine(
     else:
         with pytest.raises(DeviceError, match=found):
             check_processes(cfg)
+
+
+def test_a_process_that_is_shown_one_device_takes_it_whatever_its_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As under srun; a worker of torchrun sees what the others see, and would share it with them."""
+    fake = pretend(MluDevice, monkeypatch, tmp_path, cards=1)
+    os.environ.update({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"})
+    cfg = compose("train", ["model.path=m", "dataset.path=d", "device=mlu"])
+    check_processes(cfg)
+    device = MluDevice(DeviceConfig())
+    device.activate(3)
+    assert device.index == fake.current == 0
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    with pytest.raises(DeviceError, match="4 processes, but 1 mlu devices are visible"):
+        check_processes(cfg)
+    with pytest.raises(DeviceError, match="process 3 of this machine has no card"):
+        device.activate(3)
 
 
 def test_evaluation_looks_before_it_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -100,7 +100,20 @@ def test_bf16_of_amd_cards_goes_by_the_architecture(
     assert (torch.bfloat16 in device.fast_dtypes()) is fast and device.supports(torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", [CudaDevice, AscendDevice, MpsDevice])
+def test_whether_bf16_works_is_known_without_a_tensor_on_the_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A card may take one process only, and that is not the one which starts the workers."""
+    fake = pretend(CudaDevice, monkeypatch, tmp_path)
+
+    def older_card(including_emulation: bool) -> bool:
+        assert not including_emulation, "torch would try it out"
+        return False
+
+    fake.is_bf16_supported = older_card
+    device = CudaDevice(DeviceConfig())
+    assert device.fast_dtypes() == (torch.float32,) and device.supports(torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", [AscendDevice, MpsDevice])
 def test_bf16_goes_by_what_the_runtime_says(backend: type[CudaDevice], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     fake = pretend(backend, monkeypatch, tmp_path)
     assert backend(DeviceConfig()).fast_dtypes()[0] == torch.bfloat16

@@ -49,6 +49,15 @@ def test_weights_that_do_not_cover_the_model_are_refused_not_invented(tmp_path):
         load_model(folder, dtype=torch.float32)
 
 
+def test_full_memory_is_not_blamed_on_the_folder(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        load_model(save_tiny_model(tmp_path / "m"), dtype=torch.float32)
+
+
 def test_precision_auto_takes_the_fastest_and_an_impossible_one_stops():
     class NoBf16(CpuDevice):
         def fast_dtypes(self):

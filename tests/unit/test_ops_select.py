@@ -56,6 +56,14 @@ def test_a_version_that_disagrees_is_passed_over_by_auto_and_stops_device(caplog
     assert raised.value.remedy == "device.rms_norm_kernel=auto"
 
 
+def test_full_memory_is_no_disagreement():
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("NPU out of memory. Tried to allocate 2.00 MiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(tiny_model(), OWN | {"swiglu": kernel(full)})
+
+
 def test_what_cannot_be_is_said_at_once_and_the_model_is_as_it_was():
     """Before there is a model; what shows only in the model, before anything in it is changed."""
     with pytest.raises(ErrorGroup) as raised:

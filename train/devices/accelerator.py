@@ -128,7 +128,7 @@ class AcceleratorDevice(Device):
         problems = list(self.visible_problems(counted))
         for variable, problem in problems:
             yield DeviceError(variable, problem, remedy=f"unset it, or name what {self.lister} shows")
-        if nproc > counted and not problems:
+        if nproc > counted and not problems and not self._shown_alone(counted):
             widen = "".join(f" or widen {variable}" for variable in self._narrowed()[:1])
             yield DeviceError(
                 "nproc",
@@ -154,11 +154,11 @@ class AcceleratorDevice(Device):
                 return
             entries = value.split(",")
             strange = [entry for entry in entries if not self.visible_entry.fullmatch(entry)]
-            twice = [entry for entry, times in Counter(entries).items() if times > 1]
+            twice = [entry for entry, times in Counter(entry.strip() for entry in entries).items() if times > 1]
             if strange:
                 yield variable, f"'{value}': '{strange[0]}' names no {self.unit}, and what follows it is not read"
             elif twice:
-                yield variable, f"'{value}' names {twice[0].strip()} twice"
+                yield variable, f"'{value}' names {twice[0]} twice"
             elif narrowest is None or len(self._named(entries)) < len(narrowest[1]):
                 narrowest = variable, self._named(entries)
         if narrowest is not None and len(narrowest[1]) > counted:
@@ -177,21 +177,33 @@ class AcceleratorDevice(Device):
 
     # Use.
 
-    def _activate(self, local_rank: int) -> None:
+    def index_of(self, local_rank: int) -> int:
+        """The process's only device where a launcher shows it no other."""
+        return 0 if self._shown_alone(self.count()) else local_rank
+
+    def _shown_alone(self, counted: int) -> bool:
+        """Whether the one device that is visible is meant for this process alone, whatever its rank.
+
+        Slurm and MPI can show each process a device of its own. The processes of torchrun see what torchrun sees.
+        """
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return counted == 1 and several and "TORCHELASTIC_RUN_ID" not in os.environ
+
+    def _activate(self, index: int) -> None:
         counted = self.count()
-        if local_rank >= counted:
+        if index >= counted:
             raise DeviceError(
                 "nproc",
-                f"process {local_rank} of this machine has no {self.unit}: {counted} visible to it",
+                f"process {index} of this machine has no {self.unit}: {counted} visible to it",
                 remedy=f"lower nproc, or let every process see all of them ({self.visible_devices_variable})",
             )
-        self._set_device(local_rank)
+        self._set_device(index)
         # fp32 means fp32 wherever it was asked for: torch's own default for matrices, said aloud. Formats with fewer
         # bits under the name fp32 (TF32 and its likes) would make losses differ between devices by 1e-3, not 1e-6.
         torch.set_float32_matmul_precision("highest")
 
-    def _set_device(self, local_rank: int) -> None:
-        self.runtime.set_device(local_rank)
+    def _set_device(self, index: int) -> None:
+        self.runtime.set_device(index)
 
     def seed(self, seed: int) -> None:
         """Seeds the device's generator by name, too: torch seeds only those types that it knows."""

@@ -101,8 +101,8 @@ class AscendDevice(AcceleratorDevice):
         """What CANN, HCCL and torch_npu read."""
         return recorded(os.environ)
 
-    def _activate(self, local_rank: int) -> None:
-        super()._activate(local_rank)
+    def _activate(self, index: int) -> None:
+        super()._activate(index)
         # The default differs between chips (on for 910A, off for 910B): say it.
         self.runtime.set_compile_mode(jit_compile=self.settings.jit_compile)
         self.runtime.config.allow_internal_format = self.settings.internal_format

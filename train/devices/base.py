@@ -58,6 +58,8 @@ class Device(ABC):
     """The string torch uses: ``torch.device(torch_type)``."""
     backend: str
     """Collective backend of torch.distributed."""
+    collectives_sum_fp64: bool | None = None
+    """Whether the collectives add fp64; None: that differs between chips, and the backend is to be asked."""
     deepspeed_accelerator: str | None
     """Value of DS_ACCELERATOR; None where DeepSpeed has no class for the device, so no ZeRO."""
     visible_devices_variable: str | None
@@ -164,9 +166,9 @@ class Device(ABC):
         os.environ["DS_ACCELERATOR"] = self.deepspeed_choice
         for key, value in self.environment().items():
             os.environ.setdefault(key, value)
-        self.index = local_rank
+        self.index = self.index_of(local_rank)
         self.set_threads()
-        self._activate(local_rank)
+        self._activate(self.index)
         if self.cfg.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # A debugging aid that comes with it and writes NaN into every new tensor first.
@@ -182,13 +184,17 @@ class Device(ABC):
         if not found.ok:
             raise DeviceError(f"device={self.name}", found.reason, remedy="device=auto takes what is there")
 
+    def index_of(self, local_rank: int) -> int:
+        """Which of the visible devices a process of this machine takes."""
+        return local_rank
+
     @property
     def deepspeed_choice(self) -> str:
         """What DS_ACCELERATOR is set to: transformers imports DeepSpeed in any case, and left alone it would guess."""
         return self.deepspeed_accelerator or "cpu"
 
     @abstractmethod
-    def _activate(self, local_rank: int) -> None:
+    def _activate(self, index: int) -> None:
         """Backend's part of `activate`."""
 
     def environment(self) -> dict[str, str]:
@@ -233,16 +239,7 @@ class Device(ABC):
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an error, or what caused it, says that the device's memory (or the host's) is full."""
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
-                return True
-            if isinstance(cause, RuntimeError) and any(text in str(cause) for text in HOST_TEXTS):
-                return True
-            if isinstance(cause, RuntimeError) and any(text in str(cause) for text in self.out_of_memory_texts):
-                return True
-            cause = cause.__cause__
-        return False
+        return memory_is_full(error, self.out_of_memory_texts)
 
     # Records.
 
@@ -266,6 +263,23 @@ class Device(ABC):
 
 HOST_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 """What torch's allocator of host memory says on Linux and on Windows; it raises a plain RuntimeError."""
+
+
+def memory_is_full(error: BaseException, texts: tuple[str, ...] = ()) -> bool:
+    """Whether an error, or what caused it, says that memory is full: by its kind, or for a RuntimeError by its words.
+
+    Args:
+        error: what was raised.
+        texts: words of a device's own, beside those of the host.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in (*HOST_TEXTS, *texts)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def raise_all(faults: list[DeviceError]) -> None:

@@ -17,6 +17,7 @@ class CpuDevice(Device):
     name = "cpu"
     torch_type = "cpu"
     backend = "gloo"
+    collectives_sum_fp64 = True
     deepspeed_accelerator = "cpu"
     proven = True
     visible_devices_variable = None
@@ -63,7 +64,7 @@ class CpuDevice(Device):
         """DeepSpeed on CPU asks for the number of processes on this machine under this name."""
         return {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
 
-    def _activate(self, local_rank: int) -> None:
+    def _activate(self, index: int) -> None:
         """Nothing to choose."""
 
 

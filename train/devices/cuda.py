@@ -17,6 +17,7 @@ class CudaDevice(AcceleratorDevice):
     name = "cuda"
     torch_type = "cuda"
     backend = "nccl"
+    collectives_sum_fp64 = True
     deepspeed_accelerator = "cuda"
     lister = "nvidia-smi"
     visible_devices_variable = "CUDA_VISIBLE_DEVICES"
@@ -61,16 +62,17 @@ class CudaDevice(AcceleratorDevice):
         return (torch.float32,)
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """Older cards emulate bf16, slowly but correctly."""
-        if dtype == torch.bfloat16:
-            return bool(self.runtime.is_bf16_supported(including_emulation=True))
-        return super().supports(dtype)
+        """Older cards emulate bf16, slowly but correctly.
+
+        Torch would find that out with a tensor on the card, on which the process that starts the workers has no place.
+        """
+        return dtype in (torch.bfloat16, torch.float32)
 
     def environment(self) -> dict[str, str]:
         """CuBLAS gives the same bits twice only with a workspace of its own per stream (cuBLAS, "Reproducibility")."""
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if self.cfg.deterministic else {}
 
-    def _activate(self, local_rank: int) -> None:
-        super()._activate(local_rank)
+    def _activate(self, index: int) -> None:
+        super()._activate(index)
         # Convolutions (of state-space models) have a switch of their own, which torch leaves on.
         torch.backends.cudnn.allow_tf32 = False

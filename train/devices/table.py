@@ -137,15 +137,15 @@ class TableDevice(AcceleratorDevice):
             nproc = 1  # what else is wrong
         yield from super().faults(nproc, precision)
 
-    def _activate(self, local_rank: int) -> None:
+    def _activate(self, index: int) -> None:
         missing = self._missing_collectives() if self.row.collectives else None
         if missing:
             raise DeviceError(f"device={self.name}", missing, remedy=self.load_hint)
-        super()._activate(local_rank)
+        super()._activate(index)
 
-    def _set_device(self, local_rank: int) -> None:
+    def _set_device(self, index: int) -> None:
         if self.row.set_device:
-            self._call(self.row.set_device, local_rank)
+            self._call(self.row.set_device, index)
 
     def _missing_collectives(self) -> str | None:
         """Registers the backend with torch.distributed, where that takes an import; why there is none."""

@@ -111,19 +111,23 @@ def _import_deepspeed() -> ModuleType:
 def _sum_norms_in_fp32_where_needed(device: Device) -> None:
     """Tells DeepSpeed where collectives take no fp64, in which it sums gradient norms on all but Apple's devices.
 
-    Asked of the backend itself: one and the same takes it on some chips and not on others, and the refusal comes
-    before anything is sent.
+    Where the device does not know, the backend itself is asked: one and the same takes it on some chips and not on
+    others, and refuses before anything is sent.
     """
     from deepspeed.accelerator import get_accelerator
 
+    if device.collectives_sum_fp64:
+        return
     try:
         dist.all_reduce(torch.zeros(1, dtype=torch.float64, device=device.torch_device))
+    except dist.DistError:  # of the network or of a peer: says nothing of fp64
+        raise
     except (RuntimeError, TypeError):
         get_accelerator().is_fp64_supported = lambda: False
 
 
 def _ensure_group(device: Device) -> None:
     """A process that runs alone needs a group of one; an in-memory store needs no port."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index))  # DeepSpeed refuses to start without it
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed refuses to start without it, and takes that device
     if not dist.is_initialized():
         dist.init_process_group(device.backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)

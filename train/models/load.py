@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from configs.errors import ModelError, StorageError
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
-from train.devices.base import DTYPES, Device
+from train.devices.base import DTYPES, Device, memory_is_full
 from train.models.gguf import dequantise
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,8 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        if memory_is_full(error):  # no fault of the folder's
+            raise
         raise ModelError("model.path", f"'{model_dir}' does not open: {_first_line(error)}") from None
     absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if absent:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
+from train.devices.base import memory_is_full
 from train.ops.kernel import REFERENCES, Needs, Version
 from train.ops.packed_attention import Lengths
 from train.ops.trials import MANY, WINDOW, Trial, attend, attention_trial, trials
@@ -33,6 +34,9 @@ def disagreement(op: str, version: Version, needs: Needs, dtype: torch.dtype, de
         needs: sizes at which it is tried.
         dtype: the working dtype.
         device: where it runs.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing of the version.
     """
     try:
         for trial in trials(op, needs):
@@ -42,6 +46,8 @@ def disagreement(op: str, version: Version, needs: Needs, dtype: torch.dtype, de
         if op == "attention":
             return _masks(version, needs, dtype, device) or _dropout(version, needs, dtype, device)
     except Exception as error:  # whatever a kernel raises, the reference is there
+        if memory_is_full(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"it raised {type(error).__name__}: {first}"
     return None
