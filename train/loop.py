@@ -93,14 +93,15 @@ class Loop:
         step = self.sampler.step(state.step)
         lr = self.peak_lr * self.schedule(state.step)
         self.engine.module.train()
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        losses: list[torch.Tensor] = []
         last = len(step.micro_batches) - 1
         for i, batch in enumerate(self.sampler.batches(step)):
             loss = self.objective.loss_sum(self.engine.forward, batch)
             self.engine.backward(loss / step.num_targets, last=i == last)
-            loss_sum += loss.detach().cpu().double()  # not every device knows fp64
+            losses.append(loss.detach())  # to be read once the step is queued: reading waits for the device
         grad_norm = self.engine.step(lr)
-        [total] = self.world.all_reduce_sum([loss_sum.item()])
+        loss_sum = torch.stack(losses).cpu().double().sum().item()  # not every device knows fp64
+        [total] = self.world.all_reduce_sum([loss_sum])
         state.epoch = self.sampler.plan.position(state.step).epoch
         state.step += 1
         state.samples_seen += len(step.samples)

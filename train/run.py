@@ -122,8 +122,9 @@ def make_engine(
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)
     # Before the engine, which may cut the weights into pieces; after the adapters, which wrap only projections.
-    kernels.use(model, dtype, note)
+    own_kernels = kernels.use(model, dtype, note)
     engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
+    engine.kernels = own_kernels
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)
     return engine
@@ -210,6 +211,7 @@ def record_run(
             manifest_sha256=sha256_of(prepared / "manifest.json"),
             precision=dtype_name(engine.working_dtype),
             engine=type(engine).__name__,
+            kernels=list(engine.kernels),
             world_size=world.size,
             tuning=build(cfg.tuning, Tuning).name,
             code_version=code_version(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class RunRecord:
     """``lora`` or ``full``."""
     code_version: str
     total_steps: int
+    kernels: list[str] = field(default_factory=list)
+    """Ops that ran by the device's own version, on rank 0; the others in plain torch. Early runs do not say."""
 
     def refuse_changed_base(self, model_dir: Path) -> None:
         """Compares the base model with what the run began with, since a run keeps no copy of it.

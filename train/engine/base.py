@@ -204,6 +204,9 @@ class Engine(ABC):
         """By name; a tied parameter once."""
         assert self.trained, "no parameter requires gradients"
 
+    kernels: tuple[str, ...] = ()
+    """Ops of `train/ops` that the model runs by the device's own version; for the records."""
+
     @abstractmethod
     def forward(self, **batch: Any) -> Any:
         """Calls the model with `batch` as it is; returns the model's output."""
