@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from configs.errors import EXIT_DONE, ConfigError, nearest
+from configs.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError, nearest
 
 if TYPE_CHECKING:
     from configs.errors import CrosstuneError
@@ -314,13 +314,22 @@ def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
         leave_error(fault)
     elif request is not None and request.json or out is not sys.stdout:
         _print_json(as_json(fault), out)
-    elif os.environ.get("RANK", "0") == "0":
+    elif _speaks(fault):
         print(fault.render(), file=sys.stderr)
     if os.environ.get(DEBUG):
         import traceback
 
         traceback.print_exception(error)
     return fault.exit_code
+
+
+def _speaks(fault: CrosstuneError) -> bool:
+    """Whether this process shows a fault: the first one on each machine any, the others what may be theirs alone.
+
+    What torchrun's processes are asked to do is the same on a machine; how it goes is not.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    return first or fault.exit_code == EXIT_RUN_FAILED or "LOCAL_WORLD_SIZE" not in os.environ
 
 
 def _json_channel() -> TextIO:

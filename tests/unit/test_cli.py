@@ -15,7 +15,15 @@ import pytest
 from rich.console import Console
 
 from configs.compose import compose, save_resolved
-from configs.errors import EXIT_RUN_FAILED, ConfigError, DataError, ErrorGroup, RunFailedError
+from configs.errors import (
+    EXIT_RUN_FAILED,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ErrorGroup,
+    OutOfMemoryError,
+    RunFailedError,
+)
 from configs.schema.roots import TrainConfig
 from data_prep.progress import PrepProgress
 from launchers import cli, environment, failure, prep, run_dir, stages
@@ -187,6 +195,26 @@ def test_the_parent_shows_the_earliest_fault_of_its_workers_with_its_code(tmp_pa
     shown = failure.earliest_error(tmp_path / "errors")
     assert shown is not None and shown.render() == faults[0].render() and shown.exit_code == 2
     assert failure.earliest_error(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault", "shown"),
+    [
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, DeviceError("nproc", "2 processes"), True),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, DeviceError("nproc", "2 processes"), False),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, OutOfMemoryError("npu:1 (rank 3)", "out of memory"), True),
+        ({"LOCAL_RANK": "1"}, DeviceError("nproc", "process 1 has no card"), True),  # srun: the others may have one
+    ],
+)
+def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variables, fault, shown, monkeypatch, capsys):
+    def dispatch(request):
+        raise fault
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    for name, value in {"RANK": "3", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train"]) == fault.exit_code
+    assert (fault.render() in capsys.readouterr().err) is shown
 
 
 def test_the_torchrun_command_and_the_workers_environment(tmp_path):
