@@ -40,6 +40,8 @@ COMMANDS = {**COMPOSED, **WITH_PATH}
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """As of a program that SIGPIPE ended."""
+FIRST_RANK_SECONDS = 3
+"""By so much the first worker of a machine may be later than the others with a fault that all of them meet."""
 
 TOP_HELP = """crosstune: fine-tunes open-weight language models on the accelerators a team really has.
 
@@ -314,7 +316,8 @@ def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
         leave_error(fault)
     elif request is not None and request.json or out is not sys.stdout:
         _print_json(as_json(fault), out)
-    elif _speaks(fault):
+    else:
+        _let_the_first_rank_speak(fault)
         print(fault.render(), file=sys.stderr)
     if os.environ.get(DEBUG):
         import traceback
@@ -323,13 +326,15 @@ def _fail(error: Exception, request: Request | None, out: TextIO) -> int:
     return fault.exit_code
 
 
-def _speaks(fault: CrosstuneError) -> bool:
-    """Whether this process shows a fault: the first one on each machine any, the others what may be theirs alone.
+def _let_the_first_rank_speak(fault: CrosstuneError) -> None:
+    """Waits in the other workers of an outer torchrun, which ends them as soon as the first one has told the same.
 
-    What torchrun's processes are asked to do is the same on a machine; how it goes is not.
+    What they are asked to do is the same; how it goes is not: a failed run is told at once by whom it befell.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    return first or fault.exit_code == EXIT_RUN_FAILED or "LOCAL_WORLD_SIZE" not in os.environ
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0" and fault.exit_code != EXIT_RUN_FAILED:
+        import time
+
+        time.sleep(FIRST_RANK_SECONDS)
 
 
 def _json_channel() -> TextIO:

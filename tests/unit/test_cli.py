@@ -197,24 +197,29 @@ def test_the_parent_shows_the_earliest_fault_of_its_workers_with_its_code(tmp_pa
     assert failure.earliest_error(tmp_path / "none") is None
 
 
+WRONG = DeviceError("nproc", "2 processes")
+
+
 @pytest.mark.parametrize(
-    ("variables", "fault", "shown"),
+    ("variables", "fault", "waits"),
     [
-        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, DeviceError("nproc", "2 processes"), True),
-        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, DeviceError("nproc", "2 processes"), False),
-        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, OutOfMemoryError("npu:1 (rank 3)", "out of memory"), True),
-        ({"LOCAL_RANK": "1"}, DeviceError("nproc", "process 1 has no card"), True),  # srun: the others may have one
+        ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, WRONG, False),
+        ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, WRONG, True),  # torchrun ends it before it speaks
+        ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, OutOfMemoryError("npu:1", "out of memory"), False),
+        ({"LOCAL_RANK": "1"}, WRONG, False),  # srun lets all others go on
     ],
 )
-def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variables, fault, shown, monkeypatch, capsys):
+def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variables, fault, waits, monkeypatch, capsys):
     def dispatch(request):
         raise fault
 
+    waited = []
     monkeypatch.setattr(cli, "_dispatch", dispatch)
+    monkeypatch.setattr(time, "sleep", waited.append)
     for name, value in {"RANK": "3", **variables}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train"]) == fault.exit_code
-    assert (fault.render() in capsys.readouterr().err) is shown
+    assert fault.render() in capsys.readouterr().err and bool(waited) is waits
 
 
 def test_the_torchrun_command_and_the_workers_environment(tmp_path):
