@@ -210,6 +210,16 @@ def test_a_plugin_that_does_not_load_is_a_reason_and_leaves_nothing(
     taken.seed(3)
 
 
+def test_a_plugin_that_loads_but_is_broken_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    fake = pretend(MluDevice, monkeypatch, tmp_path)
+    del fake.is_available
+    with caplog.at_level("INFO"):
+        assert AutoDevice(DeviceConfig()).name != "mlu"
+    assert "mlu: no card is visible; is_available" in caplog.text
+
+
 def test_a_plugin_that_fails_with_torch_changed_for_good_stops_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -72,8 +72,8 @@ class AcceleratorDevice(Device):
             try:
                 if self.runtime.is_available():
                     return Availability(True, self._found())
-            except RuntimeError as error:  # some plugins raise where no device is
-                said.append(first_line(error))
+            except Exception as error:  # some plugins raise where no device is; a broken one raises anything
+                said.append(first_line(error) or type(error).__name__)
         said += [f"{variable}: {problem}" for variable, problem in self.visible_problems(counted=0)]
         said += [first_line(each.message) for each in heard[:1]]
         return Availability(False, f"no {self.unit} is visible; {'; '.join(said) or 'see ' + self.lister}")
