@@ -70,6 +70,8 @@ class PortabilityConfig:
     standin: str | None = None
     """Folder of a stand-in that is built already; null: the one in `cache_dir`, built on first use."""
     cache_dir: str = "~/.cache/crosstune"
+    soc: str = "Ascend910B3"
+    """Chip, as CANN names it; Ascend910PremiumA and Ascend310P3 have no bf16."""
     layers: int = 0
     """Only so many layers, with random weights and only config.json read; 0: the whole model with its weights."""
     tokens: int = 64

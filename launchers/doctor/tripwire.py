@@ -9,13 +9,16 @@ JSON line in FILE, once per place and process::
      "stack": ["trainer.py:12 step", ...], "pid": 41, "rank": 0}
 
 Watched: public functions and classes of torch.cuda and its submodules, and of torch.backends.cuda; "cuda" or an
-integer as a device (``.to``, factory functions, autocast, GradScaler, ``map_location``, device meshes); ``.cuda()``;
-the backend nccl. Only the call that comes from outside torch counts: what torch (or its Ascend plugin) does inside is
-its own affair, and a call inside a watched call belongs to the outer one.
+integer as a device (``.to``, factory functions and modules made by them, autocast and its questions, GradScaler,
+``map_location``, device meshes); ``.cuda()``; the backend nccl. Only the call that comes from outside torch counts:
+what torch (or its Ascend plugin) does inside is its own affair, and a call inside a watched call belongs to the outer
+one.
 
 Results and exceptions stay as they are. Not seen: attributes that are only read (``torch.version.cuda``,
-``torch.backends.cudnn.*``), legacy tensor types (``torch.cuda.FloatTensor``, which always raises), names that
-begin with an underscore, ``torch.Generator``, and C++ extensions.
+``torch.backends.cudnn.*``, ``x.is_cuda``) or set (``torch.backends.cuda.matmul.allow_tf32``), ``torch.device(0)``
+(which is the NPU where there is one), names that begin with an underscore, C++ extensions, and what always raises
+without a GPU anyway: legacy tensor types (``torch.cuda.FloatTensor``), ``torch.Generator``, ``torch.Stream`` and
+``torch.Event`` of cuda, ``with torch.device("cuda")``.
 """
 
 from __future__ import annotations
@@ -123,7 +126,9 @@ def _watch_torch() -> None:
     for name in ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"):
         _replace(torch.Tensor, name, _device_at(name, None, "device"))
     for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"):
-        _replace(torch, name, _device_at(name, None, "device"))
+        _replace(torch, name, _device_at(name, None, "device"), through=True)
+    for name in ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype"):
+        _replace(torch, name, _device_at(name, 0, "device_type"))
     _replace(torch.autocast, "__init__", _device_at("autocast", 1, "device_type"))
     _replace(torch.amp.GradScaler, "__init__", _device_at("GradScaler", 1, "device", "cuda"))
     for owner, name, position, keyword in (
@@ -172,7 +177,7 @@ def _watch_constructors(torch: Any) -> None:
         name = function.__name__
         if getattr(torch, name, None) is not function:
             continue
-        _replace(torch, name, _device_at(name, None, "device"))
+        _replace(torch, name, _device_at(name, None, "device"), through=True)
         scripted = _builtins._find_builtin(function)  # type: ignore[no-untyped-call]
         if scripted is not None:  # TorchScript knows builtins by their identity
             _builtins._register_builtin(getattr(torch, name), scripted)
@@ -208,18 +213,26 @@ def _nccl_at(label: str, position: int) -> Judge:
     return judge
 
 
-def _replace(owner: Any, name: str, judge: Judge, also: Iterable[Any] = ()) -> None:
-    """Puts a watched version in place of ``owner.name``, and of the same object under that name in `also`."""
+def _replace(owner: Any, name: str, judge: Judge, also: Iterable[Any] = (), through: bool = False) -> None:
+    """Puts a watched version in place of ``owner.name``, and of the same object under that name in `also`.
+
+    Args:
+        owner: a class or a module.
+        name: of what it holds.
+        judge: of its calls.
+        also: other modules that hold it.
+        through: a call inside torch counts for who called torch, as ``Linear(2, 2, device="cuda")`` asks torch.empty.
+    """
     original = vars(owner).get(name, None)
     plain = original.__func__ if isinstance(original, staticmethod) else original or getattr(owner, name)
-    watched = _wrapper(plain, judge)
+    watched = _wrapper(plain, judge, through)
     for place in also:
         if vars(place).get(name) is original:
             setattr(place, name, watched)
     setattr(owner, name, staticmethod(watched) if name == "__new__" else watched)
 
 
-def _wrapper(function: Callable[..., Any], judge: Judge) -> Callable[..., Any]:
+def _wrapper(function: Callable[..., Any], judge: Judge, through: bool = False) -> Callable[..., Any]:
     if function in _watched:
         return function
 
@@ -228,8 +241,8 @@ def _wrapper(function: Callable[..., Any], judge: Judge) -> Callable[..., Any]:
         what = judge(args, kwargs)
         if what is None or getattr(_state, "inside", False):
             return function(*args, **kwargs)
-        frame = sys._getframe(1)
-        if frame.f_code.co_filename.startswith(_own_folders):
+        frame = _outside(sys._getframe(1)) if through else sys._getframe(1)
+        if frame is None or frame.f_code.co_filename.startswith(_own_folders):
             return function(*args, **kwargs)
         _state.inside = True
         kind = "raises"
@@ -250,6 +263,13 @@ def _wrapper(function: Callable[..., Any], judge: Judge) -> Callable[..., Any]:
 
     _watched.add(watched)
     return watched
+
+
+def _outside(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame that is not torch's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_own_folders):
+        frame = frame.f_back
+    return frame
 
 
 def _record(what: str, kind: str, frame: FrameType) -> None:

@@ -10,6 +10,7 @@ fp32's epsilon; the largest measured was 2.5e-6.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from launchers.doctor import tripwire
 from tests.command import crosstune, metrics_of, write_uneven_records
 from tests.distributed import test_engines as engines
 from tests.distributed import test_resume_matrix as resuming
 from tests.distributed.layouts import DEVICE_VARIABLE, launch, start
 from tests.tiny import save_tiny_model
+from tests.tripwire_allowed import not_allowed, unused
 from train.engine.base import World
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +50,16 @@ def worker(out: Path) -> None:
     engines.take_steps(world, out, [*STEPS, BF16])
     resuming.run_tasks(world, out, PLANS, ["save", "resume"])
     world.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda_assumptions(tmp_path_factory):
+    """File of what every process started here, on the CPU or on NPUs, takes for granted of CUDA."""
+    folder = tmp_path_factory.mktemp("tripwire")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tripwire.VARIABLE, str(folder / "records.jsonl"))
+        patch.setenv("PYTHONPATH", str(tripwire.site_folder(folder)), prepend=os.pathsep)
+        yield folder / "records.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,14 @@ def test_begun_on_a_cpu_goes_on_on_slow_npus_to_the_end_of_the_road(standin, roa
     assert road.losses("cpu-full") == pytest.approx(on_cpu["full"], rel=1e-5)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["export_check"]["identical"] == summary["export_check"]["compared"] > 0
+
+
+def test_nothing_on_the_road_assumed_cuda(matrix, on_cpu, cuda_assumptions):
+    """Our code nothing at all; libraries what `tests/tripwire_allowed.py` gives reasons for."""
+    found = tripwire.records(cuda_assumptions)
+    assert not not_allowed(found), "\n".join(not_allowed(found))
+    assert not unused(found)
+    assert {record["rank"] for record in found} == {0, 1}, "the ranks on the NPUs were watched, too"
 
 
 if __name__ == "__main__":

@@ -40,9 +40,10 @@ class Mixer(nn.Module):
         x = self.project(x)
         mixed = torch.fft.rfft(x.float(), dim=1)  # planted: fft
         x = x + torch.fft.irfft(mixed, n=x.shape[1], dim=1).to(x.dtype)
-        weights = torch.softmax(x.double(), dim=-1)  # planted: float64
+        weights = torch.softmax(x.double(), dim=-1)  # planted: narrowed
+        weights = weights * torch.ones(1, dtype=torch.float64, device=x.device)  # planted: float64
         place = torch.arange(x.shape[1])
-        torch.histc(place.to(x.device).int(), bins=4)  # planted: no CPU kernel
+        torch.cdist(x.detach().half(), x.detach().half())  # planted: no CPU kernel
         x = x * (weights + 1).to(x.dtype) + torch.ones(1, x.shape[1], 1) / (x[..., :1] + 9)  # planted: mixing
         return (x + place.to(x.device)[None, :, None] * 0).bfloat16()
 
@@ -118,14 +119,15 @@ def test_every_planted_fault_is_found_in_one_go_at_its_line(standin, planted, tm
         ("stops", "cuda", "torch.cuda.synchronize()", lines["synchronize"]),
         ("silent", "cuda", "torch.cuda.empty_cache()", lines["empty_cache"]),
         ("silent", "cuda", 'autocast: device "cuda"', lines["autocast"]),
-        ("unknown", "operator", "aten::histc of int32", lines["no CPU kernel"]),
+        ("silent", "dtype", "float64 was asked for, float32 was given", lines["narrowed"]),
+        ("unknown", "operator", "aten::_cdist_forward of float16", lines["no CPU kernel"]),
         ("stops", "device mixing", "aten::div.Tensor on tensors of the NPU and the CPU", lines["mixing"]),
     }
     assert expected <= got, (got, shown)
     fft = [f for f in report["findings"] if "_fft_r2c" in f["what"] and f["line"] == lines["fft"]]
     assert fft and fft[0]["module"] == "layers.0", report["findings"]
-    (double,) = (f for f in report["findings"] if f["kind"] == "dtype" and f["what"].startswith("float64"))
-    assert (double["file"], double["line"]) == (file, lines["float64"]) and "_softmax" in double["what"]
+    (double,) = (f for f in report["findings"] if f["kind"] == "dtype" and f["what"].startswith("float64 in"))
+    assert (double["file"], double["line"]) == (file, lines["float64"]) and "mul.Tensor" in double["what"]
     assert all(Path(f["file"]).name != "watch.py" for f in report["findings"])
     assert "forward" in report["stages"], report["findings"]
     assert "layers 0 of 2" in shown and "things stop this model" in shown

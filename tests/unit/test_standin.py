@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import CrosstuneError, DeviceError, RunFailedError
+from configs.errors import CrosstuneError, DeviceError, RunFailedError, StorageError
 from configs.schema.doctor import StandinConfig
 from launchers.doctor.standin import build as building
 from launchers.doctor.standin import compile, wheel
 from tests.standin import StandinKit
 
 PRELUDE = """
-import os, re, time
+import os, re, threading, time
 import torch
 import torch.distributed as dist
 
@@ -68,6 +68,12 @@ out = torch.empty(0, device="npu:1")
 torch.add(y, 1, out=out)
 assert out.device == y.device and out.tolist() == (y + 1).tolist()
 assert (torch.fft.fft(x.npu()).abs().cpu() - torch.fft.fft(x).abs()).abs().max() < 1e-5
+# As on a card: no cast to fp64, while transformers counts its experts' tokens as int32.
+assert x.npu().double().dtype == torch.float32 and x.double().npu().dtype == torch.float64
+assert torch.histc(torch.tensor([0, 1, 1, 3], device="npu").int(), bins=4, min=0, max=3).tolist() == [1, 2, 0, 1]
+lists = [torch.zeros(4, 4)], [x.npu()]
+torch._foreach_copy_(*lists)
+assert torch.equal(lists[0][0], x)
 
 # Random numbers come from the NPU's generator alone.
 host = torch.get_rng_state()
@@ -75,11 +81,17 @@ state = torch.npu.get_rng_state()
 first = torch.rand(3, device="npu")
 torch.npu.set_rng_state(state)
 assert torch.equal(first, torch.rand(3, device="npu")) and not torch.equal(first, torch.rand(3, device="npu"))
+def draw():
+    for _ in range(100):
+        torch.nn.functional.dropout(torch.ones(50, device="npu"))
+threads = [threading.Thread(target=draw) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
 assert torch.equal(host, torch.get_rng_state())
 
 # Devices do not mix, but numbers and indices may come from the host.
 raised(RuntimeError, "at least two devices, npu:0 and cpu", lambda: torch.ones(2, device="npu") + torch.ones(2))
 raised(RuntimeError, "npu:0 and npu:1", lambda: torch.ones(2, device="npu") + torch.ones(2, device="npu:1"))
+raised(RuntimeError, "npu:1 and npu:0", lambda: torch.ones(2, device="npu:1") + torch.tensor(1.0, device="npu:0"))
 raised(RuntimeError, "npu:0 and cpu", lambda: torch.nn.functional.embedding(torch.tensor([0]), x.npu()))
 assert (torch.ones(2, device="npu") + torch.tensor(1.0))[torch.tensor([0])].item() == 2
 
@@ -100,6 +112,11 @@ raised(NotImplementedError, "Could not run 'aten::cumsum' with arguments from th
        lambda: x.npu().cumsum(0))
 raised(NotImplementedError, "Could not run 'aten::sum.dim_IntList'", lambda: x.npu().sum(0))
 x.npu().sum()
+raised(NotImplementedError, "Could not run 'aten::linear'", lambda: torch.nn.Linear(4, 4).npu()(x.npu()))
+raised(NotImplementedError, "Could not run 'npu::npu_swiglu'", lambda: torch.ops.npu.npu_swiglu(x.npu()))
+
+# A fused operator is one operator.
+torch.ops.npu.npu_rms_norm(x.npu(), torch.ones(4, device="npu"))
 
 # One that torch_npu leaves to the CPU.
 assert torch.equal(torch.special.i0e(x.npu()).cpu(), torch.special.i0e(x))
@@ -118,14 +135,16 @@ def test_a_process_on_the_pretended_device(
         ONE_PROCESS,
         devices=3,
         hbm_mib=64,
-        unsupported=["cumsum", "aten::sum.dim_IntList"],
+        unsupported=["cumsum", "aten::sum.dim_IntList", "linear", "npu::npu_swiglu"],
         report=str(tmp_path),
     )
     assert "CAUTION: The operator 'aten::special_i0e.out' is not currently supported on the NPU backend" in said
     (report,) = (json.loads(path.read_text()) for path in tmp_path.iterdir())
     assert report["cautions"] == ["aten::special_i0e.out"] and report["devices"] == ["Ascend910B3"] * 3
     assert report["operators"]["aten::bmm"]["count"] > 1
-    assert {"float32", "bfloat16"} <= set(report["operators"]["aten::_to_copy"]["dtypes"])
+    assert {"float32", "bfloat16"} <= set(report["operators"]["aten::mean"]["dtypes"])
+    assert report["operators"]["npu::npu_rms_norm"] == {"count": 1, "dtypes": ["float32"]}
+    assert "aten::rsqrt" not in report["operators"]
     # `zeros` is one kernel on a card, whatever it is made of here.
     assert "aten::zeros" in report["operators"] and "aten::zero_" not in report["operators"]
 
@@ -321,6 +340,8 @@ def test_the_libraries_hold_what_the_wheel_asks_for(standin: StandinKit) -> None
 
 # ---- the cache; nothing is compiled or fetched
 
+PROVE = building.prove
+
 
 @pytest.fixture
 def no_compiler_needed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -340,6 +361,7 @@ def no_compiler_needed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(wheel, "fetch", fetch)
     monkeypatch.setattr(compile, "compile_all", compile_all)
     monkeypatch.setattr(compile, "check_tools", lambda: None)
+    monkeypatch.setattr(building, "prove", lambda standin: None)
     monkeypatch.setattr(compile, "compiler_version", lambda: "12.2.0")
     return steps
 
@@ -382,6 +404,34 @@ def test_sources_that_change_while_they_are_compiled(
     with pytest.raises(RunFailedError, match="changed while they were compiled"):
         building.build(StandinConfig(build=str(tmp_path)))
     assert not list(tmp_path.rglob(building.MANIFEST))
+
+
+def test_a_build_that_does_not_load_is_no_build(
+    standin: StandinKit, no_compiler_needed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "prove", PROVE)
+
+    def compile_all(folder: Path, library: Path) -> None:
+        shutil.copytree(standin.built.folder / "cann", folder / "cann")
+        (folder / compile.OVERLAY).write_bytes(b"half a library")
+
+    monkeypatch.setattr(compile, "compile_all", compile_all)
+    monkeypatch.setattr(
+        wheel, "fetch", lambda folder, source: (folder / "torch_npu").symlink_to(standin.built.site / "torch_npu")
+    )
+    with pytest.raises(RunFailedError, match="does not load: ImportError"):
+        building.build(StandinConfig(build=str(tmp_path)))
+    assert not list(tmp_path.rglob(building.MANIFEST))
+
+
+def test_a_folder_that_somebody_emptied_is_filled_again(no_compiler_needed: list[str], tmp_path: Path) -> None:
+    cfg = StandinConfig(build=str(tmp_path))
+    built = building.build(cfg)
+    (built.site / wheel.LIBRARY).unlink()
+    (built.folder / building.MANIFEST).unlink()
+    again = building.build(cfg)
+    assert (again.site / wheel.LIBRARY).is_file() and (again.folder / building.MANIFEST).is_file()
+    assert no_compiler_needed == ["fetch", "compile"] * 2
 
 
 @pytest.mark.parametrize("torn", ["fetch", "compile"])
@@ -428,6 +478,10 @@ def test_faults_of_the_wheel(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="pip cannot install it: .*No matching distribution"):
         wheel.fetch(tmp_path / "site", str(tmp_path / "empty"))
     assert not (tmp_path / "site").exists()
+    with pytest.raises(DeviceError, match="there is no such file"):  # also where it is not needed any more
+        building.build(StandinConfig(build=str(tmp_path), wheel=str(tmp_path / "gone.whl")))
+    with pytest.raises(StorageError, match="separates the folders"):
+        building.build(StandinConfig(build=str(tmp_path / "a:b")))
 
 
 def test_another_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The tripwire catches planted CUDA assumptions, each at its line, and nothing else; our own runs are free of them."""
+"""The tripwire catches planted CUDA assumptions, each at its line, and nothing else.
+
+That our own runs are free of them, on the CPU and on pretended NPUs: tests/integration/test_ascend_road.py.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,6 @@ import pytest
 
 from launchers.doctor.tripwire import VARIABLE, records, site_folder
 from launchers.torchrun import free_port
-from tests.command import crosstune, write_uneven_records
-from tests.tiny import save_tiny_model
-from tests.tripwire_allowed import not_allowed, unused
 
 LIBRARY = '''
 """A library: its user says nothing of CUDA."""
@@ -84,7 +84,10 @@ attempt("range", lambda: torch.cuda.nvtx.range_push("a"))  # planted: torch.cuda
 with torch.autocast("cpu", dtype=torch.bfloat16):
     checkpoint(layer, x, use_reentrant=False).sum().backward()
 with torch.autocast("cuda"):  # planted: autocast: device "cuda" | silent
-    shown["autocast"] = torch.is_autocast_enabled("cuda")
+    shown["autocast"] = torch.is_autocast_enabled("cuda")  # planted: is_autocast_enabled: device "cuda" | silent
+torch.is_autocast_enabled("cpu"), torch.nn.Linear(1, 1, device="cpu"), torch.nn.Linear(1, 1).to_empty(device="meta")
+attempt("made", lambda: torch.nn.Linear(1, 1, device="cuda"))  # planted: empty: device "cuda" | raises
+attempt("moved", lambda: layer.to_empty(device="cuda"))  # planted: empty_like: device "cuda" | raises
 attempt("scaler", lambda: torch.amp.GradScaler().get_scale())  # planted: GradScaler: device "cuda" | silent
 torch.amp.GradScaler("cpu")
 attempt("fork", lambda: contextlib.ExitStack().enter_context(torch.random.fork_rng()))
@@ -166,36 +169,3 @@ def test_without_the_variable_nothing_is_replaced(tmp_path):
     environment["PYTHONPATH"] = str(site_folder(tmp_path))
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "tripwire" not in shown.stdout and "builtin" in shown.stdout
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    save_tiny_model(home / "model")
-    write_uneven_records(home / "data.jsonl")
-    return home
-
-
-def words(home: Path, run: Path, *more: str) -> list[str]:
-    sizes = ["batch_tokens=256", "micro_batch_tokens=128", "max_length=128", "max_steps=2", "dataset.test_fraction=0.2"]
-    paths = [f"model.path={home / 'model'}", f"dataset.path={home / 'data.jsonl'}", f"cache_dir={home / 'cache'}"]
-    tuning = ["tuning=lora", "model.precision=fp32"]
-    return [*paths, *sizes, *tuning, f"run_dir={run}", *more]
-
-
-@pytest.mark.distributed
-def test_our_runs_assume_no_cuda(home, tmp_path, standin):
-    """The whole road in one process on the CPU, and training in two with ZeRO-2 on pretended NPUs."""
-    file = tmp_path / "records.jsonl"
-    site = str(site_folder(tmp_path))
-    crosstune(
-        "run",
-        *words(home, tmp_path / "cpu", "device=cpu", "dataset.license=CC0-1.0"),
-        **{VARIABLE: str(file), "PYTHONPATH": site},
-    )
-    environment = standin.environment()
-    environment |= {VARIABLE: str(file), "PYTHONPATH": os.pathsep.join((environment["PYTHONPATH"], site))}
-    crosstune("train", *words(home, tmp_path / "npu", "device=ascend", "nproc=2", "sharding=zero2"), **environment)
-    found = records(file)
-    assert not not_allowed(found), "\n".join(not_allowed(found))
-    assert not unused(found)

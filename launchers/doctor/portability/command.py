@@ -45,7 +45,7 @@ def portability(cfg: PortabilityConfig) -> dict[str, Any]:
     model_dir = _model_folder(cfg)
     _check_code(cfg, model_dir)
     _say("      stand-in: looking for it")
-    knobs = StandinConfig(build=cfg.standin, cache_dir=cfg.cache_dir, devices=1, hbm_mib=_host_mib())
+    knobs = StandinConfig(build=cfg.standin, cache_dir=cfg.cache_dir, devices=1, hbm_mib=_host_mib(), soc=cfg.soc)
     standin = build(knobs, lambda line: _say(f"      {line}"))
     with tempfile.TemporaryDirectory(prefix="crosstune-portability-") as folder:
         work = Path(folder)

@@ -81,6 +81,7 @@ class Probe:
             "failures": self.failures,
             "operators": {name: noted.as_dict() for name, noted in self.watch.operators.items()},
             "rare": {name: rare.as_dict() for name, rare in self.watch.rare.items()},
+            "narrowed": {name: rare.as_dict() for name, rare in self.watch.narrowed.items()},
         }
 
     def _config(self) -> tuple[Any, str]:

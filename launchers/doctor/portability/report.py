@@ -27,7 +27,7 @@ VERDICTS = {
     MAY_STOP: "may stop: few NPU operators take this dtype; the others raise, or run on the chip's slow CPU cores",
     UNKNOWN: "unknown: the pretended device computes on the CPU, whose kernel does not take this dtype; an NPU's may",
     SLOW: "slow: torch_npu has no kernel, copies to the CPU and back, and warns once (CAUTION)",
-    SILENT: "silent: no error, but on an NPU it does nothing, or answers for a GPU that is not there",
+    SILENT: "silent: no error, but on an NPU it does nothing, answers for a GPU, or gives another dtype",
     ASKED: "asked by libraries: they take a no for an answer",
 }
 SHOWN = 8
@@ -140,6 +140,9 @@ class Report:
             verdict = STOPS if dtype.startswith("float8") else MAY_STOP
             names = ", ".join(name.removeprefix("aten::") for name in rare["operators"])
             yield Finding(verdict, "dtype", f"{dtype} in {names}", count=rare["count"], **self._place(rare["place"]))
+        for dtype, rare in self.found["narrowed"].items():
+            what = f"{dtype} was asked for, float32 was given"
+            yield Finding(SILENT, "dtype", what, count=rare["count"], **self._place(rare["place"]))
 
     def _place(self, place: dict[str, Any]) -> dict[str, Any]:
         detail = {"detail": "in the backward pass"} if place["backward"] else {}

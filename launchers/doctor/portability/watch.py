@@ -69,7 +69,7 @@ class Operator:
 
 @dataclass
 class Rare:
-    """A dtype that few NPU operators take."""
+    """A dtype that few NPU operators take, or that the NPU gave in place of the one asked for."""
 
     place: Place
     """Of the first operator that had to do with it."""
@@ -88,6 +88,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: dict[str, Operator] = {}
         self.rare: dict[str, Rare] = {}
+        self.narrowed: dict[str, Rare] = {}
+        """By the dtype that was asked for and not given: torch_npu casts to float32 what is to be float64."""
         self.tracker = ModuleTracker()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,6 +104,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except (RuntimeError, NotImplementedError) as error:
             result = self._go_on(func, args, kwargs, noted, error)
         self._note_dtypes(name, noted, (args, kwargs, result))
+        asked = kwargs.get("dtype")
+        if asked is not None and is_on_device(result) and result.dtype != asked:
+            self._note(self.narrowed, asked, name)
         return result
 
     def _go_on(self, func: Any, args: Any, kwargs: Any, noted: Operator, error: Exception) -> Any:
@@ -122,11 +127,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = {x.dtype for x in tree_flatten(values)[0] if is_on_device(x)}
         noted.dtypes |= {_named(dtype) for dtype in found}
         for dtype in () if name in CARRIERS else found.intersection(RARE + FP8):
-            rare = self.rare.get(_named(dtype))
-            if rare is None:
-                rare = self.rare[_named(dtype)] = Rare(self._place())
-            rare.count += 1
-            rare.operators.add(name)
+            self._note(self.rare, dtype, name)
+
+    def _note(self, rares: dict[str, Rare], dtype: torch.dtype, name: str) -> None:
+        rare = rares.get(_named(dtype))
+        if rare is None:
+            rare = rares[_named(dtype)] = Rare(self._place())
+        rare.count += 1
+        rare.operators.add(name)
 
     def _place(self) -> Place:
         names = [name for name in self.tracker.parents if name != "Global"]

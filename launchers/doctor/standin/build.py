@@ -3,8 +3,9 @@
     ROOT/torch_npu-2.13.0-cp311/   the wheel, unpacked and unchanged
     ROOT/<key>/                    the pretended CANN and the overlay, with standin.json
 
-Both are made in a temporary folder beside and moved into place whole, so what stands under its name is complete; a lock
-keeps two builds apart.
+Both are made in a temporary folder beside, the second is loaded once, and they are moved into place whole: what stands
+under its name is complete and works. A lock keeps two builds apart. Builds of older versions and sources stay (0.7 MB
+each); whoever wants them gone deletes ROOT.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +35,11 @@ INSIDE = Path(__file__).parent / "inside"
 MANIFEST = "standin.json"
 MARK = "CROSSTUNE_STANDIN"
 """Set in every process on the stand-in, to ROOT: who reports about a device can say that it is a pretended one."""
-TEMPORARY = ".partial-"
+TEMPORARY = ".crosstune-standin-"
+PROOF = "import torch, torch_npu, standin_overlay; assert (torch.ones(2, device='npu') * 2).tolist() == [2, 2]"
+"""What a new build must be able to run."""
+ASCENDS_OWN = ("ASCEND_", "PYTORCH_NPU_", "NPU_", "ACL_", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+"""Beginnings of a user's settings that a proof of the build is not about."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,16 @@ def build(cfg: StandinConfig, say: Callable[[str], None] = lambda line: None) ->
     Raises:
         DeviceError: this machine cannot have one: not Linux, another torch, no wheel.
         ErrorGroup: tools are missing.
-        RunFailedError: the compiler failed.
-        StorageError: the folder cannot be written.
+        RunFailedError: the compiler failed, or what it made does not load.
+        StorageError: the folder cannot be written, or not be searched.
     """
     _check_machine()
     compile.check_tools()
+    if cfg.wheel:
+        wheel.source(cfg.wheel)
     root = (Path(cfg.build) if cfg.build else Path(cfg.cache_dir) / "ascend-standin").expanduser().absolute()
+    if os.pathsep in str(root):
+        raise StorageError(str(root), f"'{os.pathsep}' separates the folders of a search path", remedy="build=DIR")
     versions = _versions()
     folder = root / _key(versions)
     site = root / f"torch_npu-{wheel.VERSION}-{sys.implementation.cache_tag}"
@@ -104,17 +114,34 @@ def _build(
 ) -> None:
     for stale in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(stale)  # of a build that was killed: we hold the lock
-    if not site.is_dir():
+    if not (site / wheel.LIBRARY).is_file():
+        shutil.rmtree(site, ignore_errors=True)  # somebody's hand was in it
         say(f"fetching torch_npu {wheel.VERSION} (44 MB) into {root}")
         with _moved_into_place(site) as partial:
             wheel.fetch(partial, source)
-    if not folder.is_dir():
+    if not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
         say("compiling the pretended CANN and the overlay (half a minute)")
         with _moved_into_place(folder) as partial:
             compile.compile_all(partial, site / wheel.LIBRARY)
             if _hash_of_sources() != versions["sources"]:
                 raise RunFailedError("ascend-standin", "its sources changed while they were compiled", remedy="again")
+            prove(Standin(partial, site, versions, 0.0))
             (partial / MANIFEST).write_text(json.dumps(dict(versions), indent=1), encoding="utf-8")
+
+
+def prove(standin: Standin) -> None:
+    """Runs one operator on the stand-in, in a process of its own.
+
+    Raises:
+        RunFailedError: it cannot be loaded, such as one whose files were edited while it was compiled.
+    """
+    base = {name: value for name, value in os.environ.items() if not name.startswith(ASCENDS_OWN)}
+    environment = standin.environment(StandinConfig(devices=1), base)
+    done = subprocess.run([sys.executable, "-P", "-c", PROOF], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RunFailedError("ascend-standin", f"was compiled, but does not load: {said[0][:300]}", remedy="again")
 
 
 def _complete(folder: Path, site: Path) -> bool:

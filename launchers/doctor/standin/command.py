@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,4 +87,4 @@ def _show(cfg: StandinConfig, built: Standin) -> None:
     for name, found in built.versions.items():
         print(f"  {name:9}  {found}")
     print("\nthe real torch_npu API on a pretended device; run a command on it:")
-    print("  " + EXAMPLE.format(build=f" --build {cfg.build}" if cfg.build else ""))
+    print("  " + EXAMPLE.format(build=f" --build {shlex.quote(cfg.build)}" if cfg.build else ""))

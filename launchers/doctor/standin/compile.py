@@ -52,7 +52,7 @@ def check_tools() -> None:
 
 def compiler_version() -> str:
     """Of g++."""
-    return subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
+    return _run("g++", "-dumpfullversion").strip()
 
 
 def compile_all(folder: Path, library: Path) -> None:
@@ -151,11 +151,12 @@ def _finish(process: subprocess.Popen[str]) -> str:
     output = process.communicate()[0]
     if process.returncode:
         assert isinstance(process.args, list)
+        full = "No space left on device" in output
         lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
         raise RunFailedError(
             str(process.args[0]),
             "cannot compile the stand-in:\n    " + "\n    ".join(lines[:5]),
-            remedy="g++ 11 or newer",
+            remedy="build=DIR or TMPDIR on another disk" if full else "g++ 11 or newer",
         )
     return output
 

@@ -30,7 +30,7 @@ def fetch(folder: Path, wheel: str | None) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     # --no-compile: half of the time is spent on bytecode that Python writes on first use anyway.
     command += ["install", "--quiet", "--no-deps", "--no-compile", "--upgrade", "--target", str(folder)]
-    done = subprocess.run([*command, *_source(wheel)], capture_output=True, text=True)
+    done = subprocess.run([*command, *source(wheel)], capture_output=True, text=True)
     if done.returncode == 0 and (folder / LIBRARY).is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -43,11 +43,15 @@ def fetch(folder: Path, wheel: str | None) -> None:
     )
 
 
-def _source(wheel: str | None) -> list[str]:
-    """Words of pip that say where the wheel is."""
+def source(wheel: str | None) -> list[str]:
+    """Words of pip that say where the wheel is.
+
+    Raises:
+        DeviceError: there is no such file, or it is another version's.
+    """
     if wheel is None:
         return [f"torch_npu=={VERSION}"]
-    path = Path(wheel).expanduser()
+    path = Path(wheel).expanduser().absolute()
     if path.is_dir():
         return ["--no-index", "--find-links", str(path), f"torch_npu=={VERSION}"]
     if not path.is_file() or not path.name.startswith(f"torch_npu-{VERSION}-"):

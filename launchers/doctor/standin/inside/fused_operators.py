@@ -16,7 +16,7 @@ the sparse modes 5 to 8, which are refused by name.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -31,11 +31,19 @@ from launchers.doctor.standin.inside.fused_checks import on_fused_chip, require,
 CALLS: Counter[str] = Counter()
 """Calls of each operator in this process, by its full name such as ``npu::npu_swiglu``."""
 
+DTYPES: defaultdict[str, set[str]] = defaultdict(set)
+"""Of their tensors."""
+
 _library: torch.library.Library | None = None
 
 
-def install() -> None:
-    """Puts the operators into the dispatcher; torch_npu must have been imported. Calling it again does nothing."""
+def install(uncounted: Callable[[bool], None]) -> None:
+    """Puts the operators into the dispatcher; torch_npu must have been imported. Calling it again does nothing.
+
+    Args:
+        uncounted: called with True before an operator and False after it. What it is made of here is one kernel on a
+            card, and not the program's; its backward pass is plain aten, and shows as such.
+    """
     global _library
     if _library is not None:
         return
@@ -44,14 +52,22 @@ def install() -> None:
         # Above autograd the aten calls inside are recorded, so that no backward has to be written; below it are the
         # calls of inference mode.
         for key in ("AutogradPrivateUse1", "PrivateUse1"):
-            _library.impl(operator.__name__, _counted(operator), key)  # type: ignore[no-untyped-call]
+            _library.impl(operator.__name__, _counted(operator, uncounted), key)  # type: ignore[no-untyped-call]
 
 
-def _counted(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(operator: Callable[..., Any], uncounted: Callable[[bool], None]) -> Callable[..., Any]:
+    name = f"npu::{operator.__name__}"
+
     @wraps(operator)
     def call(*args: Any, **kwargs: Any) -> Any:
-        CALLS[f"npu::{operator.__name__}"] += 1
-        return operator(*args, **kwargs)
+        CALLS[name] += 1
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        DTYPES[name].update(str(x.dtype).removeprefix("torch.") for x in tensors)
+        uncounted(True)
+        try:
+            return operator(*args, **kwargs)
+        finally:
+            uncounted(False)
 
     return call
 

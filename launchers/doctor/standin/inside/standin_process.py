@@ -25,10 +25,12 @@ TORCH_NPUS_OWN = frozenset(
     empty_with_swapped_memory resize_ resize_as_ record_stream is_pinned _pin_memory get_storage_size
     view _reshape_alias as_strided as_strided_ unfold contiguous _lazy_clone _has_compatible_shallow_copy_type is_set_to
     set_ set_.source_Storage set_.source_Storage_storage_offset set_.source_Tensor
-    copy_ _copy_from _copy_from_and_resize copy_memory_ _local_scalar_dense _fused_sdp_choice
+    copy_ _copy_from _copy_from_and_resize copy_memory_ _to_copy _local_scalar_dense _fused_sdp_choice
     """.split()
 )
-"""Operators that allocate, view or copy without a kernel of the device: torch_npu's own are what is tested."""
+"""Operators that allocate, view or copy without a kernel of the device: torch_npu's own are what is tested.
+
+`_to_copy` among them: on an NPU ``x.double()`` is a float32 tensor, with one warning."""
 
 
 def put_on() -> None:
@@ -44,11 +46,11 @@ def put_on() -> None:
     for name in registered(f"Autograd{DISPATCH_KEY}"):
         if name.startswith("aten::"):
             overlay.restore_derivative(*split(name))
-    for name in unsupported():
-        overlay.make_unsupported(*split(name))
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(hccl, True)
     run_unqueued()
-    fused_operators.install()
+    fused_operators.install(overlay.uncounted)
+    for name in unsupported():
+        overlay.make_unsupported(*split(name))
     if folder := os.environ.get("CROSSTUNE_STANDIN_REPORT"):
         atexit.register(write_report, Path(folder), frozenset(without_kernel))
 
@@ -116,7 +118,10 @@ def write_report(folder: Path, without_kernel: frozenset[str]) -> None:
     operators = overlay.operators()
     npu = torch.npu  # type: ignore[attr-defined]
     used = {name: {"count": count, "dtypes": sorted(dtypes)} for name, (count, dtypes) in operators.items()}
-    fused = {name: {"count": count, "dtypes": []} for name, count in fused_operators.CALLS.items()}
+    fused = {
+        name: {"count": count, "dtypes": sorted(fused_operators.DTYPES[name])}
+        for name, count in fused_operators.CALLS.items()
+    }
     report = {
         "rank": int(os.environ["RANK"]) if "RANK" in os.environ else None,
         "devices": [npu.get_device_name(index) for index in range(npu.device_count())],

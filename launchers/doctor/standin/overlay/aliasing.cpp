@@ -60,6 +60,8 @@ at::Tensor copy_to_npu(const at::Tensor& cpu, c10::DeviceIndex device) {
         const size_t bytes = std::min(npu.storage().nbytes(), cpu.storage().nbytes() - offset);
         std::memcpy(npu.storage().mutable_data(), static_cast<const char*>(cpu.storage().data()) + offset, bytes);
     }
+    if (cpu.is_conj()) npu._set_conj(true);
+    if (cpu.is_neg()) npu._set_neg(true);
     if (cpu.unsafeGetTensorImpl()->is_wrapped_number()) npu.unsafeGetTensorImpl()->set_wrapped_number(true);
     return npu;
 }

@@ -7,6 +7,7 @@
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -60,9 +61,18 @@ class HcclWork : public c10d::Work {
         for (const auto& part : parts_) {
             if (!part->isCompleted()) return false;
         }
-        return true;
+        // Who asks need not wait: then the results must be there.
+        return !isSuccess() || wait(kNoTimeout);
     }
-    bool isSuccess() const override { return true; }
+    bool isSuccess() const override {
+        return std::all_of(parts_.begin(), parts_.end(), [](const WorkPtr& part) { return part->isSuccess(); });
+    }
+    std::exception_ptr exception() const override {
+        for (const auto& part : parts_) {
+            if (!part->isSuccess()) return part->exception();
+        }
+        return nullptr;
+    }
     bool wait(Milliseconds timeout) override {
         const std::lock_guard<std::mutex> lock(guard_);
         if (done_) return true;

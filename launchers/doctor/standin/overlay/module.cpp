@@ -10,6 +10,7 @@ PYBIND11_MODULE(standin_overlay, module) {
     using namespace standin;
     module.def("run_on_cpu", &run_on_cpu);
     module.def("make_unsupported", &make_unsupported);
+    module.def("uncounted", &uncounted);
     module.def("restore_derivative", &restore_derivative);
     module.def("replace_memory_operators", &replace_memory_operators);
     module.def("hccl", [](const pybind11::object& gloo) {

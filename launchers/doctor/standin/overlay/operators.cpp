@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -24,11 +25,15 @@ using torch::jit::Stack;
 
 std::vector<c10::RegistrationHandleRAII> registrations;
 
-// Indices may be on the CPU while what they index is not; PyTorch moves them.
-const std::set<std::string> kTakesHostIndices = {
+// Indices may be on the CPU while what they index is not, and lists are copied between any devices.
+const std::set<std::string> kTakesHostTensors = {
     "aten::index.Tensor",   "aten::index.Tensor_out",  "aten::index_put",         "aten::index_put_",
     "aten::_unsafe_index.Tensor", "aten::_unsafe_index_put", "aten::_index_put_impl", "aten::_index_put_impl_",
+    "aten::_foreach_copy_",
 };
+
+// The NPU's kernel counts integers, the CPU's does not: it is shown them as fp64, which holds each of 32 bits.
+const std::set<std::string> kShownIntegersAsFp64 = {"aten::histc"};
 
 // Operators that a composite operator is made of are not dispatched on a card, where that operator is one kernel:
 // they are not counted.
@@ -39,12 +44,15 @@ struct InsideComposite {
     ~InsideComposite() { --composite_depth; }
 };
 
+// One random operator at a time borrows the CPU's generator.
+std::mutex borrowing;
+
 // Random operators draw from the NPU's generator: the CPU's is seeded from its seed and offset for one operator, and
 // put back. The offset moves on as after a kernel on the device, so saved states behave alike.
 class BorrowedGenerator {
    public:
     BorrowedGenerator(const at::Generator& given, c10::DeviceIndex device)
-        : host_(at::detail::getDefaultCPUGenerator()) {
+        : alone_(borrowing), host_(at::detail::getDefaultCPUGenerator()) {
         auto npu = given.defined() ? given : at::globalContext().defaultGenerator(Device(kNpu, device));
         const uint64_t offset = npu.get_offset();
         npu.set_offset(offset + 4);  // torch_npu, like CUDA, counts in steps of four
@@ -59,6 +67,7 @@ class BorrowedGenerator {
     }
 
    private:
+    std::lock_guard<std::mutex> alone_;
     at::Generator host_;
     at::Tensor before_;
 };
@@ -73,9 +82,10 @@ struct Shown {
 // The call of one operator: arguments to the CPU, results back.
 class Call {
    public:
-    Call(const c10::OperatorHandle& op, const std::string& name, Stack* stack) : op_(op), name_(name), stack_(stack) {}
+    Call(const c10::OperatorHandle& op, const std::string& name, Stack* stack)
+        : op_(op), name_(name), stack_(stack), integers_as_fp64_(kShownIntegersAsFp64.count(name) > 0) {}
 
-    void show_arguments(bool takes_host_indices) {
+    void show_arguments(bool takes_host_tensors) {
         const auto& arguments = op_.schema().arguments();
         const size_t first = stack_->size() - arguments.size();
         for (size_t i = 0; i < arguments.size(); i++) {
@@ -83,7 +93,7 @@ class Call {
             show((*stack_)[first + i], alias && alias->isWrite());
         }
         TORCH_CHECK(
-            !host_tensor_ || shown_.empty() || takes_host_indices,
+            !host_tensor_ || shown_.empty() || takes_host_tensors,
             "Expected all tensors to be on the same device, but found at least two devices, ",
             shown_.front().npu.device(), " and cpu! (when running ", name_, " with a tensor of shape ",
             host_tensor_->sizes(), " on the CPU)");
@@ -144,7 +154,7 @@ class Call {
             if (tensor.defined() && tensor.is_cpu() && tensor.dim() > 0) host_tensor_ = tensor;
             return tensor;
         }
-        if (!shown_.empty() && tensor.dim() > 0) {
+        if (!shown_.empty()) {
             const auto first = shown_.front().npu.device();
             TORCH_CHECK(
                 first == tensor.device(),
@@ -152,6 +162,10 @@ class Call {
                 tensor.device(), "! (when running ", name_, ")");
         }
         auto cpu = as_cpu(tensor);
+        if (integers_as_fp64_ && c10::isIntegralType(tensor.scalar_type(), false)) {
+            cpu = cpu.to(at::kDouble);
+            result_type_ = tensor.scalar_type();
+        }
         shown_.push_back({tensor, cpu, written, cpu.storage().data()});
         return cpu;
     }
@@ -179,12 +193,15 @@ class Call {
                 return view_on_npu(tensor.npu.storage(), result);
             }
         }
-        return shown_.empty() && !asked_ ? result : copy_to_npu(result, device());
+        if (shown_.empty() && !asked_) return result;
+        return copy_to_npu(result_type_ ? result.to(*result_type_) : result, device());
     }
 
     const c10::OperatorHandle& op_;
     const std::string& name_;
     Stack* stack_;
+    const bool integers_as_fp64_;
+    std::optional<at::ScalarType> result_type_;
     std::vector<Shown> shown_;
     std::optional<at::Tensor> host_tensor_;
     std::optional<Device> asked_;
@@ -194,7 +211,7 @@ class Call {
 class CpuKernel : public c10::OperatorKernel {
    public:
     CpuKernel(std::string name, bool missing)
-        : name_(std::move(name)), missing_(missing), takes_host_indices_(kTakesHostIndices.count(name_) > 0) {}
+        : name_(std::move(name)), missing_(missing), takes_host_tensors_(kTakesHostTensors.count(name_) > 0) {}
 
     void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
         Call call(op, name_, stack);
@@ -205,7 +222,7 @@ class CpuKernel : public c10::OperatorKernel {
             op.callBoxedForDispatchKey(DispatchKey::CompositeExplicitAutograd, *stack);
             return;
         }
-        call.show_arguments(takes_host_indices_);
+        call.show_arguments(takes_host_tensors_);
         count(call);
         {
             std::optional<BorrowedGenerator> generator;
@@ -246,7 +263,7 @@ class CpuKernel : public c10::OperatorKernel {
     }
 
     const std::string name_;
-    const bool missing_, takes_host_indices_;
+    const bool missing_, takes_host_tensors_;
     std::atomic<int64_t> count_{0};
     std::atomic<uint64_t> dtypes_{0};  // a bit for each c10::ScalarType
     static_assert(static_cast<int>(c10::ScalarType::NumOptions) <= 64);
@@ -295,8 +312,14 @@ void run_on_cpu(const std::string& name, const std::string& overload, bool missi
 }
 
 void make_unsupported(const std::string& name, const std::string& overload) {
-    register_kernel(
-        name, overload, DispatchKey::PrivateUse1, c10::KernelFunction::makeFromBoxedFunction<&raise_unsupported>());
+    // Above autograd too, where some operators are taken apart into others.
+    for (const auto key : {DispatchKey::PrivateUse1, DispatchKey::AutogradPrivateUse1}) {
+        register_kernel(name, overload, key, c10::KernelFunction::makeFromBoxedFunction<&raise_unsupported>());
+    }
+}
+
+void uncounted(bool begin) {
+    composite_depth += begin ? 1 : -1;
 }
 
 bool restore_derivative(const std::string& name, const std::string& overload) {

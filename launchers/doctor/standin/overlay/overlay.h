@@ -55,6 +55,9 @@ void run_on_cpu(const std::string& name, const std::string& overload, bool missi
 // Makes an operator raise what PyTorch raises where a backend has no kernel.
 void make_unsupported(const std::string& name, const std::string& overload);
 
+// Between a call with true and one with false this thread's operators are parts of another one: not counted.
+void uncounted(bool begin);
+
 // Puts PyTorch's own derivative back where torch_npu's needs one of its fused kernels; false where PyTorch has none.
 bool restore_derivative(const std::string& name, const std::string& overload);
 
