@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from train.devices.base import Device
 
 
-def check_processes(cfg: TrainConfig) -> None:
+def check_processes(cfg: TrainConfig, began_in: str | None = None) -> None:
     """Looks at device, processes and number format before anything slow starts; every fault at once.
+
+    Args:
+        cfg: what was asked for.
+        began_in: precision of a run that goes on, whatever `auto` would take here.
 
     Raises:
         ConfigError: an outer launcher started another number of processes.
@@ -31,7 +35,8 @@ def check_processes(cfg: TrainConfig) -> None:
             "nproc", f"{cfg.nproc}, but the outer launcher started {world} processes", remedy="leave it out"
         )
     device = available_device(cfg.device)
-    faults = list(device.faults(processes_here(cfg.nproc), cfg.model.precision))
+    precision = Precision(began_in) if began_in else cfg.model.precision
+    faults = list(device.faults(processes_here(cfg.nproc), precision))
     if isinstance(cfg.sharding, ZeroConfig) and device.deepspeed_accelerator is None:
         found = f"ZeRO stage {cfg.sharding.stage}, but DeepSpeed has no class for device={device.name}"
         faults.append(DeviceError("sharding", found, allowed="plain", remedy="sharding=plain"))

@@ -240,8 +240,8 @@ def _in_short(prepared: Prepared) -> str:
 
 def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
     """Model, data and training; in this process, or in `nproc` workers."""
-    check_processes(cfg)
     record = _run_folder(folder).read_record() if resume else None
+    check_processes(cfg, record.precision if record else None)
     model_dir = model_folder(cfg, stages, record)
     prepared = prepared_data(cfg, model_dir, stages, record=record).path
     with stages.stage("train"):

@@ -110,6 +110,17 @@ def test_every_fault_is_shown_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert os.environ["DS_ACCELERATOR"] == "cpu" and "set_device" not in fake.calls
 
 
+def test_a_run_that_began_in_bf16_does_not_go_on_where_that_does_not_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    fake = pretend(MluDevice, monkeypatch, tmp_path)
+    fake.bf16 = False
+    cfg = compose("train", ["model.path=m", "dataset.path=d", "device=mlu"])
+    check_processes(cfg)
+    with pytest.raises(DeviceError, match="bf16 does not work on device mlu here"):
+        check_processes(cfg, began_in="bf16")
+
+
 @pytest.mark.parametrize(
     ("variables", "found"),
     [
