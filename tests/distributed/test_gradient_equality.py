@@ -29,11 +29,7 @@ CASES = {
 # The engines' own tests cover the rest of the matrix in one process; here each case is a command of its own.
 IN_DEFAULT_SUITE = {
     ("full", "padded"),
-    ("full", "accumulation"),
-    ("full", "two ranks"),
-    ("full", "zero1"),
     ("full", "zero2"),
-    ("full", "zero3"),
     ("lora", "zero3"),
 }
 
