@@ -221,6 +221,11 @@ for _ in range(2):
 work = dist.all_reduce(part, async_op=True)
 work.wait(), work.wait()
 assert part.tolist() == [1, 21]
+x = npu(rank + 1, dtype=torch.uint8)
+work = dist.all_reduce(x, async_op=True)
+while not work.is_completed():
+    time.sleep(0.001)
+assert work.is_success() and x.item() == 3, "who asks need not wait"
 swapped = torch.empty(2, device="npu")
 dist.all_to_all_single(swapped, npu(rank * 2, rank * 2 + 1))
 assert swapped.tolist() == [rank, rank + 2]
@@ -322,6 +327,9 @@ def test_the_command_runs_a_program(standin: StandinKit, tmp_path: Path) -> None
     assert "usage: crosstune COMMAND" in run("--", "crosstune", "--help").stdout
     missing = run("--", "no-such-program")
     assert missing.returncode == 2 and "'no-such-program' cannot be run" in missing.stderr
+    unknown = run("unsupported=[aten::sorted]", "--", "python", "-c", "import torch")
+    assert unknown.returncode == 2 and "PyTorch has no operator 'aten::sorted'" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
     assert json.loads(run("--json").stdout)["versions"]["torch_npu"] == wheel.VERSION
 
     waiting = "trap 'echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.05; done"

@@ -33,7 +33,7 @@ def portability(cfg: PortabilityConfig) -> dict[str, Any]:
         The report as JSON; ``exit_code`` 0 where nothing was found that stops the model, else 2.
 
     Raises:
-        ConfigError: the device has no stand-in.
+        ConfigError: the device has no stand-in, or there is no such chip.
         ModelError: the model does not open, or brings code that nobody has agreed to run.
         DeviceError: the machine cannot hold the model, or cannot have the stand-in.
         StorageError: `out` cannot be written.
@@ -122,6 +122,8 @@ def _probe(cfg: PortabilityConfig, model_dir: Path, work: Path, environment: dic
         raise fault
     if not result.exists():
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no message"]
+        if "Unsupported soc version" in last[0]:
+            raise ConfigError("soc", f"torch_npu knows no '{cfg.soc}'", allowed="Ascend910B3, Ascend910PremiumA, ...")
         killed = " (killed: out of memory?)" if code == -9 else ""
         raise RunFailedError("portability", f"the probe ended with {code}{killed}: {last[0][:300]}")
     content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

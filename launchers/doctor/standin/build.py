@@ -93,7 +93,9 @@ def build(cfg: StandinConfig, say: Callable[[str], None] = lambda line: None) ->
         wheel.source(cfg.wheel)
     root = (Path(cfg.build) if cfg.build else Path(cfg.cache_dir) / "ascend-standin").expanduser().absolute()
     if os.pathsep in str(root):
-        raise StorageError(str(root), f"'{os.pathsep}' separates the folders of a search path", remedy="build=DIR")
+        raise StorageError(
+            str(root), f"'{os.pathsep}' separates the folders of a search path", remedy="build=DIR without it"
+        )
     versions = _versions()
     folder = root / _key(versions)
     site = root / f"torch_npu-{wheel.VERSION}-{sys.implementation.cache_tag}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import standin_overlay as overlay
 import torch
 import torch.distributed as dist
 
+from configs.errors import EXIT_USER_FAULT
 from launchers.doctor.standin.inside import fused_operators
 
 DISPATCH_KEY = "PrivateUse1"
@@ -90,7 +92,9 @@ def unsupported() -> Iterator[str]:
     for want in wanted:
         found = [name for name in every if name == want or name.partition(".")[0] == want]
         if not found:
-            raise ImportError(f"the stand-in cannot make '{want}' unsupported: PyTorch has no such operator")
+            # No exception: torch, which is being imported, would bury it in tracebacks of its own and crash at the end.
+            print(f"crosstune stand-in: unsupported: PyTorch has no operator '{want}'", file=sys.stderr, flush=True)
+            os._exit(EXIT_USER_FAULT)
         yield from found
 
 
