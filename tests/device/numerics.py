@@ -67,7 +67,7 @@ def _reference(device: Device, op: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 def _kernel(device: Device, op: str, dtype: torch.dtype) -> tuple[bool, str]:
     kernel = device.kernels()[op]
-    if unmet := getattr(kernel, "unmet", lambda needs: None)(NEEDS):
+    if unmet := kernel.unmet(NEEDS):
         return True, f"not used: {unmet}"
     found = disagreement(op, kernel, NEEDS, dtype, device.torch_device)
     return found is None, found or "values, gradients and masks agree with plain torch"

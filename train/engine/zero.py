@@ -119,7 +119,7 @@ def _sum_norms_in_fp32_where_needed(device: Device) -> None:
     if device.collectives_sum_fp64:
         return
     try:
-        dist.all_reduce(torch.zeros(1, dtype=torch.float64, device=device.torch_device))
+        dist.all_reduce(torch.empty(1, dtype=torch.float64, device=device.torch_device))  # needs no kernel for fp64
     except dist.DistError:  # of the network or of a peer: says nothing of fp64
         raise
     except (RuntimeError, TypeError):
