@@ -327,6 +327,8 @@ def test_the_command_runs_a_program(standin: StandinKit, tmp_path: Path) -> None
     assert "usage: crosstune COMMAND" in run("--", "crosstune", "--help").stdout
     missing = run("--", "no-such-program")
     assert missing.returncode == 2 and "'no-such-program' cannot be run" in missing.stderr
+    unwritable = run("report=/proc/none", "--", "python", "-c", "")
+    assert unwritable.returncode == 2 and "report: '/proc/none' cannot be made" in unwritable.stderr
     unknown = run("unsupported=[aten::sorted]", "--", "python", "-c", "import torch")
     assert unknown.returncode == 2 and "PyTorch has no operator 'aten::sorted'" in unknown.stderr
     assert "Traceback" not in unknown.stderr

@@ -152,12 +152,16 @@ class Probe:
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work` gives; None after a failure, which is noted."""
+        from safetensors import SafetensorError
+
         from launchers.doctor.portability.watch import failure
 
         print(f"      {name}", flush=True)
         try:
             with self._watched():
                 result = work()
+        except SafetensorError as error:  # nothing that a device has to do with
+            raise ModelError(str(self.model_dir), f"its weights cannot be read: {error}") from error
         except Exception as error:  # a model's code may raise anything: that is what we look for
             self.failures.append(failure(name, error))
             return None

@@ -182,7 +182,9 @@ def render(result: dict[str, Any], out: str | None) -> str:
     ]
     stops = sum(1 for finding in result["findings"] if finding["verdict"] == STOPS)
     lines.append(
-        f"{stops} things stop this model on an NPU" if stops else "nothing found that stops this model on an NPU"
+        f"{stops} thing{'s stop' if stops > 1 else ' stops'} this model on an NPU"
+        if stops
+        else "nothing found that stops this model on an NPU"
     )
     lines.append("not seen here: numerics, speed and memory of real kernels" + (f"; all of it: {out}" if out else ""))
     return "\n".join(lines)

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, StorageError
 from configs.schema.doctor import StandinConfig
 from launchers.doctor.standin.build import Standin, build, summary
 
@@ -26,14 +27,24 @@ def standin(cfg: StandinConfig, program: Sequence[str]) -> dict[str, Any]:
         Folder and versions; with a program its ``exit_code``, 128 and the signal's number where a signal ended it.
 
     Raises:
-        CrosstuneError: it cannot be built here, or there is no such program.
+        CrosstuneError: it cannot be built here, the report's folder cannot be made, or there is no such program.
     """
     built = build(cfg, _say)
     result = summary(built)
     if program:
+        _make_report_folder(cfg)
         return {**result, "exit_code": run(program, built.environment(cfg, os.environ))}
     _show(cfg, built)
     return result
+
+
+def _make_report_folder(cfg: StandinConfig) -> None:
+    """Before the program runs: its processes write there at their end, when it is too late to say so."""
+    if cfg.report:
+        try:
+            Path(cfg.report).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError("report", f"'{cfg.report}' cannot be made: {error.strerror}") from error
 
 
 def run(program: Sequence[str], environment: Mapping[str, str]) -> int:
