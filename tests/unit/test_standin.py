@@ -128,6 +128,7 @@ def test_a_process_on_the_pretended_device(
     standin: StandinKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocator: str
 ) -> None:
     """Values, memory, refusals; with both ways in which torch_npu allocates."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # other tests activate devices in this process
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
     monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", allocator)
     said = passes(
