@@ -1,6 +1,6 @@
 # make demo   a real model becomes better at a real task, on this machine's CPU
 # make test   the test suite
-# make standin   a pretended Ascend machine, which tests of device=ascend need (g++, half a minute; they are skipped without)
+# make standin   a pretended Ascend machine, which tests of device=ascend need (g++, about a minute; they are skipped without)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,8 +1,7 @@
 """Huawei Ascend NPUs through torch_npu.
 
 The real torch_npu API is tested on a pretended device (`crosstune doctor ascend-standin`), never on a card so far.
-Its environment is settled in `ascend_environment.py`, its kernels are in `ascend_kernels.py`. What its collectives do
-not take (HCCL sums fp64 on Ascend 950, not on 910) engines ask of the backend itself.
+Its environment is settled in `ascend_environment.py`, its kernels are in `ascend_kernels.py`.
 """
 
 from __future__ import annotations

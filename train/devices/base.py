@@ -58,8 +58,6 @@ class Device(ABC):
     """The string torch uses: ``torch.device(torch_type)``."""
     backend: str
     """Collective backend of torch.distributed."""
-    collectives_sum_fp64: bool | None = None
-    """Whether the collectives add fp64; None: that differs between chips, and the backend is to be asked."""
     deepspeed_accelerator: str | None
     """Value of DS_ACCELERATOR; None where DeepSpeed has no class for the device, so no ZeRO."""
     visible_devices_variable: str | None

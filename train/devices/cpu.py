@@ -17,7 +17,6 @@ class CpuDevice(Device):
     name = "cpu"
     torch_type = "cpu"
     backend = "gloo"
-    collectives_sum_fp64 = True
     deepspeed_accelerator = "cpu"
     proven = True
     visible_devices_variable = None

@@ -17,7 +17,6 @@ class CudaDevice(AcceleratorDevice):
     name = "cuda"
     torch_type = "cuda"
     backend = "nccl"
-    collectives_sum_fp64 = True
     deepspeed_accelerator = "cuda"
     lister = "nvidia-smi"
     visible_devices_variable = "CUDA_VISIBLE_DEVICES"

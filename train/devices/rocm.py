@@ -18,7 +18,6 @@ class RocmDevice(AcceleratorDevice):
     name = "rocm"
     torch_type = "cuda"
     backend = "nccl"
-    collectives_sum_fp64 = True
     deepspeed_accelerator = "cuda"
     lister = "rocm-smi"
     visible_devices_variable = "HIP_VISIBLE_DEVICES"

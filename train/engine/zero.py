@@ -49,7 +49,6 @@ class ZeroEngine(Engine):
         super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)
         deepspeed = _import_deepspeed()
         _ensure_group(device)
-        _sum_norms_in_fp32_where_needed(device)
         optimizer = build_optimizer(optim, self.trained.items())
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory reports, asked or not
@@ -106,24 +105,6 @@ def _import_deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
     return module
-
-
-def _sum_norms_in_fp32_where_needed(device: Device) -> None:
-    """Tells DeepSpeed where collectives take no fp64, in which it sums gradient norms on all but Apple's devices.
-
-    Where the device does not know, the backend itself is asked: one and the same takes it on some chips and not on
-    others, and refuses before anything is sent.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    if device.collectives_sum_fp64:
-        return
-    try:
-        dist.all_reduce(torch.empty(1, dtype=torch.float64, device=device.torch_device))  # needs no kernel for fp64
-    except dist.DistError:  # of the network or of a peer: says nothing of fp64
-        raise
-    except (RuntimeError, TypeError):
-        get_accelerator().is_fp64_supported = lambda: False
 
 
 def _ensure_group(device: Device) -> None:
