@@ -127,7 +127,8 @@ def _checks(job: Job, device: Any, folder: Path) -> Iterator[Result]:
     yield Result("available", OK, "; ".join(text for text in (found.reason, versions, f"nproc={nproc}") if text))
 
     size = "tiny" if on_cpu or job.quick else "small"
-    speed_size = job.size or ("1b" if not on_cpu and (device.memory().total_bytes or 0) >= BIG_BYTES else size)
+    big = not on_cpu and not job.quick and (device.memory().total_bytes or 0) >= BIG_BYTES
+    speed_size = job.size or ("1b" if big else size)
     fastest = "bf16" if "bfloat16" in str(device.fast_dtypes()[0]) else "fp32"
     common = {"device": device.name, "overrides": job.overrides, "expected": str(folder / "expected.json")}
     common |= {"precisions": list(dict.fromkeys(["fp32", fastest])), "fastest": fastest}
@@ -183,7 +184,9 @@ def _launch(task: str, job: dict[str, Any], nproc: int, name: str) -> Iterator[R
                 yield result
         if process.wait() != 0:
             errors.seek(0)
-            lines = [line for line in errors.read().splitlines() if "Error" in line]
+            # torchrun says of a process that was killed by which signal, and of any other that it failed.
+            told = [line.strip() for line in errors.read().splitlines() if "Error" in line or "Signal" in line]
+            lines = [line for line in told if "ChildFailedError" not in line]
             yield Result(name, FAILED, " | ".join(lines[:3])[:500] or f"ended with code {process.returncode}")
         else:
             yield Result(name, OK, f"{time.monotonic() - started:.0f} s")
