@@ -176,7 +176,7 @@ def test_an_export_tells_where_it_came_from(road, lora_run):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_zero3_on_two_ranks_exports_what_it_trained_with_the_network_cut(road, tuning):
     """The loss of the live, sharded model on the validation split is that of the exported model."""
     run = RunFolder(road.tmp / f"zero3_{tuning}")
