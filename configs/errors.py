@@ -120,6 +120,12 @@ def not_empty(key: str, path: str | None) -> None:
         )
 
 
+def first_line(message: object) -> str:
+    """The first line of an error or a warning, for a message of ours; empty where it says nothing."""
+    lines = str(message).strip().splitlines()
+    return lines[0] if lines else ""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, for "did you mean"; None where nothing is near."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

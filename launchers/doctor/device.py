@@ -20,9 +20,10 @@ from typing import Any
 from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT
 from configs.schema.doctor import DoctorConfig
-from launchers.doctor.findings import AUTO, installed, of_ascend, of_fault, of_look, of_packages
+from launchers.doctor.findings import AUTO, PACKAGES, of_ascend, of_fault, of_look, of_packages
 from launchers.environment import ascend_config
 from train.devices.ascend_environment import Plan, plan
+from train.versions import versions_of
 
 PATIENCE_SECONDS = 120
 """For one device. A driver that hangs is a finding."""
@@ -34,7 +35,7 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     settings = plan(ascend, os.environ) if ascend else None
     records = look(cfg, environment_for(settings))
     chosen, passed_over = records[-1], records[:-1]
-    versions = {"python": platform.python_version(), **installed(), **chosen["versions"]}
+    versions = {"python": platform.python_version(), **versions_of(PACKAGES), **chosen["versions"]}
     findings = [*of_packages(versions), *of_look(chosen, cfg)]
     if settings is not None:
         # device=auto settles an Ascend's variables before it knows whether it takes one.

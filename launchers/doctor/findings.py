@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from configs.schema.doctor import DoctorConfig
 from launchers.doctor.standin.build import MARK
 from train.devices.ascend_environment import Plan
 from train.devices.ascend_variables import unknown
+from train.versions import versions_of
 
 AUTO = "train.devices.auto.AutoDevice"
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate")
@@ -34,17 +34,6 @@ class Finding:
     """``ok``; ``missing``: a run would not start; ``note``: it would."""
     what: str
     remedy: str | None = None
-
-
-def installed() -> dict[str, str]:
-    """Versions of the packages that a run needs; absent ones are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def of_packages(versions: Mapping[str, str]) -> Iterator[Finding]:
@@ -120,11 +109,8 @@ def of_ascend(plan: Plan, cfg: DoctorConfig, environment: Mapping[str, str] = os
 
 def _versions_of_torch_npu() -> Iterator[Finding]:
     """Only what stops nothing: the device itself says whether torch_npu is there, and of another release."""
-    torch = installed().get("torch", "").partition("+")[0]
-    try:
-        plugin = version("torch_npu")
-    except PackageNotFoundError:
-        return
+    found = versions_of(["torch", "torch_npu"])
+    torch, plugin = found.get("torch", "").partition("+")[0], found.get("torch_npu", "")
     release = re.match(r"\d+(\.\d+)*", plugin)
     if release is not None and release[0].split(".")[:3] == torch.split("."):
         yield Finding("ok", f"torch_npu {plugin} matches torch {torch}")

@@ -17,13 +17,13 @@ import psutil
 import torch
 
 from configs.compose import build, load_resolved
-from configs.errors import CrosstuneError, DeviceError
+from configs.errors import CrosstuneError, DeviceError, first_line
 from configs.schema.device import DeviceConfig, KernelChoice
 from configs.schema.doctor import DoctorConfig
 from configs.schema.model import Precision
 from launchers.doctor.findings import AUTO
 from launchers.failure import as_json
-from train.devices.accelerator import AcceleratorDevice, first_line, is_installed
+from train.devices.accelerator import AcceleratorDevice, is_installed
 from train.devices.auto import ORDER
 from train.devices.base import DTYPES, Availability, Device
 

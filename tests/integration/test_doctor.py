@@ -168,7 +168,7 @@ def test_what_cann_lacks_is_told_without_loading_anything(tmp_path, monkeypatch)
     [("2.13.0+cpu", "2.13.0", "ok"), ("2.13.0", "2.13.0.post2", "ok"), ("2.13.0", "2.13.1", "note")],
 )
 def test_torch_and_its_plugin_belong_together(monkeypatch, ours, installed, level):
-    monkeypatch.setattr(findings, "version", lambda name: installed if name == "torch_npu" else ours)
+    monkeypatch.setattr(findings, "versions_of", lambda names: {"torch": ours, "torch_npu": installed})
     (finding,) = findings._versions_of_torch_npu()
     assert finding.level == level and installed in finding.what
 

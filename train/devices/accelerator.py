@@ -15,16 +15,16 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.errors import DeviceError
+from configs.errors import DeviceError, first_line
 from configs.schema.model import Precision
 from train.devices.base import Availability, Device, Memory
 from train.devices.peaks import published_peak_flops
+from train.versions import versions_of
 
 HIDES_ALL = ("", "-1", "NoDevFiles")
 """Values of a visible-devices variable that leave no device."""
@@ -107,7 +107,7 @@ class AcceleratorDevice(Device):
 
     def versions(self) -> dict[str, str]:
         """See `Device.versions`."""
-        return package_version(self.plugin.partition(".")[0]) if self.plugin else {}
+        return versions_of([self.plugin.partition(".")[0]]) if self.plugin else {}
 
     def memory(self) -> Memory:
         """What torch's allocator has reserved: what other processes cannot have."""
@@ -279,19 +279,6 @@ def load_plugin(plugin: str, torch_type: str) -> str | None:
             delattr(torch, torch_type)
         UNLOADABLE[plugin] = fault
     return UNLOADABLE.get(plugin)
-
-
-def first_line(message: object) -> str:
-    """The first line of an error or a warning."""
-    return str(message).strip().partition("\n")[0]
-
-
-def package_version(package: str) -> dict[str, str]:
-    """``{package: version}``; empty where it is not installed as a distribution of that name."""
-    try:
-        return {package: version(package)}
-    except PackageNotFoundError:
-        return {}
 
 
 def text_version(key: str, path: Path, pattern: str) -> dict[str, str]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from configs.errors import DeviceError
+from configs.errors import DeviceError, first_line
 from configs.schema.model import Precision
-from train.devices.accelerator import AcceleratorDevice, first_line
+from train.devices.accelerator import AcceleratorDevice
 from train.devices.base import Memory
 
 

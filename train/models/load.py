@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from configs.errors import ModelError, StorageError
+from configs.errors import ModelError, StorageError, first_line
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
 from train.devices.base import DTYPES, Device, memory_is_full
 from train.models.gguf import dequantise
@@ -168,7 +168,7 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(str(model_dir / "config.json"), _first_line(error)) from None
+        raise ModelError(str(model_dir / "config.json"), first_line(error) or type(error).__name__) from None
 
 
 def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
@@ -193,7 +193,9 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         if memory_is_full(error):  # no fault of the folder's
             raise
-        raise ModelError("model.path", f"'{model_dir}' does not open: {_first_line(error)}") from None
+        raise ModelError(
+            "model.path", f"'{model_dir}' does not open: {first_line(error) or type(error).__name__}"
+        ) from None
     absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if absent:
         # transformers would go on with random weights in their place.
@@ -204,7 +206,3 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
         )
     model.config.use_cache = False
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

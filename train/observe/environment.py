@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from train.devices.base import Device, usable_cores
+from train.versions import versions_of
 
 PACKAGES = (
     *("crosstune", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "tokenizers"),
@@ -29,13 +30,7 @@ VARIABLES = (
 
 def package_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a run computes; absent ones are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return versions_of(PACKAGES)
 
 
 def code_version() -> str:

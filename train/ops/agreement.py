@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
+from configs.errors import first_line
 from train.devices.base import memory_is_full
 from train.ops.kernel import REFERENCES, Needs, Version
 from train.ops.packed_attention import Lengths
@@ -48,7 +49,7 @@ def disagreement(op: str, version: Version, needs: Needs, dtype: torch.dtype, de
     except Exception as error:  # whatever a kernel raises, the reference is there
         if memory_is_full(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error) or type(error).__name__
         return f"it raised {type(error).__name__}: {first}"
     return None
 

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
+from configs.errors import first_line
+
 RARE = (torch.float64, torch.complex32, torch.complex64, torch.complex128)
 """dtypes that only some NPU operators take."""
 FP8 = tuple(
@@ -203,5 +205,5 @@ def failure(stage: str, error: BaseException) -> dict[str, Any]:
         for frame in reversed(traceback.extract_tb(error.__traceback__))
         if not frame.filename.startswith(OWN_CODE)
     ]
-    first = (str(error).strip() or "no message").splitlines()[0][:300]
-    return {"stage": stage, "exception": type(error).__name__, "message": first, "frames": frames[:6]}
+    message = (first_line(error) or "no message")[:300]
+    return {"stage": stage, "exception": type(error).__name__, "message": message, "frames": frames[:6]}
