@@ -18,6 +18,7 @@ from tests.contracts.fake_runtime import pretend
 from train.devices import ascend
 from train.devices.accelerator import text_version
 from train.devices.ascend import AscendDevice, cann_version
+from train.devices.cpu import CpuDevice
 from train.devices.cuda import CudaDevice
 from train.devices.peaks import published_peak_flops
 from train.devices.rocm import RocmDevice
@@ -188,3 +189,9 @@ def test_collectives_that_a_package_of_their_own_brings_are_loaded(monkeypatch: 
         device.check(2, Precision.auto)
     with pytest.raises(DeviceError, match=f"device=hpu: {package} does not load"):
         device.activate(0)
+
+
+def test_a_peak_of_ones_own_wins_for_bf16_alone():
+    device = CpuDevice(DeviceConfig(peak_tflops=2.5))
+    assert device.peak_flops(torch.bfloat16) == 2.5e12
+    assert device.peak_flops(torch.float32) is None
