@@ -86,6 +86,10 @@ class WorkerLostError(RunFailedError):
     """A process of the run was killed, or ended without a word."""
 
 
+class HangError(RunFailedError):
+    """No rank advanced for too long."""
+
+
 class StoppedError(CrosstuneError):
     """The run was stopped before its end, and can go on from a checkpoint."""
 

@@ -11,6 +11,7 @@ from configs.schema.clean import CleanConfig, DedupConfig, HereConfig, LocalConf
 from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig, MixDatasetConfig
 from configs.schema.device import AscendConfig, DeviceConfig
 from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
+from configs.schema.guard import GuardConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
@@ -57,6 +58,7 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "sharding": {"plain_schema": PlainConfig, "zero_schema": ZeroConfig},
     "device": {"device_schema": DeviceConfig, "ascend_schema": AscendConfig},
     "checkpoint": {"checkpoint_schema": CheckpointConfig},
+    "guard": {"guard_schema": GuardConfig},
     "export": {"export_schema": ExportConfig},
 }
 

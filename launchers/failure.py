@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,14 @@ def leave_error(error: CrosstuneError) -> None:
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps({"time": time.time(), **as_json(error)}), encoding="utf-8")
     partial.replace(file)
+
+
+def last_words(error: CrosstuneError) -> None:
+    """Tells a fault when this process is about to end itself: to the parent process if there is one, else aloud."""
+    if ERROR_DIR in os.environ:
+        leave_error(error)
+    else:
+        print(error.render(), file=sys.stderr, flush=True)
 
 
 def earliest_error(folder: Path) -> CrosstuneError | None:

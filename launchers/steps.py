@@ -21,7 +21,7 @@ from configs.errors import (
 )
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import check_processes, choose_accelerator, device_of_one
-from launchers.failure import UnexpectedError, traceback_kept_in, with_way_on
+from launchers.failure import UnexpectedError, last_words, traceback_kept_in, with_way_on
 from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
 from launchers.torchrun import run_workers
@@ -34,7 +34,7 @@ Result = dict[str, Any]
 
 MAY_CHANGE_ON_RESUME = (
     *("nproc", "sharding", "device", "packing", "micro_batch_tokens", "activation_checkpointing"),
-    *("checkpoint", "eval_every", "export", "eval", "cache_dir"),
+    *("checkpoint", "guard", "eval_every", "export", "eval", "cache_dir"),
 )
 """How a run is computed may change on the way; what it computes may not."""
 
@@ -248,7 +248,9 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
         if cfg.nproc == 1 or "RANK" in os.environ:
             from train.run import train as train_here
 
-            train_here(cfg, model_dir=model_dir, prepared=prepared, run_dir=folder, resume=resume)
+            train_here(
+                cfg, model_dir=model_dir, prepared=prepared, run_dir=folder, resume=resume, last_words=last_words
+            )
         else:
             # What the workers compute is in a file: the run's own is only written once training has begun.
             request = folder / "logs" / "request.yaml"

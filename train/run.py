@@ -8,20 +8,27 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
+
+import psutil
 
 from configs.compose import build, save_resolved
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, CrosstuneError, DataError
 from configs.schema.model import Precision
+from configs.schema.outputs import Storage
 from configs.schema.roots import Packing, TrainConfig
+from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.layout import TrainerState
-from train.checkpoint.restore import restore
-from train.checkpoint.retention import latest
+from train.checkpoint.restore import restore_latest
+from train.checkpoint.storage import resolve_storage
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
 from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.faults import told
+from train.guard.heartbeat import Heartbeat
+from train.guard.stop import StopRequests
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import dtype_name, load_config, load_model, resolve_precision
@@ -39,7 +46,15 @@ logger = logging.getLogger(__name__)
 Note = Callable[[str], None]
 
 
-def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, resume: bool = False) -> None:
+def train(
+    cfg: TrainConfig,
+    *,
+    model_dir: Path,
+    prepared: Path,
+    run_dir: Path,
+    resume: bool = False,
+    last_words: Callable[[CrosstuneError], None] = lambda error: None,
+) -> None:
     """Trains on prepared data; called in each worker process.
 
     Args:
@@ -48,10 +63,12 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         prepared: folder of the prepared data.
         run_dir: folder of the run; must exist.
         resume: go on from the latest complete checkpoint.
+        last_words: tells a fault before this process ends itself, which a rank that hangs cannot do by raising it.
 
     Raises:
         CrosstuneError: of the kind that says what the user can mend.
     """
+    started = psutil.Process().create_time()
     if resume:  # `auto` might choose another precision on this machine than where the run began
         precision = Precision(RunFolder(run_dir).read_record().precision)
         cfg = replace(cfg, model=replace(cfg.model, precision=precision))
@@ -74,28 +91,41 @@ def train(cfg: TrainConfig, *, model_dir: Path, prepared: Path, run_dir: Path, r
         rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
         total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
-            state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
+            storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             if resume:
-                state = restore(engine, latest(run.checkpoints), world)
-            loop = Loop(
-                engine=engine,
-                objective=objective,
-                sampler=StepSampler(split, plan, rows),
-                schedule=build(cfg.schedule, Schedule, total_steps),
-                device=device,
-                world=world,
-                peak_lr=cfg.optim.lr,
-                total_steps=total_steps,
-                checkpoints=run.checkpoints,
-                checkpoint_every=cfg.checkpoint.every,
-                keep_last=cfg.checkpoint.keep_last,
-                validation=validation,
-                eval_every=cfg.eval_every,
-                hooks=hooks_of(run, world, first_step=state.step),
-            )
-            if not resume:
-                record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps)
-            loop.run(state)
+                run_id = run.read_record().run_id
+                state = restore_latest(engine, run.checkpoints, world, storage=storage, run_id=run_id, note=note)
+            else:
+                run_id = world.broadcast_bytes(uuid4().hex.encode()).decode()
+                state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
+                if world.rank == 0 or (storage is Storage.per_node and world.leads_node):
+                    record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps, run_id)
+            heartbeat = Heartbeat()
+            with (
+                closing(
+                    Checkpointer(
+                        engine, run.checkpoints, cfg.checkpoint, world, storage=storage, run_id=run_id, note=note
+                    )
+                ) as checkpointer,
+                StopRequests(run_dir, cfg.guard, started) as stop,
+            ):
+                Loop(
+                    engine=engine,
+                    objective=objective,
+                    sampler=StepSampler(split, plan, rows),
+                    schedule=build(cfg.schedule, Schedule, total_steps),
+                    device=device,
+                    world=world,
+                    peak_lr=cfg.optim.lr,
+                    total_steps=total_steps,
+                    checkpointer=checkpointer,
+                    checkpoint_every=cfg.checkpoint.every,
+                    validation=validation,
+                    eval_every=cfg.eval_every,
+                    stop=stop,
+                    heartbeat=heartbeat,
+                    hooks=hooks_of(run, world, first_step=state.step),
+                ).run(state)
 
 
 def make_engine(
@@ -196,10 +226,9 @@ def record_run(
     model_dir: Path,
     prepared: Path,
     total_steps: int,
+    run_id: str,
 ) -> None:
-    """Writes what the run was made from; rank 0's work."""
-    if world.rank != 0:
-        return
+    """Writes what the run was made from; one rank's work in each folder."""
     base_files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json"), *model_dir.glob("*.jinja")])
     save_resolved(cfg, run.resolved)
     write_environment(run.environment, device)
@@ -216,6 +245,7 @@ def record_run(
             tuning=build(cfg.tuning, Tuning).name,
             code_version=code_version(),
             total_steps=total_steps,
+            run_id=run_id,
         )
     )
 

@@ -28,6 +28,8 @@ class RunRecord:
     """``lora`` or ``full``."""
     code_version: str
     total_steps: int
+    run_id: str = ""
+    """Drawn anew for each run; every checkpoint of it carries it."""
     kernels: list[str] = field(default_factory=list)
     """Ops that ran by the device's own version, on rank 0; the others in plain torch. Early runs do not say."""
 

@@ -9,10 +9,11 @@ from configs.errors import ConfigError, not_empty
 from configs.schema.clean import CleanConfig, DedupConfig, ExecutorConfig
 from configs.schema.dataset import DatasetConfig
 from configs.schema.device import DeviceConfig
+from configs.schema.guard import GuardConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import ObjectiveConfig
 from configs.schema.optim import OptimConfig, ScheduleConfig
-from configs.schema.outputs import CheckpointConfig, EvalConfig, ExportConfig
+from configs.schema.outputs import BestBy, CheckpointConfig, EvalConfig, ExportConfig
 from configs.schema.sharding import ShardingConfig
 from configs.schema.template import TemplateConfig
 from configs.schema.tuning import TuningConfig
@@ -108,6 +109,7 @@ class TrainConfig(PrepConfig):
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +127,14 @@ class TrainConfig(PrepConfig):
                 "max_length",
                 f"{self.max_length}, above micro_batch_tokens={self.micro_batch_tokens}: such a sample fits no pass",
                 remedy="lower max_length or raise micro_batch_tokens",
+            )
+        best = self.checkpoint.keep_best and self.checkpoint.best_by is BestBy.validation_loss
+        if best and (not self.eval_every or self.checkpoint.every % self.eval_every):
+            raise ConfigError(
+                "checkpoint.keep_best",
+                f"by the validation loss, which eval_every={self.eval_every} does not measure at each checkpoint",
+                allowed=f"with eval_every a divisor of checkpoint.every={self.checkpoint.every}",
+                remedy="set eval_every, or checkpoint.best_by=loss",
             )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from configs.compose import build, compose
+from configs.schema.outputs import Storage
 from configs.schema.roots import TrainConfig
 from tests.device.board import SKIPPED, Result, verdict
+from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.layout import TrainerState
 from train.checkpoint.restore import restore
 from train.data.plan import BatchPlan
@@ -21,6 +24,8 @@ from train.data.prepared import PreparedData
 from train.data.sampler import RowLayout, StepSampler
 from train.devices.base import Device
 from train.engine.base import Engine, World
+from train.guard.heartbeat import Heartbeat
+from train.guard.stop import StopRequests
 from train.loop import Hook, Loop, Record
 from train.models.families import family_of
 from train.models.load import load_config
@@ -86,12 +91,19 @@ class Bench:
             world=self.world,
             peak_lr=cfg.optim.lr,
             total_steps=steps,
-            checkpoints=self.work,
+            checkpointer=self.checkpointer(cfg, engine),
             checkpoint_every=SAVED,
-            keep_last=9,
             validation=None,
             eval_every=0,
+            stop=StopRequests(self.work, cfg.guard, time.time()),
+            heartbeat=Heartbeat(),
             hooks=[Losses()],
+        )
+
+    def checkpointer(self, cfg: TrainConfig, engine: Engine) -> Checkpointer:
+        keep = replace(cfg.checkpoint, keep_last=9)
+        return Checkpointer(
+            engine, self.work, keep, self.world, storage=Storage.shared, run_id="check", note=logger.debug
         )
 
     def losses(self, cfg: TrainConfig, resume_from: Path | None = None) -> list[float]:

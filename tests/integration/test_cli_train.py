@@ -99,7 +99,7 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "told"), [(interrupt, 130, None), (kill_a_worker, 3, "rank 1: ended by signal SIGKILL")]
+    ("what", "code", "told"), [(interrupt, 75, "saved"), (kill_a_worker, 3, "rank 1: ended by signal SIGKILL")]
 )
 def test_an_end_before_the_end_leaves_no_process_and_no_traceback(
     what: Callable[[subprocess.Popen[str]], None], code: int, told: str | None, endless

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from configs.errors import CheckpointError
+from configs.schema.outputs import Storage
 from train.checkpoint.layout import CheckpointReader, Entry, TrainerState
+from train.checkpoint.retention import latest
 from train.checkpoint.rng import derived_seed, set_rng_states
 from train.engine.base import Engine, Fragment, World
 
 SHOWN = 8
 """Differences named in a message."""
+
+
+def restore_latest(
+    engine: Engine, folder: Path, world: World, *, storage: Storage, run_id: str, note: Callable[[str], None]
+) -> TrainerState:
+    """Goes on from the newest checkpoint that is whole, wherever its pieces are. Called on all ranks.
+
+    Args:
+        engine: see `restore`.
+        folder: the run's ``checkpoints``.
+        world: the engine's.
+        storage: resolved, see `resolve_storage`.
+        run_id: of the run; a checkpoint of another one is refused.
+        note: takes lines for the user.
+
+    Raises:
+        CheckpointError: there is none, or see `restore`.
+    """
+    return restore(engine, latest(folder), world)
 
 
 def restore(engine: Engine, path: Path, world: World) -> TrainerState:

@@ -12,7 +12,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypedDict
 
@@ -42,6 +42,17 @@ class World:
     """Rank among the processes of this machine."""
     control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """Group for host tensors; None where the default group serves."""
+    background: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    """Such a group for another thread than that of the steps; None at size 1."""
+
+    @property
+    def leads_node(self) -> bool:
+        """Whether this rank acts for all of its machine."""
+        return self.local_rank == 0
+
+    def in_background(self) -> World:
+        """The same processes for the thread that writes checkpoints: collectives of two threads must not mix."""
+        return replace(self, control=self.background)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -55,6 +66,31 @@ class World:
         total = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return [float(value) for value in total.tolist()]
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """What every rank gave, by rank; all of it is on each rank."""
+        if self.size == 1:
+            return [data]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.control)
+        longest = max(1, *(int(length) for length in lengths))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+        dist.all_gather(parts, padded, group=self.control)
+        return [part.numpy().tobytes()[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+
+    def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
+        """What rank `source` gave, on every rank; what the others give is not looked at."""
+        if self.size == 1:
+            return data
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, src=source, group=self.control)
+        mine = data if self.rank == source else bytes(int(length))
+        if not mine:
+            return b""
+        buffer = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        dist.broadcast(buffer, src=source, group=self.control)
+        return buffer.numpy().tobytes()
 
     def close(self) -> None:
         """Leaves the process group, if there is one."""
@@ -80,7 +116,8 @@ def init_world(device: Device) -> World:
     if not dist.is_initialized():
         dist.init_process_group(device.backend, timeout=timeout)
     control = None if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    return World(dist.get_rank(), size, local_rank, control)
+    background = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), size, local_rank, control, background)
 
 
 class Scalar(TypedDict):

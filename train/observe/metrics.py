@@ -6,6 +6,7 @@ Steps after which the validation split was measured also have ``validation_loss`
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +60,11 @@ class MetricsHook(Hook):
     def on_step(self, record: Record) -> None:
         """Writes a step's line."""
         self._write(record)
+
+    def on_save(self, step: int) -> None:
+        """Makes the lines as durable as the checkpoint will be, so that a power cut leaves no gap before it."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def on_end(self) -> None:
         """Closes the file."""

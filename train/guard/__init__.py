@@ -1,0 +1,1 @@
+"""What stops, mends or watches a run that goes wrong."""
