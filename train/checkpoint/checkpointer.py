@@ -52,7 +52,8 @@ class Checkpointer:
 
     def save(self, state: TrainerState, metrics: Mapping[str, float]) -> None:
         """Begins a checkpoint of this state; it is complete when `finished` names it, or after `wait`."""
-        self._finished.append(save(self.engine, self.folder, state, self.world))
+        path = save(self.engine, self.folder, state, self.world, run_id=self.run_id, metrics=metrics)
+        self._finished.append(path)
         if self.world.rank == 0:
             prune(self.folder, self.cfg.keep_last)
 

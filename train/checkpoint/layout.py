@@ -3,8 +3,12 @@
     checkpoints/step-00000040/
         rank00000.safetensors   per piece and kind one 1-d fp32 tensor, keyed "<parameter>:<kind>@<flat offset>",
                                 kinds being "master" and the optimizer's state; RNG states as bytes, keyed "rng:<name>"
-        index.json              parameters (shape, kinds, scalars, pieces), trainer state, size and SHA-256 per file
+        index.json              run, parameters (shape, kinds, scalars, pieces), trainer state, figures of the step;
+                                size, SHA-256 and writer of each file
         COMPLETE                SHA-256 of index.json; written last
+
+Without a shared file system each machine's folder holds the rank files of its own ranks; index.json and COMPLETE are
+the same in all.
 
 Weights and state are those of the whole model by name, whatever engine and number of ranks wrote them. Nothing is
 pickled, so that reading a checkpoint cannot run code. Frozen parameters are not in it: they are the base model's.
@@ -16,6 +20,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +33,7 @@ from configs.errors import CheckpointError
 from train.engine.base import MASTER, Scalar
 from train.run_folder import sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 COMPLETE = "COMPLETE"
 PARTIAL = ".partial"
@@ -51,6 +56,18 @@ class TrainerState:
     seed: int
     extra: dict[str, Any] = field(default_factory=dict)
     """Further JSON values of the loop."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What the index says of a rank's file."""
+
+    sha256: str
+    bytes: int
+    node: int
+    """Number of the machine that wrote it, in the order of the ranks."""
+    host: str
+    """Name of that machine."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +143,12 @@ class CheckpointReader:
         try:
             self.params: dict[str, Entry] = {name: _entry(value) for name, value in index["params"].items()}
             self.state = TrainerState(**index["state"])
-            self.files: dict[str, dict[str, Any]] = {file: dict(index["files"][file]) for file in index["files"]}
+            self.files = {file: StoredFile(**facts) for file, facts in index["files"].items()}
             if not all(RANK_FILE.fullmatch(file) for file in self.files):
                 raise ValueError(f"file names {sorted(self.files)}")
             self.world_size, self.optimizer = int(index["world_size"]), str(index["optimizer"])
+            self.run_id = str(index["run_id"])
+            self.metrics = {str(name): float(value) for name, value in index["metrics"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(INDEX, f"lacks or garbles {error}") from error
         self._open_files: dict[str, Any] = {}
@@ -156,12 +175,12 @@ class CheckpointReader:
             raise CheckpointError(str(self.path / INDEX), found, allowed=str(FORMAT_VERSION))
         return index
 
-    def _check_size(self, file: str, facts: dict[str, Any]) -> None:
+    def _check_size(self, file: str, facts: StoredFile) -> None:
         path = self.path / file
         if not path.is_file():
             raise self._damaged(file, "is missing")
-        if path.stat().st_size != facts["bytes"]:
-            raise self._damaged(file, f"has {path.stat().st_size} bytes instead of {facts['bytes']}")
+        if path.stat().st_size != facts.bytes:
+            raise self._damaged(file, f"has {path.stat().st_size} bytes instead of {facts.bytes}")
 
     def verify(self, files: list[str]) -> None:
         """Compares the SHA-256 of `files` with the index.
@@ -170,7 +189,7 @@ class CheckpointReader:
             CheckpointError: names the first file that differs.
         """
         for file in files:
-            if sha256_of(self.path / file) != self.files[file]["sha256"]:
+            if sha256_of(self.path / file) != self.files[file].sha256:
                 raise self._damaged(file, "does not match its SHA-256 in the index")
 
     def _damaged(self, file: str, found: str) -> CheckpointError:
@@ -238,15 +257,35 @@ def _entry(value: dict[str, Any]) -> Entry:
 
 
 def index_json(
-    params: dict[str, Entry], state: TrainerState, files: dict[str, dict[str, Any]], world_size: int, optimizer: str
+    params: Mapping[str, Entry],
+    state: TrainerState,
+    files: Mapping[str, StoredFile],
+    *,
+    world_size: int,
+    optimizer: str,
+    run_id: str,
+    metrics: Mapping[str, float],
 ) -> bytes:
-    """The index as bytes, parameters in the order of the model."""
+    """The index as bytes.
+
+    Args:
+        params: in the order of the model.
+        state: at the time of the save.
+        files: by name.
+        world_size: number of ranks.
+        optimizer: its class, as the config names it.
+        run_id: of the run.
+        metrics: figures of the step, by which the best checkpoints are told; what is not finite is left out, since it
+            is nobody's best and JSON has no word for it.
+    """
     content = {
         "format_version": FORMAT_VERSION,
+        "run_id": run_id,
         "world_size": world_size,
         "optimizer": optimizer,
         "state": asdict(state),
-        "files": files,
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "files": {name: asdict(facts) for name, facts in files.items()},
         "params": {
             name: {
                 "shape": entry.shape,
@@ -257,4 +296,5 @@ def index_json(
             for name, entry in params.items()
         },
     }
-    return json.dumps(content, indent=1).encode()
+    # Without indentation, for which Python has no fast encoder: there are as many pieces as parameters times ranks.
+    return json.dumps(content, allow_nan=False).encode()

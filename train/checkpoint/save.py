@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from train.checkpoint.layout import (
     STALE,
     Entry,
     Piece,
+    StoredFile,
     TrainerState,
     index_json,
     rank_file,
@@ -39,7 +41,15 @@ Tensors = Sequence[tuple[str, torch.Tensor]]
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
-def save(engine: Engine, folder: Path, state: TrainerState, world: World) -> Path:
+def save(
+    engine: Engine,
+    folder: Path,
+    state: TrainerState,
+    world: World,
+    *,
+    run_id: str = "",
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """Writes ``folder/step-<state.step>``. Called on all ranks, between steps.
 
     Memory: one piece of one parameter at a time on the host.
@@ -49,6 +59,8 @@ def save(engine: Engine, folder: Path, state: TrainerState, world: World) -> Pat
         folder: the run's ``checkpoints``.
         state: equal on all ranks.
         world: the engine's.
+        run_id: of the run.
+        metrics: figures of the step.
 
     Returns:
         The folder of the checkpoint, complete.
@@ -59,8 +71,18 @@ def save(engine: Engine, folder: Path, state: TrainerState, world: World) -> Pat
     final = step_folder(folder, state.step)
     partial = final.with_name(final.name + PARTIAL)
     _together(world, folder, lambda: _begin(folder, partial) if world.rank == 0 else None)
-    _together(world, folder, lambda: _write_rank(engine, partial, world.rank))
-    _together(world, folder, lambda: _commit(engine, partial, final, state, world.size) if world.rank == 0 else None)
+    _together(world, folder, lambda: _write_rank(engine, partial, world))
+
+    def commit() -> None:
+        parts = [json.loads(_part_file(partial, rank).read_bytes()) for rank in range(world.size)]
+        params, files = _merged(parts, list(engine.trained))
+        optimizer = engine.optim._target_
+        index = index_json(
+            params, state, files, world_size=world.size, optimizer=optimizer, run_id=run_id, metrics=metrics or {}
+        )
+        _commit(partial, final, index, world.size)
+
+    _together(world, folder, lambda: commit() if world.rank == 0 else None)
     return final
 
 
@@ -90,7 +112,7 @@ def _begin(folder: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rank(engine: Engine, partial: Path, rank: int) -> None:
+def _write_rank(engine: Engine, partial: Path, world: World) -> None:
     """This rank's tensors, and beside them a description for rank 0."""
     fragments = engine.fragments(owned=True)
     tensors = [
@@ -99,10 +121,15 @@ def _write_rank(engine: Engine, partial: Path, rank: int) -> None:
         for kind in fragment.kinds
     ]
     tensors += [(f"rng:{name}", data) for name, data in rng_states(engine.device).items()]
-    name = rank_file(rank)
-    facts = {"sha256": write_safetensors(partial / name, tensors), "bytes": (partial / name).stat().st_size}
+    name = rank_file(world.rank)
+    facts = {
+        "sha256": write_safetensors(partial / name, tensors),
+        "bytes": (partial / name).stat().st_size,
+        "leads_node": world.leads_node,
+        "host": socket.gethostname(),
+    }
     part = {"file": facts, "pieces": [_describe(fragment) for fragment in fragments]}
-    _write_synced(_part_file(partial, rank), json.dumps(part).encode())
+    _write_synced(_part_file(partial, world.rank), json.dumps(part).encode())
 
 
 def _describe(fragment: Fragment) -> dict[str, Any]:
@@ -120,18 +147,24 @@ def _part_file(partial: Path, rank: int) -> Path:
     return partial / f"rank{rank:05d}.json"
 
 
-def _commit(engine: Engine, partial: Path, final: Path, state: TrainerState, world_size: int) -> None:
-    """Merges the ranks' descriptions into the index, writes COMPLETE and gives the folder its name."""
+def _merged(parts: Sequence[dict[str, Any]], trained: Sequence[str]) -> tuple[dict[str, Entry], dict[str, StoredFile]]:
+    """The ranks' descriptions as one: parameters in the order of `trained`, and files."""
     found: dict[str, Entry] = {}
-    files: dict[str, dict[str, Any]] = {}
-    for rank in range(world_size):
-        part = json.loads(_part_file(partial, rank).read_bytes())
-        files[rank_file(rank)] = part["file"]
+    files: dict[str, StoredFile] = {}
+    node = -1
+    for rank, part in enumerate(parts):
+        facts = part["file"]
+        node += facts["leads_node"]  # the ranks of a machine follow one another
+        files[rank_file(rank)] = StoredFile(facts["sha256"], facts["bytes"], node, facts["host"])
         for piece in part["pieces"]:
             _add_piece(found, piece, rank_file(rank))
-    params = {name: _in_order(name, found[name]) for name in engine.trained}
+    params = {name: _in_order(name, found[name]) for name in trained}
     assert len(params) == len(found), f"pieces of parameters that are not trained: {sorted(set(found) - set(params))}"
-    index = index_json(params, state, files, world_size, engine.optim._target_)
+    return params, files
+
+
+def _commit(partial: Path, final: Path, index: bytes, world_size: int) -> None:
+    """Writes the index and COMPLETE, and gives the folder its name."""
     for rank in range(world_size):
         _part_file(partial, rank).unlink()
     _write_synced(partial / INDEX, index)
