@@ -1,6 +1,6 @@
 """What the engine and resume tests share: a small awkward model, every engine, and uneven batches.
 
-The device is the CPU, or what CROSSTUNE_TEST_DEVICE names (cpu, cuda, ascend, ...): `launch(..., environment=...)`.
+The device is the CPU, or what CROSSTUNE_TEST_DEVICE names (cpu, cuda, ascend, ...).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from configs.compose import build as build_from
 from configs.compose import compose
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import PlainConfig, ZeroConfig
+from tests.distributed.forks import DEVICE_VARIABLE
 from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.engine.plain import PlainEngine
 from train.engine.zero import ZeroEngine
 
-DEVICE_VARIABLE = "CROSSTUNE_TEST_DEVICE"
 VOCAB = 67
 # Small enough that stage 3 both splits and keeps whole parameters; a later key must not move the fragments.
 STAGE3 = {"zero_optimization": {"stage3_param_persistence_threshold": 500}}
@@ -176,9 +176,10 @@ def start() -> World:
 
 
 def launch(module: str, ranks: int, environment: Mapping[str, str] = os.environ, **arguments: object) -> None:
-    """Runs ``module`` as that many real processes; its output is the message if it fails.
+    """Runs ``module`` as that many processes under torchrun; its output is the message if it fails.
 
-    `environment` is the whole environment, such as a stand-in's.
+    `environment` is the whole environment, such as a stand-in's, which must be there before Python starts. Ranks that
+    need none are had cheaper from `tests/distributed/forks.py`.
     """
     command = [sys.executable, "-P"]
     if ranks > 1:

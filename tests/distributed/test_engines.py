@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from configs.schema.optim import OptimConfig
-from tests.distributed.layouts import ENGINES, MORE_ENGINES, build, launch, must_lie_on_device, run_step, start
+from tests.distributed.forks import in_ranks
+from tests.distributed.layouts import ENGINES, MORE_ENGINES, Net, build, must_lie_on_device, run_step, start
 from train.checkpoint.layout import CheckpointReader, TrainerState
 from train.checkpoint.save import save
 from train.engine.base import World
@@ -55,15 +55,14 @@ ALL = {label(case): case for ranks in (1, 2) for case in cases(ranks)}
 FP32 = [name for name, case in ALL.items() if not case.get("bf16")]
 
 
-def worker(out: Path, only: list[str] | None) -> None:
-    """Takes one clipped step in each layout of this world size (or `only` some), then one that must not be taken."""
+def worker(out: Path) -> None:
     world = start()
-    take_steps(world, out, only)
+    take_steps(world, out, None)
     world.close()
 
 
 def take_steps(world: World, out: Path, only: list[str] | None) -> None:
-    """See `worker`."""
+    """Takes one clipped step in each layout of this world size (or `only` some), then one that must not be taken."""
     results = {}
     for case in cases(world.size):
         if only is not None and label(case) not in only:
@@ -90,7 +89,7 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
     figures = {}
     for ranks in (1, 2):
-        launch(__name__, ranks, out=str(out))
+        in_ranks(worker, ranks, out)
         figures |= json.loads((out / f"{ranks}.json").read_text())
     return out, figures
 
@@ -101,8 +100,6 @@ def weights(out: Path, name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 def initial(lora: bool) -> dict[str, torch.Tensor]:
-    from tests.distributed.layouts import Net
-
     return {name: p.detach() for name, p in Net(lora).named_parameters() if p.requires_grad}
 
 
@@ -143,8 +140,3 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_taken(ran, name):
 
 def test_more_engines_are_known_to_the_matrix():
     assert set(NAMES) <= set(ENGINES | MORE_ENGINES)
-
-
-if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    worker(Path(arguments["out"]), arguments.get("only"))
