@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import deepspeed  # noqa: F401  # the server's environment says DS_ACCELERATOR=cpu
+import gc
+
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401  # what `deepspeed.initialize` imports late
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import peft  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 import tests.distributed.layouts
 import train.run  # noqa: F401
+
+gc.collect()
+gc.freeze()  # DeepSpeed collects often; without it each collection of each rank walks through all of torch's modules
