@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -13,13 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train.checkpoint.save as saving
 from configs.errors import CheckpointError, StorageError
 from configs.schema.device import DeviceConfig
 from configs.schema.optim import AdamWConfig, OptimConfig
 from configs.schema.sharding import PlainConfig
-from train.checkpoint.layout import CheckpointReader, TrainerState
+from train.checkpoint.layout import CheckpointReader, TrainerState, rank_file
 from train.checkpoint.restore import restore
 from train.checkpoint.retention import latest, prune
 from train.checkpoint.rng import derived_seed
@@ -27,6 +27,7 @@ from train.checkpoint.save import save
 from train.devices.cpu import CpuDevice
 from train.engine.base import World
 from train.engine.plain import PlainEngine
+from train.run_folder import sha256_of
 
 WORLD = World()
 
@@ -100,9 +101,13 @@ def test_a_checkpoint_of_step_0_resumes_as_a_fresh_start(tmp_path):
 def test_at_another_number_of_ranks_generators_start_from_seed_step_and_rank(tmp_path):
     built = engine()
     path = save(built, tmp_path, state(3), WORLD)
-    index = json.loads((path / "index.json").read_text()) | {"world_size": 2}
-    (path / "index.json").write_text(json.dumps(index))
-    (path / "COMPLETE").write_text(hashlib.sha256((path / "index.json").read_bytes()).hexdigest())
+    content = json.loads((path / "index.json").read_text()) | {"world_size": 2}
+    generators = {key: value for key, value in load_file(path / rank_file(0)).items() if key.startswith("rng:")}
+    save_file(generators, path / rank_file(1))
+    facts = {"sha256": sha256_of(path / rank_file(1)), "bytes": (path / rank_file(1)).stat().st_size}
+    content["files"][rank_file(1)] = content["files"][rank_file(0)] | facts
+    (path / "index.json").write_text(json.dumps(content))
+    (path / "COMPLETE").write_text(sha256_of(path / "index.json"))
     draws = []
     for _ in range(2):
         restore(built, path, WORLD)

@@ -17,12 +17,10 @@ pickled, so that reading a checkpoint cannot run code. Frozen parameters are not
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,87 +28,60 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import CheckpointError
-from train.engine.base import MASTER, Scalar
+from train.checkpoint.index import (
+    FORMAT_VERSION,
+    MAX_INDEX_BYTES,
+    Entry,
+    Index,
+    Piece,
+    StoredFile,
+    TrainerState,
+    UnknownFormatError,
+    index_json,
+    parse_index,
+    rank_file,
+)
+from train.checkpoint.rng import MAX_RNG_BYTES, REQUIRED_RNG, RNG_PREFIX
+from train.engine.base import MASTER
 from train.run_folder import sha256_of
 
-FORMAT_VERSION = 2
+__all__ = [
+    "COMPLETE",
+    "FORMAT_VERSION",
+    "INDEX",
+    "PARTIAL",
+    "STALE",
+    "STEP_FOLDER",
+    "CheckpointReader",
+    "Entry",
+    "Index",
+    "Piece",
+    "StoredFile",
+    "TrainerState",
+    "checkpoints",
+    "index_json",
+    "rank_file",
+    "read_index",
+    "step_folder",
+    "tensor_key",
+    "way_back",
+]
+"""The front door: what the index says is imported from here as well."""
+
 INDEX = "index.json"
 COMPLETE = "COMPLETE"
 PARTIAL = ".partial"
 """Suffix of a folder that is being written."""
 STALE = ".stale"
 """Suffix of a folder that is being removed."""
+ASIDE = "damaged-"
+"""Before the name of a folder that a user sets aside: it no longer counts, and nothing removes it."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-RANK_FILE = re.compile(r"rank\d{5,}\.safetensors")
-
-
-@dataclass
-class TrainerState:
-    """Where the run stands, apart from weights and optimizer."""
-
-    step: int
-    """Global steps done."""
-    epoch: int
-    samples_seen: int
-    tokens_seen: int
-    seed: int
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further JSON values of the loop."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """What the index says of a rank's file."""
-
-    sha256: str
-    bytes: int
-    node: int
-    """Number of the machine that wrote it, in the order of the ranks."""
-    host: str
-    """Name of that machine."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A contiguous piece of a flattened parameter in one file."""
-
-    file: str
-    offset: int
-    """In elements of the flattened parameter."""
-    numel: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One trained parameter."""
-
-    shape: tuple[int, ...]
-    kinds: tuple[str, ...]
-    """``master`` and the optimizer's state tensors; a checkpoint of step 0 has the master only."""
-    scalars: dict[str, Scalar]
-    """The optimizer's numbers, such as Adam's step count."""
-    fragments: tuple[Piece, ...]
-    """In the order of their offsets, without gap or overlap."""
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole parameter."""
-        return math.prod(self.shape)
-
-    @property
-    def step(self) -> int:
-        """Steps that the optimizer has taken on it; 0 where it does not count."""
-        return int(self.scalars["step"]["value"]) if "step" in self.scalars else 0
 
 
 def step_folder(folder: Path, step: int) -> Path:
     """The folder of one checkpoint within ``checkpoints/``."""
     return folder / f"step-{step:08d}"
-
-
-def rank_file(rank: int) -> str:
-    """File that one rank writes."""
-    return f"rank{rank:05d}.safetensors"
 
 
 def tensor_key(name: str, kind: str, offset: int) -> str:
@@ -126,78 +97,139 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / COMPLETE).is_file()]
 
 
+def read_index(path: Path) -> Index:
+    """The index of a checkpoint, of which nothing else needs to be here.
+
+    Args:
+        path: a ``step-...`` folder.
+
+    Raises:
+        CheckpointError: incomplete, damaged or of another format; offers the previous checkpoint.
+    """
+    try:
+        return _read_index(path)
+    except UnknownFormatError as error:
+        remedy = "resume with the crosstune that wrote it, or start a new run"
+        raise CheckpointError(str(path / INDEX), str(error), allowed=str(FORMAT_VERSION), remedy=remedy) from error
+    except (OSError, ValueError) as error:
+        damaged = path if (path / COMPLETE).is_file() else None
+        raise CheckpointError(str(path / INDEX if damaged else path), str(error), remedy=way_back(path)) from error
+
+
+def _read_index(path: Path) -> Index:
+    if not (path / COMPLETE).is_file():
+        raise ValueError("is not complete: the save was cut off" if path.is_dir() else "does not exist")
+    index, seal = path / INDEX, path / COMPLETE
+    if not index.is_file():
+        raise ValueError("is missing")
+    if index.stat().st_size > MAX_INDEX_BYTES or seal.stat().st_size > 100:
+        raise ValueError(f"is larger than any index ({MAX_INDEX_BYTES} bytes), or {COMPLETE} is")
+    content = index.read_bytes()
+    if hashlib.sha256(content).hexdigest().encode() != seal.read_bytes().strip():
+        raise ValueError(f"does not match the SHA-256 in {COMPLETE}")
+    found = parse_index(content)
+    name = STEP_FOLDER.fullmatch(path.name)
+    if name and int(name[1]) != found.state.step:
+        raise ValueError(f"is that of step {found.state.step}")
+    return found
+
+
+def way_back(path: Path) -> str:
+    """How a user goes on without the checkpoint at `path`: never by itself, since steps are done again."""
+    for other in reversed(checkpoints(path.parent)):
+        if other == path:
+            continue
+        try:
+            index = _read_index(other)
+        except (OSError, ValueError):
+            continue
+        offer = f"{other.name} of the same run is complete"
+        if path.parent.name != "checkpoints":
+            return offer
+        source, target, run = (shlex.quote(str(p)) for p in (path, path.with_name(ASIDE + path.name), path.parents[1]))
+        where = " (on every machine that has it)" if len({facts.node for facts in index.files.values()}) > 1 else ""
+        return f"{offer}; to go on from it: mv {source} {target}{where}, then crosstune resume {run}"
+    return "no other checkpoint of this run is complete: bring back what is missing, or start the run again"
+
+
 class CheckpointReader:
     """Reads any range of any parameter, memory-mapped: as much memory as the range, however large the checkpoint.
 
     Args:
         path: a ``step-...`` folder.
-        verify: check the size and SHA-256 of every file first, which reads the whole checkpoint once.
+        verify: check every file first, see `verify`, which reads the whole checkpoint once.
+        only: the files that are needed, where the others may be on other machines; None: all.
 
     Raises:
         CheckpointError: incomplete, damaged or of another format; names the file.
     """
 
-    def __init__(self, path: Path, verify: bool = True) -> None:
+    def __init__(self, path: Path, verify: bool = True, *, only: Collection[str] | None = None) -> None:
         self.path = Path(path)
-        index = self._read_index()
-        try:
-            self.params: dict[str, Entry] = {name: _entry(value) for name, value in index["params"].items()}
-            self.state = TrainerState(**index["state"])
-            self.files = {file: StoredFile(**facts) for file, facts in index["files"].items()}
-            if not all(RANK_FILE.fullmatch(file) for file in self.files):
-                raise ValueError(f"file names {sorted(self.files)}")
-            self.world_size, self.optimizer = int(index["world_size"]), str(index["optimizer"])
-            self.run_id = str(index["run_id"])
-            self.metrics = {str(name): float(value) for name, value in index["metrics"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(INDEX, f"lacks or garbles {error}") from error
+        index = read_index(self.path)
+        self.run_id, self.world_size, self.optimizer = index.run_id, index.world_size, index.optimizer
+        self.state, self.metrics, self.files, self.params = index.state, index.metrics, index.files, index.params
         self._open_files: dict[str, Any] = {}
         self._stack = ExitStack()
-        for file, facts in self.files.items():
-            self._check_size(file, facts)
+        needed = sorted(self.files if only is None else only)
+        for file in needed:
+            self._check_size(file, self.files[file])
         if verify:
-            self.verify(list(self.files))
-
-    def _read_index(self) -> dict[str, Any]:
-        if not (self.path / COMPLETE).is_file():
-            found = "is not complete: the save was cut off" if self.path.is_dir() else "does not exist"
-            raise CheckpointError(str(self.path), found, remedy=self._another())
-        try:
-            content = (self.path / INDEX).read_bytes()
-            expected = (self.path / COMPLETE).read_text(encoding="ascii").strip()
-        except (OSError, ValueError) as error:
-            raise self._damaged(INDEX, f"cannot be read: {error}") from error
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise self._damaged(INDEX, f"does not match the SHA-256 in {COMPLETE}")
-        index: dict[str, Any] = json.loads(content)
-        if index.get("format_version") != FORMAT_VERSION:
-            found = f"format_version {index.get('format_version')}"
-            raise CheckpointError(str(self.path / INDEX), found, allowed=str(FORMAT_VERSION))
-        return index
+            self.verify(needed)
 
     def _check_size(self, file: str, facts: StoredFile) -> None:
         path = self.path / file
         if not path.is_file():
-            raise self._damaged(file, "is missing")
+            raise self._damaged(file, f"is missing; host {facts.host} wrote it")
         if path.stat().st_size != facts.bytes:
             raise self._damaged(file, f"has {path.stat().st_size} bytes instead of {facts.bytes}")
 
-    def verify(self, files: list[str]) -> None:
-        """Compares the SHA-256 of `files` with the index.
+    def verify(self, files: Collection[str]) -> None:
+        """Compares `files` with the index: SHA-256, and name, type and shape of every tensor in them.
 
         Raises:
             CheckpointError: names the first file that differs.
         """
         for file in files:
-            if sha256_of(self.path / file) != self.files[file].sha256:
-                raise self._damaged(file, "does not match its SHA-256 in the index")
+            try:
+                found = sha256_of(self.path / file)
+            except OSError as error:
+                raise self._damaged(file, f"cannot be read: {error.strerror or error}") from error
+            if found != self.files[file].sha256:
+                origin = _file_with(found, self.path)
+                raise self._damaged(file, f"does not match its SHA-256 in the index{origin and f': it is {origin}'}")
+        for file, tensors in self._promised(files):
+            self._check_tensors(file, tensors)
+
+    def _promised(self, files: Collection[str]) -> Iterable[tuple[str, dict[str, int]]]:
+        """Key and elements of the tensors that must be in each of `files`; the keys of one file at a time."""
+        pieces: dict[str, list[tuple[str, int, int]]] = {file: [] for file in files}
+        for name, entry in self.params.items():
+            for piece in entry.fragments:
+                if piece.file in pieces:
+                    pieces[piece.file].append((name, piece.offset, piece.numel))
+        for file, found in pieces.items():
+            yield file, {tensor_key(n, kind, at): size for n, at, size in found for kind in self.params[n].kinds}
+
+    def _check_tensors(self, file: str, promised: dict[str, int]) -> None:
+        """Only the file's header is read."""
+        content = self._open(file)
+        found = set(content.keys())
+        generators = {key for key in found if key.startswith(RNG_PREFIX) and key not in promised}
+        if odd := (found - promised.keys() - generators) | (promised.keys() - found):
+            what = "holds {}, of which the index knows nothing" if min(odd) in found else "lacks {}"
+            raise self._damaged(file, what.format(ascii(min(odd))[:200]))
+        if missing := {RNG_PREFIX + name for name in REQUIRED_RNG} - generators:
+            raise self._damaged(file, f"lacks {', '.join(sorted(missing))}")
+        for key in sorted(found):
+            tensor = content.get_slice(key)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
+            fits = shape == [promised[key]] if key in promised else len(shape) == 1 and shape[0] <= MAX_RNG_BYTES
+            if not fits or dtype != ("F32" if key in promised else "U8"):
+                raise self._damaged(file, f"holds {ascii(key)[:200]} as {dtype} {shape}")
 
     def _damaged(self, file: str, found: str) -> CheckpointError:
-        return CheckpointError(str(self.path / file), found, remedy=self._another())
-
-    def _another(self) -> str:
-        others = [path.name for path in checkpoints(self.path.parent) if path != self.path]
-        return f"{others[-1]} of the same run is complete" if others else "no other checkpoint of this run is complete"
+        return CheckpointError(str(self.path / file), found, remedy=way_back(self.path))
 
     def read_into(self, out: torch.Tensor, name: str, kind: str, offset: int = 0) -> None:
         """Fills `out` [n], on any device, with elements ``offset`` to ``offset + n`` of the flattened parameter.
@@ -225,7 +257,8 @@ class CheckpointReader:
     def rng_states(self, rank: int) -> dict[str, torch.Tensor]:
         """Bytes of each generator's state on one rank, by name."""
         file = self._open(rank_file(rank))
-        return {key.removeprefix("rng:"): file.get_tensor(key) for key in file.keys() if key.startswith("rng:")}  # noqa: SIM118
+        keys = [key for key in file.keys() if key.startswith(RNG_PREFIX)]  # noqa: SIM118  # no mapping
+        return {key.removeprefix(RNG_PREFIX): file.get_tensor(key) for key in keys}
 
     def _open(self, file: str) -> Any:
         if file not in self._open_files:
@@ -247,54 +280,14 @@ class CheckpointReader:
         self.close()
 
 
-def _entry(value: dict[str, Any]) -> Entry:
-    return Entry(
-        shape=tuple(value["shape"]),
-        kinds=tuple(value["kinds"]),
-        scalars=value["scalars"],
-        fragments=tuple(Piece(*piece) for piece in value["fragments"]),
-    )
-
-
-def index_json(
-    params: Mapping[str, Entry],
-    state: TrainerState,
-    files: Mapping[str, StoredFile],
-    *,
-    world_size: int,
-    optimizer: str,
-    run_id: str,
-    metrics: Mapping[str, float],
-) -> bytes:
-    """The index as bytes.
-
-    Args:
-        params: in the order of the model.
-        state: at the time of the save.
-        files: by name.
-        world_size: number of ranks.
-        optimizer: its class, as the config names it.
-        run_id: of the run.
-        metrics: figures of the step, by which the best checkpoints are told; what is not finite is left out, since it
-            is nobody's best and JSON has no word for it.
-    """
-    content = {
-        "format_version": FORMAT_VERSION,
-        "run_id": run_id,
-        "world_size": world_size,
-        "optimizer": optimizer,
-        "state": asdict(state),
-        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "files": {name: asdict(facts) for name, facts in files.items()},
-        "params": {
-            name: {
-                "shape": entry.shape,
-                "kinds": entry.kinds,
-                "scalars": entry.scalars,
-                "fragments": [[piece.file, piece.offset, piece.numel] for piece in entry.fragments],
-            }
-            for name, entry in params.items()
-        },
-    }
-    # Without indentation, for which Python has no fast encoder: there are as many pieces as parameters times ranks.
-    return json.dumps(content, allow_nan=False).encode()
+def _file_with(sha256: str, path: Path) -> str:
+    """Which file of another checkpoint of the run it is, for a message; empty if none."""
+    for other in checkpoints(path.parent):
+        try:
+            files = _read_index(other).files
+        except (OSError, ValueError):
+            continue
+        for name, facts in files.items():
+            if facts.sha256 == sha256:
+                return f"{name} of {other.name}"
+    return ""

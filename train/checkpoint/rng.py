@@ -13,6 +13,14 @@ import torch
 
 from train.devices.base import Device
 
+RNG_PREFIX = "rng:"
+"""Before a generator's name in a rank's file."""
+REQUIRED_RNG = ("python", "numpy", "torch")
+MAX_RNG_BYTES = 2**20
+"""Of one generator's state; the largest known has 10 thousand."""
+WORDS = 624
+"""Of 32 bits: the state of a Mersenne twister."""
+
 
 def rng_states(device: Device) -> dict[str, torch.Tensor]:
     """Python's, numpy's, torch's and, where it has one, the device's generator; uint8 [n] each."""
@@ -26,6 +34,27 @@ def rng_states(device: Device) -> dict[str, torch.Tensor]:
     return states if own is None else {**states, _key(device): own.cpu()}
 
 
+def check_rng_states(states: Mapping[str, torch.Tensor], device: Device) -> None:
+    """Tries the states on other generators than those in use: a position beyond its state reads foreign memory.
+
+    Raises:
+        ValueError: `set_rng_states` could not put them back; says which.
+    """
+    for name, attempt in (("python", _python_state), ("numpy", _numpy_state), ("torch", _try_torch)):
+        try:
+            attempt(states[name])
+        except (KeyError, ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"the state of {name}'s generator is damaged") from error
+    own, stored = device.rng_state(), states.get(_key(device))
+    if own is not None and stored is not None:
+        try:
+            device.set_rng_state(stored)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError("the state of the device's generator is damaged, or of another kind of device") from error
+        finally:
+            device.set_rng_state(own)
+
+
 def set_rng_states(states: Mapping[str, torch.Tensor], device: Device, *, otherwise: int) -> None:
     """Puts back what `rng_states` gave.
 
@@ -36,13 +65,41 @@ def set_rng_states(states: Mapping[str, torch.Tensor], device: Device, *, otherw
     has_own = device.rng_state() is not None
     if has_own and stored is None:
         device.seed(otherwise)
-    version, internal, gauss = _from_bytes(states["python"])
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = _from_bytes(states["numpy"])
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    random.setstate(_python_state(states["python"]))
+    np.random.set_state(_numpy_state(states["numpy"]))
     torch.set_rng_state(states["torch"])
     if has_own and stored is not None:
         device.set_rng_state(stored)
+
+
+def _python_state(data: torch.Tensor) -> tuple[Any, ...]:
+    version, internal, gauss = _from_bytes(data)
+    _must(version == 3 and _are_words(internal[:-1]) and _is_position(internal[-1]))
+    _must(gauss is None or isinstance(gauss, float))
+    return version, tuple(internal), gauss
+
+
+def _numpy_state(data: torch.Tensor) -> tuple[Any, ...]:
+    keys, position, has_gauss, cached = _from_bytes(data)
+    _must(_are_words(keys) and _is_position(position) and has_gauss in (0, 1) and isinstance(cached, float))
+    return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached
+
+
+def _try_torch(data: torch.Tensor) -> None:
+    torch.Generator().set_state(data)
+
+
+def _are_words(values: Any) -> bool:
+    return len(values) == WORDS and all(type(value) is int and 0 <= value < 2**32 for value in values)
+
+
+def _is_position(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= WORDS
+
+
+def _must(fits: bool) -> None:
+    if not fits:
+        raise ValueError("no state of a Mersenne twister")
 
 
 def _key(device: Device) -> str:
