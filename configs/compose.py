@@ -115,12 +115,13 @@ def _merge(config: DictConfig, layer: Layer) -> list[ConfigError]:
 
 
 def _cut(config: DictConfig, root: type[Any]) -> DictConfig:
-    """The part of a run's config that a smaller command knows."""
+    """The part of a run's config that another command knows; what only that command has is at its default."""
     if OmegaConf.get_type(config) is root:
         return config
     part: DictConfig = OmegaConf.structured(root)
     for f in fields(root):
-        part[f.name] = config._get_node(f.name)
+        if f.name in config:
+            part[f.name] = config._get_node(f.name)
     return part
 
 

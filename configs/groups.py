@@ -16,6 +16,7 @@ from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
 from configs.schema.outputs import CheckpointConfig, ExportConfig
+from configs.schema.prove import ProveLayoutConfig, ProveReshardConfig, ProveResumeConfig
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from configs.schema.sharding import PlainConfig, ZeroConfig
 from configs.schema.template import TemplateConfig
@@ -32,6 +33,9 @@ ROOTS: dict[str, type[Any]] = {
     "doctor": DoctorConfig,
     "doctor_portability": PortabilityConfig,
     "doctor_ascend-standin": StandinConfig,
+    "prove_resume": ProveResumeConfig,
+    "prove_reshard": ProveReshardConfig,
+    "prove_layout": ProveLayoutConfig,
 }
 
 # group -> schema name, as an option's YAML file lists it under `defaults:` -> dataclass
@@ -70,7 +74,7 @@ def spoken(command: str) -> str:
 
 # Experiments are whole runs. They are composed as a `run`, and a smaller command then takes the part it knows.
 EXPERIMENT = "experiment"
-EXPERIMENT_COMMANDS = ("prep", "train", "run")
+EXPERIMENT_COMMANDS = ("prep", "train", "run", "prove_resume", "prove_reshard", "prove_layout")
 
 
 @cache

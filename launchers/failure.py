@@ -102,10 +102,11 @@ def last_words(error: CrosstuneError) -> None:
 def earliest_error(folder: Path) -> CrosstuneError | None:
     """In the parent: the fault that a worker wrote first; None if none did."""
     left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank*.json")]
-    return _rebuilt(min(left, key=lambda content: float(content["time"]))) if left else None
+    return from_json(min(left, key=lambda content: float(content["time"]))) if left else None
 
 
-def _rebuilt(content: dict[str, Any]) -> CrosstuneError:
+def from_json(content: dict[str, Any]) -> CrosstuneError:
+    """The error that `as_json` wrote; KeyError if it did not."""
     errors: Sequence[CrosstuneError] = [
         _kind(e["kind"])(e["where"], e["found"], allowed=e["allowed"], remedy=e["remedy"]) for e in content["errors"]
     ]

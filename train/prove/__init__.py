@@ -1,0 +1,1 @@
+"""What `crosstune prove` needs of training: figures and tensors compared, a checkpoint loaded and saved again."""
