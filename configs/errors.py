@@ -72,6 +72,10 @@ class StorageError(CrosstuneError):
     """A path cannot be written, or there is no room."""
 
 
+class NoRoomError(StorageError):
+    """A disk or a quota is full, or would be."""
+
+
 class RunFailedError(CrosstuneError):
     """The run itself failed, through no fault of the user's input."""
 

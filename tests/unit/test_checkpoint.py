@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train.checkpoint.save as saving
+import train.checkpoint.files as files
 from configs.errors import CheckpointError, StorageError
 from configs.schema.device import DeviceConfig
 from configs.schema.optim import AdamWConfig, OptimConfig
 from configs.schema.sharding import PlainConfig
 from train.checkpoint.layout import CheckpointReader, TrainerState, rank_file
 from train.checkpoint.restore import restore
-from train.checkpoint.retention import latest, prune
+from train.checkpoint.retention import latest
 from train.checkpoint.rng import derived_seed
 from train.checkpoint.save import save
 from train.devices.cpu import CpuDevice
@@ -173,7 +173,7 @@ def test_another_model_or_optimizer_is_refused_with_the_differences(tmp_path):
         assert difference in caught.value.found
 
 
-@pytest.mark.parametrize("moment", ["rank00000.safetensors", "rank00000.json", "index.json", "COMPLETE", "rename"])
+@pytest.mark.parametrize("moment", ["rank00000.safetensors", "index.json", "COMPLETE", "rename"])
 def test_killed_inside_a_save_the_previous_checkpoint_stays_the_latest(tmp_path, monkeypatch, moment):
     built = engine()
     steps(built, 0, 1)
@@ -184,10 +184,10 @@ def test_killed_inside_a_save_the_previous_checkpoint_stays_the_latest(tmp_path,
 
     def save_and_die():
         if moment == "rename":
-            monkeypatch.setattr(saving.Path, "rename", die)
+            monkeypatch.setattr(files.Path, "rename", die)
         else:
-            original = saving._sync
-            monkeypatch.setattr(saving, "_sync", lambda f: die() if f.name.endswith(moment) else original(f))
+            original = files.sync
+            monkeypatch.setattr(files, "sync", lambda f: die() if f.name.endswith(moment) else original(f))
         save(built, tmp_path, state(2), WORLD)
 
     child = multiprocessing.get_context("fork").Process(target=save_and_die)
@@ -210,14 +210,11 @@ def test_latest_without_any_names_what_was_seen(tmp_path):
         latest(tmp_path)
 
 
-def test_latest_is_by_number_and_prune_keeps_the_newest(tmp_path):
+def test_latest_is_by_number(tmp_path):
     built = engine()
     for step in (9, 10, 100_000_000, 8):
         save(built, tmp_path, state(step), WORLD)
     assert latest(tmp_path).name == "step-100000000"
-    assert prune(tmp_path, 0) == []
-    assert [path.name for path in prune(tmp_path, 2)] == ["step-00000008", "step-00000009"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-100000000"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

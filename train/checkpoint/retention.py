@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.errors import CheckpointError
-from train.checkpoint.layout import COMPLETE, STALE, checkpoints
+from configs.schema.outputs import CheckpointConfig
+from train.checkpoint.files import discard
+from train.checkpoint.layout import COMPLETE, INDEX, STEP_FOLDER, checkpoints
+
+SET_ASIDE = ".set-aside"
+"""Suffix of a checkpoint of steps that the run went back before, where all are to be kept."""
 
 
 def latest(folder: Path) -> Path:
@@ -31,19 +38,84 @@ def latest(folder: Path) -> Path:
     )
 
 
-def prune(folder: Path, keep_last: int) -> list[Path]:
-    """Removes all but the newest complete checkpoints. Call it on one rank, after a save has returned.
+def surplus(figures: Mapping[int, float | None], newest: int, cfg: CheckpointConfig) -> set[int]:
+    """Steps whose checkpoints go.
+
+    Args:
+        figures: step -> the figure of `best_by`, lower being better; None where it was not measured.
+        newest: the step just saved. Later ones are of a past that the run went back before, by a roll-back or a resume
+            from an earlier checkpoint: `latest` must not find them.
+        cfg: the checkpoint group.
+    """
+    later = {step for step in figures if step > newest}
+    if not cfg.keep_last:
+        return later
+    steps = sorted(set(figures) - later)
+    stay = {newest, *steps[-cfg.keep_last :]}
+    if cfg.keep_every:
+        stay |= {step for step in steps if step and step % cfg.keep_every == 0}
+    measured = [(figure, step) for step in steps if (figure := figures[step]) is not None and math.isfinite(figure)]
+    stay |= {step for _, step in sorted(measured)[: cfg.keep_best]}
+    return set(figures) - stay
+
+
+class Retention:
+    """Removes the checkpoints of one folder that are no longer kept. Called on the rank that acts for the folder.
 
     Args:
         folder: the run's ``checkpoints``.
-        keep_last: how many stay; 0: all.
-
-    Returns:
-        The folders removed.
+        cfg: the checkpoint group.
     """
-    removed = checkpoints(folder)[:-keep_last] if keep_last else []
-    for path in removed:
-        # Renamed first, so that a checkpoint half removed is never taken for a whole one.
-        stale = path.rename(path.with_name(path.name + STALE))
-        shutil.rmtree(stale)
-    return removed
+
+    def __init__(self, folder: Path, cfg: CheckpointConfig) -> None:
+        self.folder, self.cfg = folder, cfg
+        self._figures: dict[int, float | None] = {}
+
+    def after(self, newest: Path, metrics: Mapping[str, float]) -> list[Path]:
+        """Once a checkpoint is complete on every machine.
+
+        Args:
+            newest: the checkpoint.
+            metrics: figures of its step.
+
+        Returns:
+            Folders that went.
+
+        Raises:
+            OSError: one cannot be renamed.
+        """
+        step = step_of(newest)
+        self._figures[step] = metrics.get(self.cfg.best_by.value)
+        found = {step_of(path): path for path in checkpoints(self.folder)}
+        figures = {each: self._figure(each, path) for each, path in found.items()}
+        gone = [found[each] for each in sorted(surplus(figures, step, self.cfg))]
+        for path in gone:
+            if self.cfg.keep_last:
+                discard(path)
+            else:
+                path.rename(_free_name(path))
+        return gone
+
+    def _figure(self, step: int, path: Path) -> float | None:
+        """Of an earlier attempt's checkpoint, read once: indices of large runs are large."""
+        if not self.cfg.keep_best:
+            return None
+        if step not in self._figures:
+            try:
+                figure = json.loads((path / INDEX).read_bytes())["metrics"].get(self.cfg.best_by.value)
+                self._figures[step] = float(figure) if isinstance(figure, (int, float)) else None
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._figures[step] = None  # damaged: among the best of none
+        return self._figures[step]
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{SET_ASIDE}{n or ''}") for n in range(10**6))
+    return next(name for name in names if not name.exists())

@@ -1,25 +1,26 @@
-"""Writing a checkpoint: every rank its own pieces, rank 0 the index, then one rename.
+"""Writing a checkpoint: every rank its own pieces, the owner of a folder the index, then one rename.
 
 All is written and synced under a temporary name, COMPLETE last; the rename makes it the run's newest checkpoint. Killed
-at any moment, the run is left with the previous one. The ranks must see one file system.
+at any moment, the run is left with the previous one.
+
+Where each machine has a folder of its own, its pieces stay there, beside an index and a COMPLETE that are the same on
+all. Folders are renamed only when all are complete. Killed between these renames, some machines have a newer checkpoint
+than others: it is no one's, since pieces of it are missing, and `clear_torn` takes it away.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import socket
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import torch
-
-from configs.errors import CrosstuneError, StorageError
+from configs.schema.outputs import Storage
+from train.checkpoint.files import discard, sync_folder, write_safetensors, write_synced
 from train.checkpoint.layout import (
     COMPLETE,
     INDEX,
@@ -32,13 +33,42 @@ from train.checkpoint.layout import (
     index_json,
     rank_file,
     step_folder,
-    tensor_key,
 )
-from train.checkpoint.rng import rng_states
-from train.engine.base import Engine, Fragment, World
+from train.checkpoint.room import require_room
+from train.checkpoint.snapshot import Share, live_share
+from train.checkpoint.storage import owner_of
+from train.checkpoint.together import LostContactError, together
+from train.engine.base import Engine, World
 
-Tensors = Sequence[tuple[str, torch.Tensor]]
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+
+@dataclass(frozen=True)
+class Site:
+    """Where a run's checkpoints go, as one rank sees it, and what is the same in all of them."""
+
+    folder: Path
+    """The run's ``checkpoints``."""
+    owner: int
+    """The rank that acts for this folder, see `owner_of`."""
+    run_id: str
+    optimizer: str
+    """Its class, as the config names it."""
+    trained: tuple[str, ...]
+    """Names in the order of the model."""
+
+    def owned_by(self, world: World) -> bool:
+        """Whether this rank acts for the folder."""
+        return self.owner == world.rank
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is written, and what is the same on all ranks about it."""
+
+    share: Share
+    state: TrainerState
+    metrics: Mapping[str, float]
+    needed: int
+    """Bytes that the ranks of this folder will write."""
 
 
 def save(
@@ -47,10 +77,11 @@ def save(
     state: TrainerState,
     world: World,
     *,
+    storage: Storage = Storage.shared,
     run_id: str = "",
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes ``folder/step-<state.step>``. Called on all ranks, between steps.
+    """Writes ``folder/step-<state.step>`` while the steps wait. Called on all ranks, between steps.
 
     Memory: one piece of one parameter at a time on the host.
 
@@ -59,6 +90,7 @@ def save(
         folder: the run's ``checkpoints``.
         state: equal on all ranks.
         world: the engine's.
+        storage: resolved, see `resolve_storage`.
         run_id: of the run.
         metrics: figures of the step.
 
@@ -66,185 +98,181 @@ def save(
         The folder of the checkpoint, complete.
 
     Raises:
-        StorageError: a file cannot be written; on every rank, and earlier checkpoints are untouched.
+        StorageError: a file cannot be written, or there is no room; on every rank, and earlier checkpoints are
+            untouched.
+        CheckpointError: the optimizer's state has no place in a checkpoint.
     """
-    final = step_folder(folder, state.step)
+    site = site_of(engine, folder, world, storage, run_id)
+    shares: list[Share] = []
+
+    def prepare() -> dict[str, int]:
+        shares.append(live_share(engine)[0])
+        return {"owner": site.owner, "bytes": shares[0].nbytes}
+
+    answers = together(world, folder, prepare)
+    moment = Moment(shares[0], state, metrics or {}, needed_in(site, answers))
+    return write_checkpoint(site, world, moment)
+
+
+def site_of(engine: Engine, folder: Path, world: World, storage: Storage, run_id: str) -> Site:
+    """Called on all ranks; see `Site`."""
+    return Site(folder, owner_of(folder, world, storage), run_id, engine.optim._target_, tuple(engine.trained))
+
+
+def needed_in(site: Site, answers: list[dict[str, int]]) -> int:
+    """Sum of ``bytes`` over the ranks that write to this rank's folder."""
+    return sum(answer["bytes"] for answer in answers if answer["owner"] == site.owner)
+
+
+def write_checkpoint(site: Site, world: World, moment: Moment, on_chunk: Callable[[], None] = lambda: None) -> Path:
+    """Writes a checkpoint; all ranks leave with the same outcome.
+
+    Args:
+        site: where to.
+        world: whose collectives are used; in a thread of one's own, that of `World.in_background`.
+        moment: what is written.
+        on_chunk: called after each chunk written.
+
+    Returns:
+        The checkpoint's folder, complete on every machine.
+
+    Raises:
+        StorageError: see `save`; what was written of it has been removed.
+    """
+    final = step_folder(site.folder, moment.state.step)
     partial = final.with_name(final.name + PARTIAL)
-    _together(world, folder, lambda: _begin(folder, partial) if world.rank == 0 else None)
-    _together(world, folder, lambda: _write_rank(engine, partial, world))
+    owns = site.owned_by(world)
 
-    def commit() -> None:
-        parts = [json.loads(_part_file(partial, rank).read_bytes()) for rank in range(world.size)]
-        params, files = _merged(parts, list(engine.trained))
-        optimizer = engine.optim._target_
-        index = index_json(
-            params, state, files, world_size=world.size, optimizer=optimizer, run_id=run_id, metrics=metrics or {}
-        )
-        _commit(partial, final, index, world.size)
+    def in_folder(work: Callable[[], None]) -> None:
+        together(world, site.folder, lambda: work() if owns else None)
 
-    _together(world, folder, lambda: commit() if world.rank == 0 else None)
+    clear_torn(site, world)
+    in_folder(lambda: _begin(partial, moment.needed))
+    renaming = False
+    try:
+        parts = together(world, partial, lambda: _write_share(partial, world, moment.share, on_chunk))
+        in_folder(lambda: _complete(partial, _index_of(site, moment, parts)))
+        renaming = True
+        in_folder(lambda: _rename(partial, final))
+    except LostContactError:  # whether the others have renamed theirs is not known: the next start looks
+        raise
+    except Exception:
+        if owns:
+            _undo(partial, final if renaming else None)
+        raise
+    if owns:
+        shutil.rmtree(_replaced(final), ignore_errors=True)
     return final
 
 
-def _together(world: World, folder: Path, work: Callable[[], None]) -> None:
-    """Runs `work` on this rank and waits for all; if it failed on any, every rank raises instead of hanging."""
-    fault: CrosstuneError | None = None
-    try:
-        work()
-    except OSError as error:
-        fault = StorageError(str(error.filename or folder), f"cannot be written: {error.strerror or error}")
-        fault.__cause__ = error
-    except CrosstuneError as error:
-        fault = error
-    failed = world.all_reduce_sum([float(fault is not None)])[0]
-    if fault is not None:
-        raise fault
-    if failed:
-        raise StorageError(str(folder), f"{int(failed)} other rank(s) could not write; their messages say why")
+def clear_torn(site: Site, world: World) -> None:
+    """Removes what killed saves and removals left behind. Called on all ranks while nothing is being written.
+
+    A checkpoint that is torn on one machine is so on all: where its folder had been renamed already, it goes too.
+
+    Raises:
+        StorageError: a folder cannot be read or renamed.
+    """
+    owns = site.owned_by(world)
+
+    def torn() -> list[str]:
+        left = site.folder.glob(f"step-*{PARTIAL}") if owns else []
+        return [path.name.removesuffix(PARTIAL) for path in left]
+
+    names = {name for found in together(world, site.folder, torn) for name in found}
+
+    def clear() -> None:
+        for path in sorted(site.folder.glob("step-*")) if owns else []:
+            if path.suffix == STALE:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == PARTIAL or (path.name in names and not path.with_name(path.name + PARTIAL).exists()):
+                discard(path)
+
+    together(world, site.folder, clear)
 
 
-def _begin(folder: Path, partial: Path) -> None:
-    """Clears what killed saves and removals left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("step-*"):
-        if leftover.suffix in (PARTIAL, STALE):
-            shutil.rmtree(leftover)
+def _begin(partial: Path, needed: int) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    require_room(partial.parent, needed)
     partial.mkdir()
 
 
-def _write_rank(engine: Engine, partial: Path, world: World) -> None:
-    """This rank's tensors, and beside them a description for rank 0."""
-    fragments = engine.fragments(owned=True)
-    tensors = [
-        (tensor_key(fragment.name, kind, fragment.offset), fragment.view(kind))
-        for fragment in fragments
-        for kind in fragment.kinds
-    ]
-    tensors += [(f"rng:{name}", data) for name, data in rng_states(engine.device).items()]
-    name = rank_file(world.rank)
-    facts = {
-        "sha256": write_safetensors(partial / name, tensors),
-        "bytes": (partial / name).stat().st_size,
+def _write_share(partial: Path, world: World, share: Share, on_chunk: Callable[[], None]) -> dict[str, Any]:
+    """Writes this rank's file; what the index says of it."""
+    path = partial / rank_file(world.rank)
+    return {
+        "sha256": write_safetensors(path, share.entries, share.chunks(), on_chunk),
+        "bytes": path.stat().st_size,
         "leads_node": world.leads_node,
         "host": socket.gethostname(),
-    }
-    part = {"file": facts, "pieces": [_describe(fragment) for fragment in fragments]}
-    _write_synced(_part_file(partial, world.rank), json.dumps(part).encode())
-
-
-def _describe(fragment: Fragment) -> dict[str, Any]:
-    return {
-        "name": fragment.name,
-        "shape": fragment.shape,
-        "kinds": fragment.kinds,
-        "scalars": fragment.scalars,
-        "offset": fragment.offset,
-        "numel": fragment.numel,
+        "pieces": share.pieces,
     }
 
 
-def _part_file(partial: Path, rank: int) -> Path:
-    return partial / f"rank{rank:05d}.json"
-
-
-def _merged(parts: Sequence[dict[str, Any]], trained: Sequence[str]) -> tuple[dict[str, Entry], dict[str, StoredFile]]:
-    """The ranks' descriptions as one: parameters in the order of `trained`, and files."""
-    found: dict[str, Entry] = {}
+def _index_of(site: Site, moment: Moment, parts: list[dict[str, Any]]) -> bytes:
+    """The ranks' descriptions as one: the same bytes on every machine."""
     files: dict[str, StoredFile] = {}
+    pieces: dict[str, list[tuple[Piece, dict[str, Any]]]] = {name: [] for name in site.trained}
     node = -1
     for rank, part in enumerate(parts):
-        facts = part["file"]
-        node += facts["leads_node"]  # the ranks of a machine follow one another
-        files[rank_file(rank)] = StoredFile(facts["sha256"], facts["bytes"], node, facts["host"])
+        node += part["leads_node"]  # the ranks of a machine follow one another
+        files[rank_file(rank)] = StoredFile(part["sha256"], part["bytes"], node, part["host"])
         for piece in part["pieces"]:
-            _add_piece(found, piece, rank_file(rank))
-    params = {name: _in_order(name, found[name]) for name in trained}
-    assert len(params) == len(found), f"pieces of parameters that are not trained: {sorted(set(found) - set(params))}"
-    return params, files
+            pieces[piece["name"]].append((Piece(rank_file(rank), piece["offset"], piece["numel"]), piece))
+    return index_json(
+        {name: _entry(name, found) for name, found in pieces.items()},
+        moment.state,
+        files,
+        world_size=len(parts),
+        optimizer=site.optimizer,
+        run_id=site.run_id,
+        metrics=moment.metrics,
+    )
 
 
-def _commit(partial: Path, final: Path, index: bytes, world_size: int) -> None:
-    """Writes the index and COMPLETE, and gives the folder its name."""
-    for rank in range(world_size):
-        _part_file(partial, rank).unlink()
-    _write_synced(partial / INDEX, index)
-    _write_synced(partial / COMPLETE, hashlib.sha256(index).hexdigest().encode())
-    _sync_folder(partial)
-    stale = final.with_name(final.name + STALE)
-    if final.exists():  # the same step of an earlier attempt
-        final.rename(stale)
-    partial.rename(final)
-    _sync_folder(final.parent)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
-def _add_piece(found: dict[str, Entry], piece: dict[str, Any], file: str) -> None:
-    shape, kinds = tuple(piece["shape"]), tuple(piece["kinds"])
-    entry = found.get(piece["name"]) or Entry(shape, kinds, piece["scalars"], ())
-    assert (entry.shape, entry.kinds, entry.scalars) == (shape, kinds, piece["scalars"]), f"ranks disagree: {piece}"
-    fragments = (*entry.fragments, Piece(file, piece["offset"], piece["numel"]))
-    found[piece["name"]] = Entry(shape, kinds, entry.scalars, fragments)
-
-
-def _in_order(name: str, entry: Entry) -> Entry:
-    """The pieces by offset; they must cover the parameter exactly once."""
-    fragments = tuple(sorted(entry.fragments, key=lambda piece: piece.offset))
+def _entry(name: str, found: list[tuple[Piece, dict[str, Any]]]) -> Entry:
+    """The pieces by offset; they must cover the parameter exactly once, and agree on what it is."""
+    assert found, f"{name}: no rank answers for it"
+    found.sort(key=lambda each: each[0].offset)
+    first = found[0][1]
     at = 0
-    for piece in fragments:
+    for piece, facts in found:
+        assert all(facts[key] == first[key] for key in ("shape", "kinds", "scalars")), f"ranks disagree: {facts}"
         assert piece.offset == at, f"{name}: a piece at {piece.offset}, expected at {at}"
         at += piece.numel
+    entry = Entry(tuple(first["shape"]), tuple(first["kinds"]), first["scalars"], tuple(piece for piece, _ in found))
     assert at == entry.numel, f"{name}: {at} of {entry.numel} elements"
-    return Entry(entry.shape, entry.kinds, entry.scalars, fragments)
+    return entry
 
 
-def write_safetensors(path: Path, tensors: Tensors) -> str:
-    """Writes 1-d tensors from any device, one after the other, and syncs the file.
+def _complete(partial: Path, index: bytes) -> None:
+    write_synced(partial / INDEX, index)
+    write_synced(partial / COMPLETE, hashlib.sha256(index).hexdigest().encode())
+    sync_folder(partial)
 
-    The library's own writer wants all tensors in host memory at once; the format is a length, a JSON header and the
-    data (https://github.com/huggingface/safetensors#format).
 
-    Returns:
-        SHA-256 of the file.
+def _replaced(final: Path) -> Path:
+    """Name that the same step of an earlier attempt has until the new one stands."""
+    return final.with_name(final.name + STALE)
 
-    Raises:
-        OSError: the file cannot be written.
+
+def _rename(partial: Path, final: Path) -> None:
+    if final.exists():
+        final.rename(_replaced(final))
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _undo(partial: Path, final: Path | None) -> None:
+    """Takes away what was written, also where a folder had its name already; never raises, as a fault is under way.
+
+    Args:
+        partial: under its temporary name.
+        final: None while no folder had been renamed.
     """
-    header: dict[str, Any] = {}
-    at = 0
-    for key, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in (struct.pack("<Q", len(head)), head):
-            digest.update(chunk)
-            file.write(chunk)
-        for _, tensor in tensors:
-            data = tensor.detach().cpu().contiguous().numpy().view(np.uint8).data
-            digest.update(data)
-            file.write(data)
-        _sync(file)
-    return digest.hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # what stays is torn, and the next save or start clears it
+        if final is not None and not partial.exists() and final.exists():
+            discard(final)
+        if final is not None and _replaced(final).exists():
+            _replaced(final).rename(final)
+    shutil.rmtree(partial, ignore_errors=True)
