@@ -15,16 +15,15 @@ from configs.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    OutOfMemoryError,
+    RunFailedError,
     StoppedError,
-    WorkerLostError,
 )
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from launchers.accelerator import check_processes, choose_accelerator, device_of_one
-from launchers.failure import UnexpectedError, last_words, traceback_kept_in, with_way_on
+from launchers.failure import last_words, traceback_kept_in, with_way_on
 from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
-from launchers.torchrun import run_workers
+from launchers.torchrun import EndedBySignal, run_workers
 
 if TYPE_CHECKING:
     from data_prep.prepare import Prepared
@@ -76,20 +75,23 @@ def run(cfg: RunConfig, *, resume: bool = False) -> Result:
 
 @contextmanager
 def resumable(folder: Path, *, worker: bool = False) -> Iterator[None]:
-    """Says, where a run is stopped by Ctrl-C or fails, how it can go on, if it can; a worker leaves that to its parent.
+    """Says, where a run is ended by a signal or fails, how it can go on, if it can; a worker leaves that to its parent.
 
     Raises:
-        StoppedError: it was stopped and has a checkpoint.
+        StoppedError: it was ended by a signal before it could save, and has an earlier checkpoint.
         RunFailedError: as it came, with the way on.
     """
     try:
         yield
-    except (OutOfMemoryError, UnexpectedError, WorkerLostError) as error:
+    except RunFailedError as error:
         raise error if worker else with_way_on(error, folder) from error.__cause__
-    except KeyboardInterrupt:
-        if not list(folder.glob("checkpoints/step-*/COMPLETE")):  # by name: a stop imports no torch
+    except (KeyboardInterrupt, EndedBySignal):
+        saved = sorted(folder.glob("checkpoints/step-*/COMPLETE"))  # by name: a stop imports no torch
+        if not saved:
             raise
-        raise StoppedError(str(folder), "stopped", remedy=f"crosstune resume {shlex.quote(str(folder))}") from None
+        step = int(saved[-1].parent.name.removeprefix("step-"))
+        way_on = f"crosstune resume {shlex.quote(str(folder))} goes on after step {step}"
+        raise StoppedError(str(folder), "stopped at once", remedy=way_on) from None
 
 
 def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | None = None) -> TrainConfig:
@@ -257,7 +259,13 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
             make_writable(request.parent, "run_dir")
             save_resolved(cfg, request)
             arguments = ["train", "--resolved", str(request), *(["--resume"] if resume else [])]
-            run_workers(cfg.nproc, arguments, folder / "logs", threads=cfg.device.threads)
+            run_workers(
+                cfg.nproc,
+                arguments,
+                folder / "logs",
+                threads=cfg.device.threads,
+                grace_seconds=cfg.guard.grace_seconds,
+            )
 
 
 def _same_data(record: RunRecord, prepared: Path) -> bool:

@@ -15,20 +15,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from configs.errors import EXIT_DONE, CrosstuneError, WorkerLostError
 from launchers.failure import ERROR_DIR, UnexpectedError, earliest_error
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Passed on to torchrun, which passes them on to the workers."""
+REPEAT_SECONDS = 1.0
+"""A signal so soon after the first is the same wish: `timeout` and schedulers signal a process and then its group."""
+CLEANED_UP = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of workers that torchrun ended because another one had ended."""
 ENDED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")
 """Rank and exit code of a worker in torchrun's own report."""
-SHUTDOWN_SECONDS = 120
-"""Time that workers have to save and leave after a stop signal."""
 
 
-def run_workers(nproc: int, arguments: Sequence[str], logs: Path, *, threads: int = 0) -> None:
+class EndedBySignal(SystemExit):
+    """Exit code 128 + number, as a shell tells it."""
+
+
+def run_workers(
+    nproc: int, arguments: Sequence[str], logs: Path, *, threads: int = 0, grace_seconds: int = 120
+) -> None:
     """Runs ``crosstune <arguments>`` in `nproc` processes and waits for them.
 
     Args:
@@ -36,28 +49,34 @@ def run_workers(nproc: int, arguments: Sequence[str], logs: Path, *, threads: in
         arguments: of the `crosstune` command.
         logs: folder of the run's logs; a subfolder is made for this attempt.
         threads: CPU threads per process; 0: the cores divided by `nproc`.
+        grace_seconds: time that workers have to save and leave after a stop signal.
 
     Raises:
-        CrosstuneError: the earliest fault of a worker, with its exit code.
+        CrosstuneError: the earliest fault of a worker, with its exit code; `StoppedError` if it saved and stopped.
         WorkerLostError: a worker was killed, or ended without leaving a fault.
-        KeyboardInterrupt: the user stopped the run.
+        KeyboardInterrupt: the user stopped the run before its first step, or at once.
+        EndedBySignal: another signal did.
     """
     attempt = new_attempt(logs)
-    command = torchrun_command(nproc, arguments, attempt, free_port())
+    command = torchrun_command(nproc, arguments, attempt, free_port(), grace_seconds)
     environment = worker_environment(os.environ, attempt, nproc, threads)
     with (attempt / "torchrun.log").open("wb") as log:
         # A session of its own: Ctrl-C reaches torchrun once, through us, and not each worker on its own.
         process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
-        stopped_by = _wait(process)
+        stop = _wait(process, grace_seconds)
     if process.returncode == EXIT_DONE:
         return
     left = earliest_error(attempt / "errors")
-    if stopped_by is not None and left is None:
-        raise KeyboardInterrupt if stopped_by == signal.SIGINT else SystemExit(128 + stopped_by)
+    if stop.number and (left is None or isinstance(left, UnexpectedError)):  # that a rank lost its peers only followed
+        if not stop.forced and time.monotonic() - stop.at >= grace_seconds:
+            raise _too_slow(stop, grace_seconds)
+        raise KeyboardInterrupt if stop.number == signal.SIGINT else EndedBySignal(128 + stop.number)
     raise _root_cause(attempt, left)
 
 
-def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: int) -> list[str]:
+def torchrun_command(
+    nproc: int, arguments: Sequence[str], attempt: Path, port: int, grace_seconds: int = 120
+) -> list[str]:
     """The command line."""
     quiet_ranks = ",".join(f"{rank}:3" for rank in range(1, nproc))
     return [
@@ -65,7 +84,8 @@ def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: 
         *("--nnodes", "1", "--nproc-per-node", str(nproc), "--node-rank", "0"),
         *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
         *("--log-dir", str(attempt / "workers"), *(("--redirects", quiet_ranks) if quiet_ranks else ())),
-        *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
+        *("--shutdown-timeout", str(grace_seconds)),
+        *("--signals-to-handle", ",".join(number.name for number in STOP_SIGNALS)),
         *("-m", "launchers.cli", *arguments),
     ]
 
@@ -73,6 +93,7 @@ def torchrun_command(nproc: int, arguments: Sequence[str], attempt: Path, port: 
 def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threads: int) -> dict[str, str]:
     """What the workers see: our environment and a few variables of theirs. A user's own value wins."""
     from train.devices.base import usable_cores
+    from train.guard.stop import STARTED
 
     environment = dict(base)
     environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, usable_cores() // nproc)))
@@ -81,6 +102,7 @@ def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threa
     # torchrun starts workers without -P: a file train.py in the working folder must not shadow ours.
     environment["PYTHONSAFEPATH"] = "1"
     environment[ERROR_DIR] = str((attempt / "errors").resolve())
+    environment[STARTED] = str(psutil.Process().create_time())
     return environment
 
 
@@ -113,29 +135,65 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    """Waits for the end; passes stop signals on to torchrun. A second signal ends everything at once.
+@dataclass
+class _Stop:
+    """What a user or a scheduler asked for while the workers ran."""
 
-    Returns:
-        The first stop signal that came, None if there was none.
-    """
-    received: list[int] = []
+    number: int = 0
+    """The first stop signal that came; 0: none did."""
+    at: float = 0.0
+    """When, by the monotonic clock."""
+    forced: bool = False
+    """A further one ended everything at once."""
+
+
+def _wait(process: subprocess.Popen[bytes], grace_seconds: int) -> _Stop:
+    """Waits for the end of torchrun and its workers; passes stop signals on. A second one ends everything at once."""
+    stop = _Stop()
+    workers: list[psutil.Process] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if process.poll() is None:
-            if len(received) == 1:
-                process.send_signal(number)
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is not None:
+            return
+        if not stop.number:
+            stop.number, stop.at = number, time.monotonic()
+            workers.extend(_workers_of(process.pid))
+            process.send_signal(number)
+        elif time.monotonic() - stop.at > REPEAT_SECONDS:
+            stop.forced = True
+            process.kill()
+            _kill(workers)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         process.wait()
+        # A second signal, such as from a scheduler that sends it to every process, makes torchrun leave its workers.
+        _, left = psutil.wait_procs(workers, timeout=max(0.0, stop.at + grace_seconds - time.monotonic()))
+        _kill(left)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return received[0] if received else None
+    return stop
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _too_slow(stop: _Stop, grace_seconds: int) -> WorkerLostError:
+    return WorkerLostError(
+        f"guard.grace_seconds={grace_seconds}",
+        f"the workers had not saved so long after {signal.Signals(stop.number).name} and were killed",
+        remedy="a higher guard.grace_seconds, if the scheduler's own allows it",
+    )
+
+
+def _workers_of(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 def _root_cause(attempt: Path, left: CrosstuneError | None) -> CrosstuneError:
@@ -152,5 +210,6 @@ def _root_cause(attempt: Path, left: CrosstuneError | None) -> CrosstuneError:
         return WorkerLostError(f"rank {rank}", f"ended by signal {number.name}{hint}", remedy=remedy)
     if left is not None:
         return left
-    where, ending = (f"rank {ended[0][0]}", f"ended with code {ended[0][1]}") if ended else ("torchrun", "ended early")
+    first = [(rank, code) for rank, code in ended if code not in CLEANED_UP] or ended
+    where, ending = (f"rank {first[0][0]}", f"ended with code {first[0][1]}") if ended else ("torchrun", "ended early")
     return WorkerLostError(where, f"{ending} without a message", remedy=remedy)

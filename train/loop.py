@@ -12,21 +12,27 @@ from typing import Any
 
 import torch
 
-from configs.errors import RunFailedError, StoppedError
+from configs.errors import StoppedError
+from configs.schema.guard import GuardConfig
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.layout import TrainerState
+from train.checkpoint.layout import TrainerState, step_folder
 from train.data.collate import Batch
 from train.data.prepared import PreparedSplit
 from train.data.sampler import GlobalStep, RowLayout, StepSampler, batches_of, chunks, share_of
 from train.devices.base import Device
 from train.engine.base import Engine, World
+from train.guard.agreement import must_agree, not_compared
 from train.guard.heartbeat import Heartbeat, Phase
+from train.guard.nonfinite import NonFinite
+from train.guard.rollback import Rollback
+from train.guard.spikes import Spike, SpikeDetector
 from train.guard.stop import StopRequests
 from train.objectives.base import Objective
 from train.schedule import Schedule
 
 Record = dict[str, Any]
-"""A line of metrics.jsonl."""
+"""A line of metrics.jsonl. ``loss`` and ``grad_norm`` are None where there is none, or none that is finite; such a step
+says in ``skipped`` why it changed no weight: ``nonfinite``, or ``spike`` where its data were left out."""
 FIGURES = ("loss", "validation_loss")
 """What a checkpoint says of its step, so that the best ones can be told."""
 
@@ -35,7 +41,8 @@ class Hook:
     """What may happen around the steps, in this order, on every rank.
 
     ``on_start`` once; ``on_step`` after each optimizer step, and after the validation loss was measured where that was
-    due; ``on_save`` and ``on_checkpoint`` around a save; ``on_end`` once, also when the loop fails.
+    due; ``on_save`` and ``on_checkpoint`` around a save; ``on_end`` once, also when the loop fails. ``on_note`` and
+    ``on_rollback`` at any time between.
     """
 
     def on_start(self, first_step: int, total_steps: int) -> None:
@@ -49,6 +56,12 @@ class Hook:
 
     def on_checkpoint(self, path: Path) -> None:
         """A checkpoint is complete, maybe that of an earlier step: they are written while the steps go on."""
+
+    def on_note(self, text: str) -> None:
+        """Something out of the ordinary that the user should know of; the same text on every rank."""
+
+    def on_rollback(self, step: int) -> None:
+        """The run goes on from this earlier step: what came after it will be taken again."""
 
     def on_end(self) -> None:
         """After the last step."""
@@ -73,15 +86,22 @@ class Loop:
     stop: StopRequests
     heartbeat: Heartbeat
     hooks: Sequence[Hook]
+    guard: GuardConfig = field(default_factory=GuardConfig)
     _stopping: bool = field(default=False, init=False)
     """Some rank was asked to stop; the same on all."""
-    _reason: str = field(default="another rank", init=False)
+    _saved: Path | None = field(default=None, init=False)
+    """The newest checkpoint that is complete, of those begun here."""
+
+    def __post_init__(self) -> None:
+        run = self.checkpointer.folder.parent
+        self._nonfinite = NonFinite(run, self.guard.nonfinite_limit, self.world, self.sampler.split)
+        self._spikes = SpikeDetector(self.guard.spike_zscore, self.guard.spike_window)
 
     def run(self, state: TrainerState) -> TrainerState:
         """Takes the steps from `state.step` to `total_steps` and leaves a checkpoint of the last.
 
         Raises:
-            RunFailedError: the loss or the gradient is not finite.
+            RunFailedError: too many steps were not finite, or too many losses spikes; or ranks hold different weights.
             StoppedError: a rank was asked to stop; there is a checkpoint of the last step taken.
             StorageError: a checkpoint could not be written.
         """
@@ -89,24 +109,50 @@ class Loop:
             hook.on_start(state.step, self.total_steps)
         try:
             self.checkpointer.require_room()
+            self._rollback = Rollback(self.guard, self.checkpointer)
+            state = self._begin(state)
             while state.step < self.total_steps:
                 record = self.take_step(state)
-                if self._due(self.eval_every, state.step) and self.validation is not None:
-                    record["validation_loss"] = self.validation_loss(self.validation)
-                for hook in self.hooks:
-                    hook.on_step(record)
-                last = state.step == self.total_steps
-                if self._due(self.checkpoint_every, state.step) or last or self._stopping:
-                    self.save(state, record)
-                if last or self._stopping:
-                    self.finish_saves()
-                if self._stopping and not last:
-                    raise self._stopped(state)
-                self._tell_of_checkpoints()
+                if (spike := self._spike(state, record)) is not None:
+                    state = self._go_back(spike)
+                else:
+                    self._finish_step(state, record)
         finally:
             for hook in self.hooks:
                 hook.on_end()
         return state
+
+    def _begin(self, state: TrainerState) -> TrainerState:
+        """What the guards need before the first step."""
+        if self.guard.agreement_every and (left_out := not_compared(self.engine)):
+            self._note(left_out)
+        if self._rollback.cut_off(state):
+            return self._return()
+        if self.guard.spike_zscore and state.step == 0:  # a spike needs somewhere to go back to
+            self.save(state, {})
+            self.finish_saves()
+        return state
+
+    def _finish_step(self, state: TrainerState, record: Record) -> None:
+        """What follows a step that counts."""
+        if self._due(self.eval_every, state.step) and self.validation is not None:
+            record["validation_loss"] = _finite(self.validation_loss(self.validation))
+        for hook in self.hooks:
+            hook.on_step(record)
+        last = state.step == self.total_steps
+        save = self._due(self.checkpoint_every, state.step) or last or self._stopping
+        if self.guard.agreement_every and (save or self._due(self.guard.agreement_every, state.step)):
+            self.heartbeat.enter(Phase.guard)
+            must_agree(self.engine, state.step)
+        if save:
+            self.save(state, record)
+        if last or self._stopping:
+            self.finish_saves(last=True)
+        if self._stopping:
+            self.stop.honoured()
+            if not last:
+                raise self._stopped(state)
+        self._tell_of_checkpoints()
 
     def take_step(self, state: TrainerState) -> Record:
         """One global step; advances `state`."""
@@ -114,6 +160,33 @@ class Loop:
         self.heartbeat.enter(Phase.data, state.step + 1)
         step = self.sampler.step(state.step)
         lr = self.peak_lr * self.schedule(state.step)
+        losses, grad_norm = ([], math.nan) if state.step + 1 in self._rollback.skipped else self._train_on(step, lr)
+        total, sound = self._agree(sum(losses), grad_norm)
+        state.epoch = self.sampler.plan.position(state.step).epoch
+        state.step += 1
+        record = {
+            "step": state.step,
+            "loss": _finite(total / step.num_targets) if losses else None,
+            "lr": lr,
+            "grad_norm": _finite(grad_norm),
+            "tokens": step.num_tokens if losses else 0,
+            "supervised_tokens": step.num_targets if losses else 0,
+            "tokens_per_second": (step.num_tokens if losses else 0) / (time.perf_counter() - started),
+            "peak_gib": self.device.peak_memory_bytes() / 2**30,
+            "data_hash": self.sampler.data_hash(step),
+        }
+        if not losses:
+            return record | {"skipped": "spike"}
+        state.samples_seen += len(step.samples)
+        state.tokens_seen += step.num_tokens
+        if not sound:
+            self.heartbeat.enter(Phase.guard)
+            self._note(self._nonfinite.skip(state, step, losses, total, grad_norm))
+            record["skipped"] = "nonfinite"
+        return record
+
+    def _train_on(self, step: GlobalStep, lr: float) -> tuple[list[float], float]:
+        """Loss sums of this rank's micro-batches, and the gradient's norm; the weights have taken the step."""
         self.engine.module.train()
         losses: list[torch.Tensor] = []
         last = len(step.micro_batches) - 1
@@ -121,28 +194,13 @@ class Loop:
             self.heartbeat.enter(Phase.forward)
             loss = self.objective.loss_sum(self.engine.forward, batch)
             self.heartbeat.enter(Phase.backward)
-            self.engine.backward(loss / step.num_targets, last=i == last)
+            # A loss that is not finite may have finite gradients: nan times them reaches the norm, and so every rank.
+            finite = loss.detach() * 0 + 1
+            self.engine.backward(loss * finite / step.num_targets, last=i == last)
             losses.append(loss.detach())  # to be read once the step is queued: reading waits for the device
         self.heartbeat.enter(Phase.optimizer)
         grad_norm = self.engine.step(lr)
-        loss_sum = torch.stack(losses).cpu().double().sum().item()  # not every device knows fp64
-        total = self._agree(loss_sum)
-        state.epoch = self.sampler.plan.position(state.step).epoch
-        state.step += 1
-        state.samples_seen += len(step.samples)
-        state.tokens_seen += step.num_tokens
-        self._must_be_finite(state.step, total, grad_norm)
-        return {
-            "step": state.step,
-            "loss": total / step.num_targets,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens": step.num_tokens,
-            "supervised_tokens": step.num_targets,
-            "tokens_per_second": step.num_tokens / (time.perf_counter() - started),
-            "peak_gib": self.device.peak_memory_bytes() / 2**30,
-            "data_hash": self.sampler.data_hash(step),
-        }
+        return torch.stack(losses).cpu().double().tolist(), grad_norm  # not every device knows fp64
 
     def _batches(self, step: GlobalStep) -> Iterator[Batch]:
         """This rank's micro-batches; their making is a phase of its own."""
@@ -154,18 +212,37 @@ class Loop:
                 return
             yield batch
 
-    def _agree(self, loss_sum: float) -> float:
-        """The loss over all ranks; on the way each hears whether any wants to stop or could not save."""
+    def _agree(self, loss_sum: float, grad_norm: float) -> tuple[float, bool]:
+        """The loss over all ranks, and whether it and the gradient are finite.
+
+        On the way each rank hears whether any wants to stop or could not save.
+        """
         self.heartbeat.enter(Phase.collective)
         wish, fault = self.stop.wanted(), self.checkpointer.fault()
-        if wish is not None:
-            self._reason = wish
-        sums = self.world.all_reduce_sum([loss_sum, float(wish is not None), float(fault is not None)])
-        total, wishes, faults = sums
+        flags = (not math.isfinite(grad_norm), wish is not None, fault is not None)
+        total, odd, wishes, faults = self.world.all_reduce_sum([loss_sum, *map(float, flags)])
         self._stopping = wishes > 0
         if faults:
             self.checkpointer.wait()  # raises on every rank
-        return total
+        return total, math.isfinite(total) and not odd
+
+    def _spike(self, state: TrainerState, record: Record) -> Spike | None:
+        """The spike that the step's loss is."""
+        return None if "skipped" in record else self._spikes.spike(state, record["loss"])
+
+    def _go_back(self, spike: Spike) -> TrainerState:
+        """To a checkpoint before the spike; the data that made it are left out from now on."""
+        self.finish_saves()
+        self.heartbeat.enter(Phase.guard)
+        self._note(self._rollback.plan(spike))
+        return self._return()
+
+    def _return(self) -> TrainerState:
+        self.heartbeat.enter(Phase.guard)
+        state = self._rollback.go()
+        for hook in self.hooks:
+            hook.on_rollback(state.step)
+        return state
 
     @torch.no_grad()
     def validation_loss(self, split: PreparedSplit) -> float:
@@ -188,27 +265,31 @@ class Loop:
         self.heartbeat.enter(Phase.save)
         for hook in self.hooks:
             hook.on_save(state.step)
-        figures: dict[str, float] = {
-            name: float(record[name]) for name in ("loss", "validation_loss") if name in record
-        }
-        self.checkpointer.save(state, figures)
+        self.checkpointer.save(state, {name: record[name] for name in FIGURES if record.get(name) is not None})
 
-    def finish_saves(self) -> None:
-        """Waits until the last checkpoint is complete."""
+    def finish_saves(self, last: bool = False) -> None:
+        """Waits until the last checkpoint is complete; at the last of all it must be."""
         self.heartbeat.enter(Phase.save)
-        self.checkpointer.wait()
+        self.checkpointer.wait(last=last)
         self._tell_of_checkpoints()
 
     def _tell_of_checkpoints(self) -> None:
         for path in self.checkpointer.finished():
+            self._saved = path
             for hook in self.hooks:
                 hook.on_checkpoint(path)
 
+    def _note(self, text: str) -> None:
+        for hook in self.hooks:
+            hook.on_note(text)
+
     def _stopped(self, state: TrainerState) -> StoppedError:
         folder = self.checkpointer.folder.parent
+        saved = self._saved is not None and self._saved.name == step_folder(folder, state.step).name
+        how = "saved" if saved else "which could not be saved: the run goes on from its newest checkpoint"
         return StoppedError(
             str(folder),
-            f"stopped by {self._reason} after step {state.step} of {self.total_steps}, saved",
+            f"stopped by {self.stop.reason()} after step {state.step} of {self.total_steps}, {how}",
             remedy=f"crosstune resume {shlex.quote(str(folder))}",
         )
 
@@ -216,11 +297,7 @@ class Loop:
     def _due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    @staticmethod
-    def _must_be_finite(step: int, loss: float, grad_norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RunFailedError(
-                f"step {step}",
-                f"loss sum {loss}, gradient norm {grad_norm}: not finite",
-                remedy="lower optim.lr, or model.precision=fp32; the checkpoints before this step are whole",
-            )
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None

@@ -28,7 +28,7 @@ from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.faults import told
 from train.guard.heartbeat import Heartbeat
-from train.guard.stop import StopRequests
+from train.guard.stop import STARTED, StopRequests
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import dtype_name, load_config, load_model, resolve_precision
@@ -68,7 +68,7 @@ def train(
     Raises:
         CrosstuneError: of the kind that says what the user can mend.
     """
-    started = psutil.Process().create_time()
+    started = float(os.environ.get(STARTED) or psutil.Process().create_time())
     if resume:  # `auto` might choose another precision on this machine than where the run began
         precision = Precision(RunFolder(run_dir).read_record().precision)
         cfg = replace(cfg, model=replace(cfg.model, precision=precision))
@@ -104,10 +104,17 @@ def train(
             with (
                 closing(
                     Checkpointer(
-                        engine, run.checkpoints, cfg.checkpoint, world, storage=storage, run_id=run_id, note=note
+                        engine,
+                        run.checkpoints,
+                        cfg.checkpoint,
+                        world,
+                        storage=storage,
+                        run_id=run_id,
+                        note=note,
+                        beat=heartbeat.beat,
                     )
                 ) as checkpointer,
-                StopRequests(run_dir, cfg.guard, started) as stop,
+                StopRequests(run_dir, cfg.guard, started, world=world, note=note, last_words=last_words) as stop,
             ):
                 Loop(
                     engine=engine,
@@ -123,6 +130,7 @@ def train(
                     validation=validation,
                     eval_every=cfg.eval_every,
                     stop=stop,
+                    guard=cfg.guard,
                     heartbeat=heartbeat,
                     hooks=hooks_of(run, world, first_step=state.step),
                 ).run(state)

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per step, written as the run goes.
 
-Steps after which the validation split was measured also have ``validation_loss``.
+Steps after which the validation split was measured also have ``validation_loss``, steps that changed no weight
+``skipped`` (see `train.loop.Record`).
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ class MetricsHook(Hook):
         Raises:
             StorageError: it cannot be written.
         """
-        kept = [record for record in read_metrics(self.path) if record["step"] <= self.keep_until]
-        partial = self.path.with_suffix(".tmp")
-        try:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            partial.replace(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(str(self.path), f"cannot be written: {error.strerror}") from None
+        self._open(self.keep_until)
 
     def on_step(self, record: Record) -> None:
         """Writes a step's line."""
         self._write(record)
+
+    def on_rollback(self, step: int) -> None:
+        """Removes the lines of steps that will be taken again.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        self.on_end()
+        self._open(step)
 
     def on_save(self, step: int) -> None:
         """Makes the lines as durable as the checkpoint will be, so that a power cut leaves no gap before it."""
@@ -71,6 +74,16 @@ class MetricsHook(Hook):
         if self._file:
             self._file.close()
             self._file = None
+
+    def _open(self, keep_until: int) -> None:
+        kept = [record for record in read_metrics(self.path) if record["step"] <= keep_until]
+        partial = self.path.with_suffix(".tmp")
+        try:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(str(self.path), f"cannot be written: {error.strerror}") from None
 
     def _write(self, record: Record) -> None:
         assert self._file is not None, "on_start comes first"

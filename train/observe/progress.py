@@ -50,7 +50,7 @@ class Progress(Hook):
         self._times.append((self._clock(), int(record["tokens"])))
         step = int(record["step"])
         if "validation_loss" in record:
-            self._validation = f"  validation {record['validation_loss']:.4f}"
+            self._validation = f"  validation {_figure(record['validation_loss'])}"
             self._display.say(f"step {step}{self._validation}")
         self._display.show(step, self.line(record), always=step in (self._first + 1, self._total))
 
@@ -58,6 +58,19 @@ class Progress(Hook):
         """Says where the checkpoint is."""
         assert self._display is not None
         self._display.say(f"checkpoint {path}")
+
+    def on_note(self, text: str) -> None:
+        """A line that stays."""
+        assert self._display is not None
+        self._display.say(text)
+
+    def on_rollback(self, step: int) -> None:
+        """Speed and time left begin anew."""
+        assert self._display is not None
+        self._first = step
+        self._times.clear()
+        self._times.append((self._clock(), 0))
+        self._display.say(f"going on after step {step} of {self._total}")
 
     def on_end(self) -> None:
         """Closes the display."""
@@ -72,9 +85,13 @@ class Progress(Hook):
         left = (self._total - step) * seconds / max(1, len(self._times) - 1)
         speed = tokens / seconds if seconds > 0 else float(record["tokens_per_second"])
         return (
-            f"step {step}/{self._total}  loss {record['loss']:.4f}{self._validation}  {speed:,.0f} tok/s"
+            f"step {step}/{self._total}  loss {_figure(record['loss'])}{self._validation}  {speed:,.0f} tok/s"
             f"  {record['peak_gib']:.1f} GiB  ETA {clock_time(left)}"
         )
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
 
 
 @contextmanager

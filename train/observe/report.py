@@ -89,7 +89,7 @@ def _examples_wanted(config: str) -> int:
 
 def _tiles(summary: dict[str, Any], metrics: Sequence[Record], total_steps: int) -> list[dict[str, str]]:
     """The figures on top of the page: what, value, and what it is compared with."""
-    steps = [record for record in metrics if "loss" in record]
+    steps = _counted(metrics)
     tiles = []
     tuned, base = summary.get("tuned"), summary.get("base")
     if tuned and tuned["exact_match"] is not None:
@@ -101,7 +101,9 @@ def _tiles(summary: dict[str, Any], metrics: Sequence[Record], total_steps: int)
     if steps:
         than = f"first step {steps[0]['loss']:.3f}"
         tiles.append({"what": "Training loss", "value": f"{fmean(r['loss'] for r in steps[-20:]):.3f}", "than": than})
-        tiles.append({"what": "Steps", "value": f"{steps[-1]['step']:,}", "than": f"of {total_steps:,}"})
+        skipped = len(metrics) - len(steps)
+        than = f"of {total_steps:,}" + (f", {skipped:,} skipped" if skipped else "")
+        tiles.append({"what": "Steps", "value": f"{metrics[-1]['step']:,}", "than": than})
         speed = sum(r["tokens"] for r in steps) / sum(r["tokens"] / r["tokens_per_second"] for r in steps)
         total = sum(r["tokens"] for r in steps)
         tiles.append({"what": "Tokens per second", "value": f"{speed:,.0f}", "than": f"{total:,} tokens in all"})
@@ -112,12 +114,17 @@ def _tiles(summary: dict[str, Any], metrics: Sequence[Record], total_steps: int)
     return tiles
 
 
+def _counted(metrics: Sequence[Record]) -> list[Record]:
+    """The steps that changed the weights: the others have no loss, or no gradient, to show."""
+    return [record for record in metrics if "loss" in record and "skipped" not in record]
+
+
 def _charts(metrics: Sequence[Record]) -> list[str]:
     """SVG of loss, learning rate, speed, memory and gradient norm; [] before the first step."""
-    steps = [record for record in metrics if "loss" in record]
+    steps = _counted(metrics)
     if not steps:
         return []
-    validation = [(r["step"], r["validation_loss"]) for r in metrics if "validation_loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in metrics if r.get("validation_loss") is not None]
 
     def curve(key: str) -> list[tuple[float, float]]:
         return [(r["step"], r[key]) for r in steps]
