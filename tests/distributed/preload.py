@@ -9,8 +9,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import peft  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-import tests.distributed.layouts
 import train.run  # noqa: F401
+from tests.distributed import layouts  # noqa: F401
 
 gc.collect()
 gc.freeze()  # DeepSpeed collects often; without it each collection of each rank walks through all of torch's modules

@@ -40,7 +40,7 @@ STEPS = [
 ]
 BF16 = "lora-zero2-x2-micro4-bf16"
 REFERENCES = ["full-plain-x1-micro1", "lora-plain-x1-micro1"]
-PLANS = [{"dtype": "fp32", "tuning": "lora", "dropouts": [0.0, 0.2], "x1": ["plain"], "x2": ["plain", "zero3"]}]
+PLANS = [resuming.plan_of("lora", dropouts=[0.0, 0.2], x1=["plain"], x2=["plain", "zero3"]) | resuming.WHOLE]
 PLAIN_KERNELS = [f"device.{op}_kernel=reference" for op in ("attention", "rms_norm", "rotary", "swiglu")]
 
 
