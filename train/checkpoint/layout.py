@@ -50,6 +50,7 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX",
     "PARTIAL",
+    "SET_ASIDE",
     "STALE",
     "STEP_FOLDER",
     "CheckpointReader",
@@ -74,8 +75,8 @@ PARTIAL = ".partial"
 """Suffix of a folder that is being written."""
 STALE = ".stale"
 """Suffix of a folder that is being removed."""
-ASIDE = "damaged-"
-"""Before the name of a folder that a user sets aside: it no longer counts, and nothing removes it."""
+SET_ASIDE = ".set-aside"
+"""Suffix of a folder that no longer counts, and that nothing removes."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -134,10 +135,15 @@ def _read_index(path: Path) -> Index:
     return found
 
 
-def way_back(path: Path) -> str:
-    """How a user goes on without the checkpoint at `path`: never by itself, since steps are done again."""
+def way_back(path: Path, among: Collection[str] | None = None) -> str:
+    """How a user goes on without the checkpoint at `path`: never by itself, since steps are done again.
+
+    Args:
+        path: a ``step-...`` folder.
+        among: names of the other checkpoints that may be offered; None: all that are complete here.
+    """
     for other in reversed(checkpoints(path.parent)):
-        if other == path:
+        if other == path or (among is not None and other.name not in among):
             continue
         try:
             index = _read_index(other)
@@ -146,7 +152,9 @@ def way_back(path: Path) -> str:
         offer = f"{other.name} of the same run is complete"
         if path.parent.name != "checkpoints":
             return offer
-        source, target, run = (shlex.quote(str(p)) for p in (path, path.with_name(ASIDE + path.name), path.parents[1]))
+        source, target, run = (
+            shlex.quote(str(p)) for p in (path, path.with_name(path.name + SET_ASIDE), path.parents[1])
+        )
         where = " (on every machine that has it)" if len({facts.node for facts in index.files.values()}) > 1 else ""
         return f"{offer}; to go on from it: mv {source} {target}{where}, then crosstune resume {run}"
     return "no other checkpoint of this run is complete: bring back what is missing, or start the run again"

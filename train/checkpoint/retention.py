@@ -10,10 +10,7 @@ from pathlib import Path
 from configs.errors import CheckpointError
 from configs.schema.outputs import CheckpointConfig
 from train.checkpoint.files import discard
-from train.checkpoint.layout import COMPLETE, INDEX, STEP_FOLDER, checkpoints
-
-SET_ASIDE = ".set-aside"
-"""Suffix of a checkpoint of steps that the run went back before, where all are to be kept."""
+from train.checkpoint.layout import COMPLETE, INDEX, SET_ASIDE, STEP_FOLDER, checkpoints
 
 
 def latest(folder: Path) -> Path:
@@ -92,7 +89,7 @@ class Retention:
         for path in gone:
             if self.cfg.keep_last:
                 discard(path)
-            else:
+            else:  # all are to be kept, also those of steps that the run went back before
                 path.rename(_free_name(path))
         return gone
 

@@ -5,7 +5,7 @@ at any moment, the run is left with the previous one.
 
 Where each machine has a folder of its own, its pieces stay there, beside an index and a COMPLETE that are the same on
 all. Folders are renamed only when all are complete. Killed between these renames, some machines have a newer checkpoint
-than others: it is no one's, since pieces of it are missing, and `clear_torn` takes it away.
+than others: a resume with the same machines ends the renames (`Machines.newest`), else `clear_torn` takes it away.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from configs.schema.optim import OptimConfig
 from configs.schema.sharding import ShardingConfig
 from train.devices.base import Device
 
-COLLECTIVE_TIMEOUT_SECONDS = 1800
-"""After so long without an answer from its peers a rank gives up."""
+COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+"""After so long without an answer from its peers a rank gives up, at the least."""
 
 MASTER = "master"
 """The kind of tensor that the optimizer steps: the fp32 weight."""
@@ -44,6 +44,8 @@ class World:
     """Group for host tensors; None where the default group serves."""
     background: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """Such a group for another thread than that of the steps; None at size 1."""
+    timeout: timedelta | None = field(default=None, repr=False, compare=False)
+    """Of the collectives; None at size 1."""
 
     @property
     def leads_node(self) -> bool:
@@ -92,23 +94,43 @@ class World:
         dist.broadcast(buffer, src=source, group=self.control)
         return buffer.numpy().tobytes()
 
+    def send(self, data: torch.Tensor, to: int) -> None:
+        """Gives a host tensor to rank `to`, which must `receive` one of that shape and type; waits until it is gone."""
+        dist.send(data, dst=to, group=self.control)
+
+    def receive(self, buffer: torch.Tensor, source: int) -> None:
+        """Waits for what rank `source` sends to this one and fills `buffer`, a host tensor, with it."""
+        dist.recv(buffer, src=source, group=self.control)
+
+    def adopt_groups(self) -> None:
+        """Gives groups that a library has made the time-out of ours.
+
+        A default may be a third of it, and would end a run before the watch over hangs can say who is late.
+        """
+        if self.timeout is None:
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # other backends have none
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+
     def close(self) -> None:
         """Leaves the process group, if there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def init_world(device: Device) -> World:
+def init_world(device: Device, timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> World:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone where they are unset.
 
-    Host values travel over gloo in a group of their own where the device has another backend: that backend may
+    After `timeout_seconds` without an answer from its peers a rank gives up. Host values travel over gloo in a group of their own where the device has another backend: that backend may
     know neither host tensors nor fp64.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
         return World(local_rank=local_rank)
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    timeout = timedelta(seconds=timeout_seconds)
     # Torch would have the group bound to a device. A gloo group beside a bound one exists for few devices only, and
     # each group that is made from a bound one connects at once and takes its buffers, used or not. There is nothing
     # to guess either: the current device is the one that `Device.activate` has set.
@@ -117,7 +139,7 @@ def init_world(device: Device) -> World:
         dist.init_process_group(device.backend, timeout=timeout)
     control = None if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     background = dist.new_group(backend="gloo", timeout=timeout)
-    return World(dist.get_rank(), size, local_rank, control, background)
+    return World(dist.get_rank(), size, local_rank, control, background, timeout)
 
 
 class Scalar(TypedDict):

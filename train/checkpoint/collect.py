@@ -1,0 +1,368 @@
+"""Which machine has which pieces of a checkpoint, and how each gets those that it needs.
+
+Without a shared file system every machine keeps the files of its own ranks. A rank that resumes needs the files with
+pieces of its fragments, which after a change of machines, engine or number of ranks may be anywhere. They travel from
+machine to machine in chunks, over the group that carries host values, and stay in the checkpoint's folder where they
+were needed. On a shared file system all of this comes down to one folder, in which everything is, or is missing.
+
+For every folder one rank acts, its owner: see `owner_of`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import CheckpointError, CrosstuneError
+from configs.schema.outputs import Storage
+from train.checkpoint.files import sync, sync_folder, write_synced
+from train.checkpoint.layout import (
+    COMPLETE,
+    INDEX,
+    PARTIAL,
+    Index,
+    StoredFile,
+    checkpoints,
+    read_index,
+    way_back,
+)
+from train.checkpoint.retention import latest
+from train.checkpoint.storage import owner_of
+from train.checkpoint.together import together
+from train.engine.base import World
+from train.run_folder import sha256_of
+
+CHUNK_BYTES = 2**24
+"""Of a file on its way; so much memory a transfer takes on either side."""
+INCOMING = ".incoming"
+"""Suffix of a file that is not whole yet."""
+SHOWN = 8
+"""Machines or files named in a message."""
+RANK_NUMBER = re.compile(r"\d+")
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A file that one machine needs and another has."""
+
+    file: str
+    source: int
+    """Rank that reads it."""
+    target: int
+    """Rank that writes it."""
+
+
+class Machines:
+    """The folders in which a run's checkpoints are. Every method is called on all ranks, and raises on all of them.
+
+    Args:
+        folder: the run's ``checkpoints``, under the same path on each machine.
+        world: the ranks.
+        storage: resolved, see `resolve_storage`.
+        note: takes lines for the user.
+    """
+
+    def __init__(self, folder: Path, world: World, storage: Storage, note: Note) -> None:
+        self.folder, self.world, self.note = folder, world, note
+        owner = owner_of(folder, world, storage)
+        answers = together(world, folder, lambda: [owner, socket.gethostname()])
+        self.owners: list[int] = [rank for rank, _ in answers]
+        """By rank: who acts for its folder."""
+        self.hosts: list[str] = [host for _, host in answers]
+        self.acting = sorted(set(self.owners))
+        self.acts = world.rank in self.acting
+
+    def newest(self) -> Path:
+        """The newest checkpoint that any machine has complete; its index is on every machine then.
+
+        A machine that was killed between the last write and the last rename of a save has it under its temporary name
+        still. The save is ended there now, since the others may have removed what came before.
+
+        Raises:
+            CheckpointError: there is none, or machines hold different ones under one name.
+        """
+        found: list[dict[str, str]] = self._of_each(
+            self.folder, lambda: {p.name: _seal(p) for p in checkpoints(self.folder)}, {}
+        )
+        names = {name for seals in found for name in seals}
+        if not names:
+            together(self.world, self.folder, lambda: latest(self.folder) and None)  # raises, with what is there
+        name = max(names, key=lambda name: int(name.removeprefix("step-")))
+        holders = [rank for rank in self.acting if name in found[rank]]
+        path, seal = self.folder / name, found[holders[0]][name]
+        odd = [rank for rank in holders if found[rank][name] != seal]
+        if odd:
+            what = f"differs between {self.hosts[holders[0]]} and {self.hosts[odd[0]]}: they are of two attempts"
+            raise CheckpointError(str(path), what, remedy=way_back(path))
+        if len(holders) < len(self.acting):
+            self._bring_index(path, seal, holders)
+        return path
+
+    def _bring_index(self, path: Path, seal: str, holders: Sequence[int]) -> None:
+        lacks = self.acts and self.world.rank not in holders
+        ended = self._of_each(path, lambda: lacks and _end_save(path, seal), False)
+        lacking = [rank for rank in self.acting if rank not in holders and not ended[rank]]
+        for rank in (rank for rank, done in enumerate(ended) if done):
+            self.note(f"{path.name}: the save was cut off on {self.hosts[rank]} before its last rename; ended now")
+        if not lacking:
+            return
+        content = b""
+
+        def read() -> None:
+            nonlocal content
+            content = (path / INDEX).read_bytes() if self.world.rank == holders[0] else b""
+
+        together(self.world, path, read)
+        content = self.world.broadcast_bytes(content, source=holders[0])
+        together(self.world, path, lambda: _place_index(path, content, seal) if self.world.rank in lacking else None)
+
+    def collect(self, path: Path, index: Index, needed: Collection[str]) -> list[str]:
+        """Brings to each machine the files that its ranks need and that it lacks.
+
+        Args:
+            path: the checkpoint.
+            index: its index.
+            needed: the files that this rank needs.
+
+        Returns:
+            The files that this rank is to verify: its share of those that the ranks of its folder need.
+
+        Raises:
+            CheckpointError: a file is nowhere, or arrives damaged; names it and the host that wrote it.
+            StorageError: a file cannot be written where it is needed.
+        """
+        needs = together(self.world, path, lambda: sorted(needed))
+        by_owner = {
+            owner: sorted({file for rank, files in enumerate(needs) for file in files if self.owners[rank] == owner})
+            for owner in self.acting
+        }
+        sizes = self._of_each(path, lambda: _sizes(path, index), {})
+        held = {owner: {f for f, n in sizes[owner].items() if n == index.files[f].bytes} for owner in self.acting}
+        lost = sorted(index.files.keys() - set().union(*held.values()))
+        if lost:
+            self._refuse(path, index, lost, sizes)
+        self._transfer_all(path, index, held, by_owner)
+        mine = self.owners[self.world.rank]
+        sharers = [rank for rank, owner in enumerate(self.owners) if owner == mine]
+        return by_owner[mine][sharers.index(self.world.rank) :: len(sharers)]
+
+    def _transfer_all(
+        self, path: Path, index: Index, held: Mapping[int, set[str]], needs: Mapping[int, Sequence[str]]
+    ) -> None:
+        """In rounds of one file for each machine: the ranks that only wait hear of every round."""
+        missing = {owner: [file for file in needs[owner] if file not in held[owner]] for owner in self.acting}
+        if len(self.acting) > 1:
+            self.note(f"{path.name}: of {len(index.files)} files {self._listed(held)}")
+        if any(missing.values()):
+            size = sum(index.files[file].bytes for files in missing.values() for file in files) / 2**30
+            self.note(f"{path.name}: on their way, {size:.2f} GiB in all: {self._listed(missing)}")
+        for at in range(max(map(len, missing.values()))):
+            transfers = []
+            for number, (owner, files) in enumerate(missing.items()):
+                if at < len(files):
+                    sources = [rank for rank in self.acting if files[at] in held[rank]]
+                    transfers.append(Transfer(files[at], sources[number % len(sources)], owner))
+            together(self.world, path, lambda: self._round(path, index, transfers))  # noqa: B023  # called at once
+
+    def _listed(self, files: Mapping[int, Collection[str]]) -> str:
+        words = [f"{self.hosts[owner]} {_ranges(found)}" for owner, found in files.items() if found]
+        return _shortened(words, "machines")
+
+    def _round(self, path: Path, index: Index, transfers: Sequence[Transfer]) -> None:
+        """A fault is kept until the end: those who wait for this rank must not wait for ever."""
+        faults: list[Exception] = []
+        for transfer in transfers:
+            facts = index.files[transfer.file]
+            try:
+                if transfer.source == self.world.rank:
+                    _send(self.world, path / transfer.file, facts, transfer.target)
+                elif transfer.target == self.world.rank:
+                    _receive(self.world, path / transfer.file, facts, transfer.source)
+            except (OSError, CrosstuneError) as error:
+                faults.append(error)
+        if faults:
+            raise faults[0]
+
+    def _refuse(self, path: Path, index: Index, lost: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> None:
+        """Names what is nowhere, and the newest other checkpoint of which every piece is somewhere."""
+        file, machines = lost[0], len(self.acting)
+        cut = [(rank, found[file]) for rank, found in enumerate(sizes) if file in found]
+        if cut:
+            found = f"has {cut[0][1]} bytes instead of {index.files[file].bytes} on {self.hosts[cut[0][0]]}"
+        else:
+            found = f"is missing on all {machines} machines" if machines > 1 else "is missing"
+        whole = self._whole_but(path)
+        remedy = together(self.world, path, lambda: way_back(path, among=whole))[self.acting[0]]
+        raise CheckpointError(
+            str(path / file),
+            f"{found}; {_by_writer({name: index.files[name] for name in lost})}",
+            allowed="every file of the checkpoint on one of the machines where the command runs",
+            remedy=remedy,
+        )
+
+    def _whole_but(self, path: Path) -> list[str]:
+        """Names of the other checkpoints of which every piece is on some machine."""
+        answers = self._of_each(path, lambda: _others(path), {})
+        here: dict[str, set[str]] = {}
+        wanted: dict[str, int] = {}
+        for others in answers:
+            for name, (world_size, files) in others.items():
+                here.setdefault(name, set()).update(files)
+                wanted[name] = world_size
+        return [name for name, files in here.items() if len(files) == wanted[name]]
+
+    def _of_each(self, where: Path, work: Callable[[], Any], nothing: Any) -> list[Any]:
+        """What the owners say, by rank; `nothing` for the other ranks."""
+        return together(self.world, where, lambda: work() if self.acts else nothing)
+
+
+def _seal(path: Path) -> str:
+    """SHA-256 of the index, as COMPLETE has it."""
+    with (path / COMPLETE).open("rb") as file:
+        return file.read(100).decode("ascii", errors="replace").strip()
+
+
+def _end_save(path: Path, seal: str) -> bool:
+    """Does what was left of a save: the rename, and COMPLETE before it."""
+    partial = path.with_name(path.name + PARTIAL)
+    if not (partial / INDEX).is_file() or sha256_of(partial / INDEX) != seal:
+        return False
+    _complete(partial, path, seal)
+    return True
+
+
+def _place_index(path: Path, content: bytes, seal: str) -> None:
+    """On a machine that has nothing of the checkpoint: a folder for what it needs of it."""
+    partial = path.with_name(path.name + PARTIAL)
+    if path.is_dir():
+        partial = path  # somebody removed its COMPLETE
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    write_synced(partial / INDEX, content)
+    _complete(partial, path, seal)
+
+
+def _complete(partial: Path, path: Path, seal: str) -> None:
+    write_synced(partial / COMPLETE, seal.encode())
+    sync_folder(partial)
+    if partial != path:
+        partial.rename(path)
+    sync_folder(path.parent)
+
+
+def _sizes(path: Path, index: Index) -> dict[str, int]:
+    """Bytes of the rank files that are here; what a cut-off transfer left is cleared."""
+    for leftover in path.glob(f"*{INCOMING}"):
+        leftover.unlink()
+    return {file.name: file.stat().st_size for file in path.iterdir() if file.name in index.files and file.is_file()}
+
+
+def _others(path: Path) -> dict[str, tuple[int, list[str]]]:
+    """Ranks of the other checkpoints here, and their files that are here in their full size."""
+    found = {}
+    for other in checkpoints(path.parent):
+        if other != path:
+            try:
+                index = read_index(other)
+            except CheckpointError:
+                continue
+            sizes = _sizes(other, index)
+            whole = [file for file, size in sizes.items() if size == index.files[file].bytes]
+            found[other.name] = (index.world_size, whole)
+    return found
+
+
+def _send(world: World, path: Path, facts: StoredFile, to: int) -> None:
+    """Sends as many chunks as the index promises, whatever happens: the receiver counts on them."""
+    fault: OSError | None = None
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+        except OSError as error:
+            fault = error
+        for size in _chunks(facts.bytes):
+            data = b""
+            if fault is None:
+                try:
+                    data = file.read(size)
+                except OSError as error:
+                    fault = error
+            world.send(torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8), to)
+    if fault is not None:
+        raise CheckpointError(str(path), f"cannot be read: {fault.strerror or fault}", remedy=way_back(path.parent))
+
+
+def _receive(world: World, path: Path, facts: StoredFile, source: int) -> None:
+    """Takes all chunks, also when they cannot be written; the file gets its name when its hash fits."""
+    incoming = path.with_name(path.name + INCOMING)
+    fault: OSError | None = None
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(incoming.open("wb"))
+        except OSError as error:
+            fault = error
+        for size in _chunks(facts.bytes):
+            buffer = torch.empty(size, dtype=torch.uint8)
+            world.receive(buffer, source)
+            data = buffer.numpy().data
+            digest.update(data)
+            if fault is None:
+                try:
+                    file.write(data)
+                except OSError as error:
+                    fault = error
+        if fault is None:
+            sync(file)
+    fits = digest.hexdigest() == facts.sha256
+    if fault is not None or not fits:
+        incoming.unlink(missing_ok=True)
+        raise fault or CheckpointError(
+            str(path),
+            f"as rank {source}'s machine has it, does not match its SHA-256 in the index; host {facts.host} wrote it",
+            remedy=way_back(path.parent),
+        )
+    incoming.rename(path)
+    sync_folder(path.parent)
+
+
+def _chunks(total: int) -> Iterator[int]:
+    for at in range(0, total, CHUNK_BYTES):
+        yield min(CHUNK_BYTES, total - at)
+
+
+def _by_writer(files: Mapping[str, StoredFile]) -> str:
+    """Which hosts wrote which files, for a message."""
+    hosts: dict[str, list[str]] = {}
+    for name, facts in files.items():
+        hosts.setdefault(facts.host, []).append(name)
+    return _shortened([f"host {host} wrote {_ranges(names)}" for host, names in hosts.items()], "hosts")
+
+
+def _ranges(files: Collection[str]) -> str:
+    """``rank00000..00003, rank00008``: names of rank files, in short."""
+    ranks = sorted(int(RANK_NUMBER.findall(name)[0]) for name in files)
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = [f"rank{low:05d}" + (f"..{high:05d}" if high > low else "") for low, high in runs]
+    return _shortened(words, "runs of files", ", ")
+
+
+def _shortened(words: Sequence[str], what: str, between: str = "; ") -> str:
+    more = f"{between}and {len(words) - SHOWN} more {what}" if len(words) > SHOWN else ""
+    return between.join(words[:SHOWN]) + more
