@@ -26,9 +26,16 @@ COMPOSED = {
     "doctor": "what a device can do here, and what is missing",
     "doctor portability": "what a model asks of a device that the device lacks",
     "doctor ascend-standin": "builds a pretended Ascend machine, and runs a command on it: ... -- COMMAND",
+    "prove resume": "kills a run at random moments, resumes it, and compares every bit with a run in peace",
+    "prove reshard": "a checkpoint of one engine and number of ranks, under others: from=zero3x4 to=zero1x2,plainx1",
+    "prove layout": "the gradient of a step, packed or padded, on one rank or several, in one pass or many",
 }
 """Commands with a config of their own."""
-SUBCOMMANDS = {"prep": ("inspect",), "doctor": ("portability", "ascend-standin")}
+SUBCOMMANDS = {
+    "prep": ("inspect",),
+    "doctor": ("portability", "ascend-standin"),
+    "prove": ("resume", "reshard", "layout"),
+}
 WITH_PATH = {
     "prep inspect": "samples of prepared data, what is learned in colour: crosstune prep inspect PATH",
     "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
@@ -145,6 +152,9 @@ def parse(arguments: Sequence[str]) -> Request:
         raise ConfigError("--dry-run", "an option of `crosstune prep` alone", remedy="crosstune prep --dry-run ...")
     if request.program and request.command != "doctor ascend-standin":
         raise ConfigError("--", "a command to run", remedy="crosstune doctor ascend-standin ... -- COMMAND")
+    if request.command not in COMMANDS and request.command and not request.help:
+        parts = [f"crosstune {request.command} {part}" for part in SUBCOMMANDS[request.command]]
+        raise ConfigError(f"crosstune {request.command}", "which one?", allowed=", ".join(parts))
     if not request.command and not request.help:
         raise ConfigError("crosstune", "no command", allowed=", ".join(COMMANDS))
     return request
@@ -168,7 +178,7 @@ def _set_option(request: Request, word: str, rest: Any) -> None:
 
 
 def _command(word: str) -> str:
-    if word in COMMANDS:
+    if word in COMMANDS or word in SUBCOMMANDS:
         return word
     meant = nearest(word, COMMANDS)
     remedy = f"did you mean crosstune {meant}?" if meant else "crosstune --help"
@@ -200,6 +210,8 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
 
     join_terminal()
 
+    if request.command.startswith("prove"):
+        return _prove(request, cfg)
     if request.command == "train":
         return steps.train(cfg, worker=ERROR_DIR in os.environ, resume=request.resume)
     commands: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -219,6 +231,22 @@ def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
     from launchers.doctor.device import doctor
 
     return doctor(cfg)
+
+
+def _prove(request: Request, cfg: Any) -> dict[str, Any]:
+    if request.command == "prove resume":
+        from launchers.prove.resume import prove_resume
+
+        return prove_resume(cfg)
+    if request.command == "prove layout":
+        from launchers.prove.layout import prove_layout
+
+        return prove_layout(cfg, request.config_dir)
+    from launchers.prove.reshard import prove_reshard, reload
+
+    if request.resume and request.resolved is not None:
+        return reload(cfg, request.resolved)
+    return prove_reshard(cfg, request.config_dir)
 
 
 def _with_path(request: Request) -> dict[str, Any] | None:
@@ -251,19 +279,26 @@ def _with_path(request: Request) -> dict[str, Any] | None:
 
 def _config(request: Request) -> Any:
     from configs.compose import amend, command_of, compose, load_resolved
-    from configs.groups import spoken
+    from configs.groups import ROOTS, spoken
+    from configs.schema.prove import as_config_of, with_full_keys
 
+    command = request.command.replace(" ", "_")
+    words = with_full_keys(command, request.words)
     if request.resolved is None:
-        return compose(request.command.replace(" ", "_"), request.words, config_dir=request.config_dir)
+        return compose(command, words, config_dir=request.config_dir)
     cfg = load_resolved(request.resolved)
-    fitting = {"run": ("run", "train"), "train": ("train",)}.get(command_of(cfg), (command_of(cfg),))
+    proofs = tuple(name for name in COMPOSED if name.startswith("prove "))
+    made_by = spoken(command_of(cfg))
+    fitting = {"run": ("run", "train", *proofs), "train": ("train", *proofs)}.get(made_by, (made_by,))
     if request.command not in fitting:
         raise ConfigError(
             "--resolved",
-            f"'{request.resolved}' is the config of `crosstune {spoken(command_of(cfg))}`",
+            f"'{request.resolved}' is the config of `crosstune {made_by}`",
             remedy=" or ".join(f"crosstune {name} --resolved ..." for name in fitting),
         )
-    return amend(cfg, request.words, config_dir=request.config_dir) if request.words else cfg
+    if request.command in proofs and made_by != request.command:
+        cfg = as_config_of(ROOTS[command], cfg)
+    return amend(cfg, words, config_dir=request.config_dir) if words else cfg
 
 
 def _print_config(cfg: object) -> None:
@@ -293,9 +328,10 @@ def _prepare_process(cfg: object) -> None:
 
 
 def _print_help(request: Request) -> None:
-    if not request.command:
-        width = max(len(name) for name in COMMANDS)
-        print(TOP_HELP.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
+    if request.command not in COMMANDS:
+        shown = {name: text for name, text in COMMANDS.items() if name.startswith(request.command)}
+        width = max(len(name) for name in shown)
+        print(TOP_HELP.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in shown.items())))
     elif request.command in WITH_PATH:
         from launchers.help import path_command_help
 

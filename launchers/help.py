@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from configs.docs import field_docs
 from configs.groups import ROOTS, SCHEMAS, groups_of, options_of, spoken
+from configs.schema.prove import SHORT_KEYS
 
 TYPED_MOST = (
     "model.path",
@@ -28,6 +29,7 @@ TYPED_MOST = (
     "out",
     "checkpoint",
     "data",
+    *("from", "to", "steps", "kills", "shrink"),
 )
 WIDTH = 118
 
@@ -81,9 +83,10 @@ def _keys(command: str) -> Iterator[tuple[str, str, str]]:
     """Key, values it takes with its default, and doc; a group's keys are those of all its options."""
     root = ROOTS[command]
     hints, docs = get_type_hints(root), field_docs(root)
+    typed = {key: short for short, key in SHORT_KEYS.items()}
     for f in fields(root):
         if not is_dataclass(hints[f.name]):
-            yield f.name, _value(f, hints[f.name]), docs.get(f.name, "")
+            yield typed.get(f.name, f.name), _value(f, hints[f.name]), docs.get(f.name, "")
     for f in fields(root):
         if is_dataclass(hints[f.name]):
             yield from _group_keys(f.name, [*SCHEMAS.get(f.name, {}).values()] or [hints[f.name]])

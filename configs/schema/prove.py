@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from configs.errors import ConfigError
 from configs.schema.roots import TrainConfig
+
+T = TypeVar("T", bound=TrainConfig)
 
 LAYOUT = re.compile(r"(\w+)x([1-9]\d*)")
 """``zero3x4``: an option of the sharding group, and processes."""
 SHORT_KEYS = {"from": "layout_from", "to": "layouts_to"}
 """As they are typed: ``from`` is a word of Python's."""
+OF_ONE_COMMAND: dict[str, Any] = {"out": None, "overwrite": False, "run_dir": None}
+"""Keys that mean something else to a proof than to a run, at their defaults."""
 
 
 @dataclass
@@ -98,6 +103,12 @@ def check_layout(key: str, name: str) -> None:
     """
     if not LAYOUT.fullmatch(name):
         raise ConfigError(key, f"'{name}'", allowed="SHARDINGxPROCESSES, such as zero3x4 or plainx1")
+
+
+def as_config_of(root: type[T], cfg: TrainConfig, **changes: Any) -> T:
+    """What a config says about training, as that of another command; `OF_ONE_COMMAND` is not carried over."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
+    return root(**(values | OF_ONE_COMMAND | changes))
 
 
 def with_full_keys(command: str, texts: list[str]) -> list[str]:

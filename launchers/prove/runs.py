@@ -18,7 +18,7 @@ import psutil
 from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError, WorkerLostError
 from launchers.failure import from_json
 
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.002
 GONE_SECONDS = 60
 """Time that the kernel may take to clear away killed processes, with the memory of their devices."""
 

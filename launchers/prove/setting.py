@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from configs.compose import amend
 from configs.errors import ModelError
-from configs.schema.prove import LAYOUT, ProveConfig
+from configs.schema.prove import LAYOUT, ProveConfig, as_config_of
 from configs.schema.roots import TrainConfig
 from configs.schema.tuning import LoraConfig
-
-OUR_OWN = {"out": None, "overwrite": False, "run_dir": None}
-"""Keys that mean something else to a proof than to its runs."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class Setting:
 
 def setting_of(cfg: ProveConfig, *, steps: int, every: int) -> Setting:
     """The user's config as that of a run of `steps` steps with a checkpoint every so many."""
-    values = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
-    setting = Setting(TrainConfig(**(values | OUR_OWN)))
+    setting = Setting(as_config_of(TrainConfig, cfg))
     # First, since the number of checkpoints that are due may contradict the figure that the best are told by.
     setting.change("checkpoint.keep_best", 0, "no matter to this proof")
     setting.change("checkpoint.every", every, "some in a short run")
@@ -95,9 +90,7 @@ def layout_name(cfg: TrainConfig) -> str:
     return f"{name}{more}x{cfg.nproc}"
 
 
-def choose_model(
-    setting: Setting, cfg: ProveConfig, model_dir: Path, work: Path, note: Callable[[str], None], *, quiet: bool
-) -> None:
+def choose_model(setting: Setting, cfg: ProveConfig, model_dir: Path, work: Path, *, quiet: bool) -> None:
     """Puts the model that the proof's runs take in the place of the user's, where it has to be another.
 
     Args:
@@ -105,7 +98,6 @@ def choose_model(
         cfg: of the command.
         model_dir: the user's model.
         work: folder of the proof's own.
-        note: takes lines for the user.
         quiet: nothing random may be in the forward pass: ranks draw masks of their own.
 
     Raises:
@@ -131,7 +123,6 @@ def choose_model(
         folder = work / "model"
         cut_model(model_dir, folder, short, kept.kept, kept.total)
         what = f"layers {', '.join(map(str, kept.kept))} of {kept.total}, with their weights"
-        note(f"model: {what}")
         after = f"{before}, {what}"
         if isinstance(setting.train.tuning, LoraConfig):
             setting.change("tuning.first_layer", min(setting.train.tuning.first_layer, cfg.layers - 1), "shrink")

@@ -88,9 +88,10 @@ def close_figure(key: str, expected: Records, found: Records, tolerance: float) 
     worst, first = 0.0, None
     for record in expected:
         ours, theirs = record.get(key), by_step.get(int(record["step"]), {}).get(key)
-        error = abs(theirs - ours) / max(1.0, abs(ours)) if None not in (ours, theirs) else math.inf
-        if ours is None and theirs is None:
-            error = 0.0  # a step that was skipped in both
+        if ours is None or theirs is None:  # of a step that was skipped
+            error = 0.0 if ours is theirs else math.inf
+        else:
+            error = abs(theirs - ours) / max(1.0, abs(ours))
         worst = max(worst, error)
         if not error <= tolerance and first is None:
             first = Difference(f"step {record['step']}", key, ours, ABSENT if theirs is None else theirs)

@@ -65,7 +65,11 @@ def copy_small_files(model_dir: Path, out: Path) -> None:
     """Config, tokenizer, template and code, without the weights; makes the folder."""
     out.mkdir(parents=True)
     for file in model_dir.iterdir():
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt", ".py") and ".index." not in file.name:
+        if (
+            file.is_file()
+            and file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
+            and ".index." not in file.name
+        ):
             shutil.copyfile(file, out / file.name)
 
 

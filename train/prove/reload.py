@@ -58,9 +58,7 @@ def load_and_save(cfg: TrainConfig, run: RunFolder, out: Path) -> None:
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             with HostMemory() as memory:
-                state = restore_latest(
-                    engine, run.checkpoints, world, storage=storage, run_id=record.run_id, note=note
-                )
+                state = restore_latest(engine, run.checkpoints, world, storage=storage, run_id=record.run_id, note=note)
             keep = replace(cfg.checkpoint, mode=SaveMode.synchronous)
             with closing(
                 Checkpointer(engine, out, keep, world, storage=storage, run_id=record.run_id, note=note)

@@ -59,8 +59,8 @@ def _equal_kind(kind: str, names: list[str], ours: CheckpointReader, theirs: Che
     for name in names:
         entry = ours.params[name]
         if (kind in entry.kinds) != (kind in theirs.params[name].kinds):
-            there = [kind if kind in reader.params[name].kinds else ABSENT for reader in (ours, theirs)]
-            first, differing = first or Difference(name, kind, *there), differing + entry.numel
+            mine, other = (kind if kind in reader.params[name].kinds else ABSENT for reader in (ours, theirs))
+            first, differing = first or Difference(name, kind, mine, other), differing + entry.numel
             continue
         if kind not in entry.kinds or entry.shape != theirs.params[name].shape:
             continue
@@ -144,8 +144,8 @@ def close_tensors(expected: Path, found: Path, kind: str, tolerance: float) -> C
             if not error <= worst:  # a NaN is worse than anything
                 worst, worst_name = error, name
             if not error <= tolerance and first is None:
-                values = [_read_one(reader, name, kind, at) for reader in (ours, theirs)]
-                first = Difference(name, kind, *values, _index(at, ours.params[name].shape))
+                a, b = (_read_one(reader, name, kind, at) for reader in (ours, theirs))
+                first = Difference(name, kind, a, b, _index(at, ours.params[name].shape))
     figure = f"{len(norms)} parameters, apart by {worst:.1e} of their norm at most; allowed {tolerance:.0e}"
     figure += f" ({worst_name})" if worst else ""
     return Comparison("gradient", first is None and total > 0, figure, first)
