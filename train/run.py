@@ -28,7 +28,9 @@ from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.faults import told
 from train.guard.heartbeat import Heartbeat
+from train.guard.lookout import collective_seconds
 from train.guard.stop import STARTED, StopRequests
+from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import dtype_name, load_config, load_model, resolve_precision
@@ -74,7 +76,8 @@ def train(
         cfg = replace(cfg, model=replace(cfg.model, precision=precision))
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
-    with closing(init_world(device)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
+    patience = collective_seconds(cfg.guard.hang_timeout_seconds)
+    with closing(init_world(device, patience)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
         note: Note = logger.info if world.rank == 0 else logger.debug
         run, objective = RunFolder(run_dir), build(cfg.objective, Objective)
         data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
@@ -132,7 +135,7 @@ def train(
                     stop=stop,
                     guard=cfg.guard,
                     heartbeat=heartbeat,
-                    hooks=hooks_of(run, world, first_step=state.step),
+                    hooks=hooks_of(cfg, run, device, world, heartbeat, last_words, first_step=state.step),
                 ).run(state)
 
 
@@ -258,8 +261,22 @@ def record_run(
     )
 
 
-def hooks_of(run: RunFolder, world: World, *, first_step: int) -> list[Hook]:
+def hooks_of(
+    cfg: TrainConfig,
+    run: RunFolder,
+    device: Device,
+    world: World,
+    heartbeat: Heartbeat,
+    last_words: Callable[[CrosstuneError], None],
+    *,
+    first_step: int,
+) -> list[Hook]:
     """What watches the loop; rank 0 writes and shows."""
-    if world.rank != 0:
-        return []
-    return [MetricsHook(run.metrics, keep_until=first_step), Progress()]
+    hooks: list[Hook] = []
+    if cfg.guard.hang_timeout_seconds:
+        asynchronous = device.torch_type != "cpu"
+        limit = cfg.guard.hang_timeout_seconds
+        hooks.append(HangWatch(heartbeat, world, run.path, limit, asynchronous=asynchronous, last_words=last_words))
+    if world.rank == 0:
+        hooks += [MetricsHook(run.metrics, keep_until=first_step), Progress()]
+    return hooks

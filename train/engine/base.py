@@ -123,7 +123,9 @@ class World:
 def init_world(device: Device, timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> World:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone where they are unset.
 
-    After `timeout_seconds` without an answer from its peers a rank gives up. Host values travel over gloo in a group of their own where the device has another backend: that backend may
+    After `timeout_seconds` without an answer from its peers a rank gives up.
+
+    Host values travel over gloo in a group of their own where the device has another backend: that backend may
     know neither host tensors nor fp64.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))

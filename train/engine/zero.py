@@ -55,6 +55,7 @@ class ZeroEngine(Engine):
             self._deepspeed, self._zero, *_ = deepspeed.initialize(
                 model=module, model_parameters=list(self.trained.values()), optimizer=optimizer, config=settings
             )
+        world.adopt_groups()
         self._layout = layout_of(self._zero, names)
 
     def forward(self, **batch: Any) -> Any:

@@ -7,6 +7,7 @@ and looks again a moment later.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from enum import Enum
 
 
@@ -30,25 +31,33 @@ class Phase(Enum):
 
 
 class Heartbeat:
-    """The place of one rank."""
+    """The place of one rank.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds that never go back; a test passes its own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.step = 0
         """Counted from 1; 0 before the first."""
         self.phase = Phase.setup
+        self.entered = 0
+        """Phases begun since the step began: ranks take the same ones, so that the lower count is behind."""
         self.beats = 0
         """Changes so far: a rank whose count stands still does not advance."""
-        self.since = time.monotonic()
+        self.since = clock()
         """When the phase began."""
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """The thread of the steps begins a phase."""
         if step is not None:
-            self.step = step
+            self.step, self.entered = step, 0
         self.phase = phase
-        self.since = time.monotonic()
+        self.entered += 1
+        self.since = self._clock()
         self.beats += 1
 
     def beat(self) -> None:
-        """Within a long phase: something has been done."""
+        """Within a long phase, or beside it on another thread: something has been done."""
         self.beats += 1
