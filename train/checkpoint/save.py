@@ -157,8 +157,8 @@ def write_checkpoint(site: Site, world: World, moment: Moment, on_chunk: Callabl
     except LostContactError:  # whether the others have renamed theirs is not known: the next start looks
         raise
     except Exception:
-        if owns:
-            _undo(partial, final if renaming else None)
+        with suppress(LostContactError):  # nobody leaves, and maybe ends the job, before it is done
+            in_folder(lambda: _undo(partial, final if renaming else None))
         raise
     if owns:
         shutil.rmtree(_replaced(final), ignore_errors=True)

@@ -64,7 +64,8 @@ def together(world: World, where: Path, work: Callable[[], Any]) -> list[Any]:
 def _storage_error(error: OSError, where: Path) -> StorageError:
     place = str(error.filename or where)
     if error.errno in FULL:
-        return NoRoomError(place, f"the disk is full: {error.strerror}", remedy="free space there")
+        remedy = "free space there; what was saved before is whole, and `crosstune resume` goes on from it"
+        return NoRoomError(place, f"the disk is full: {error.strerror}", remedy=remedy)
     return StorageError(place, f"cannot be written: {error.strerror or error}")
 
 
