@@ -162,7 +162,14 @@ def parse_index(content: bytes) -> Index:
         ValueError: malformed; says which value.
     """
     try:
-        top = json.loads(content.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_such_number)
+        top = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_doubles,
+            parse_int=_whole_number,
+            parse_constant=_no_such_number,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is no JSON: {error}") from error
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(top, dict):
@@ -194,6 +201,12 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         double = next(name for at, (name, _) in enumerate(pairs) if last[name] != at)
         raise ValueError(f"the key {double[:80]!a} twice in one object")
     return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 30:  # Python refuses beyond some thousands only
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_such_number(word: str) -> float:
@@ -338,6 +351,4 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
 
 
 def _short(value: Any) -> str:
-    if type(value) is int and abs(value) > MOST_COUNTED:
-        return "a number beyond all bounds"  # and maybe longer than Python is willing to print
     return ascii(value)[:80] if type(value) in (int, float, str, bool, type(None)) else f"a {type(value).__name__}"
