@@ -77,11 +77,12 @@ class NonFinite:
 
     def _suspects(self, step: GlobalStep, losses: Sequence[float]) -> list[dict[str, Any]]:
         """Each rank's micro-batches whose loss is not finite; all of them where every loss is."""
-        anywhere = self.world.all_reduce_sum([sum(not math.isfinite(loss) for loss in losses)])[0]
+        filled = [(i, loss) for i, loss in enumerate(losses) if step.micro_batches[i]]
+        anywhere = self.world.all_reduce_sum([sum(not math.isfinite(loss) for _, loss in filled)])[0]
         batches = [
             {"micro_batch": i, "loss": _plain(loss), "samples": self._samples(step, i)}
-            for i, loss in enumerate(losses)
-            if step.micro_batches[i] and not (anywhere and math.isfinite(loss))
+            for i, loss in filled
+            if not (anywhere and math.isfinite(loss))
         ]
         mine = {"rank": self.world.rank, "host": socket.gethostname(), "micro_batches": batches}
         ranks = [json.loads(data) for data in self.world.all_gather_bytes(json.dumps(mine).encode())]

@@ -109,9 +109,13 @@ class StopRequests:
         wish = self.wanted()
         if self.world.size == 1:
             return wish or ""
-        mine = f"{wish} (rank {self.world.rank} on {socket.gethostname()})" if wish else ""
-        said = [text.decode() for text in self.world.all_gather_bytes(mine.encode()) if text]
-        return said[0] + (f" and {len(said) - 1} more rank(s)" if said[1:] else "")
+        mine = f"{wish}|{socket.gethostname()}" if wish else ""
+        answers = [text.decode().split("|") for text in self.world.all_gather_bytes(mine.encode())]
+        wishes = [(rank, *answer) for rank, answer in enumerate(answers) if answer != [""]]
+        rank, why, host = wishes[0]
+        if len(wishes) == self.world.size and all(other == why for _, other, _ in wishes):
+            return f"{why} (all ranks)"
+        return f"{why} (rank {rank} on {host})" + (f" and {len(wishes) - 1} more rank(s)" if wishes[1:] else "")
 
     def honoured(self) -> None:
         """The run stops: takes the file away, so that it does not stop the next command too."""
