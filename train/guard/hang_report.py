@@ -83,7 +83,7 @@ def _row(place: Place) -> tuple[str, ...]:
         sign.phase,
         f"{sign.in_phase:.0f}",
         f"{place.idle:.0f}",
-        "-" if testimony is None or testimony.collectives is None else str(testimony.collectives),
+        "-" if testimony is None or testimony.collectives is None else "+".join(map(str, testimony.collectives)),
         "-" if testimony is None else testimony.waits.value,
         ", ".join(text for text in (place.state, heard, ended) if text) or "-",
     )

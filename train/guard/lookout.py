@@ -69,6 +69,17 @@ class _Call:
     """Of the ranks that are to answer."""
 
 
+@dataclass(frozen=True)
+class _Leave:
+    """When this rank ends itself."""
+
+    at_first: float
+    at_last: float
+    others: frozenset[int]
+    """Ranks whose farewell is waited for between the two."""
+    silent: list[int]
+
+
 class Lookout:
     """The logic of one rank, without thread or store of its own: whoever calls `tick` now and then drives it.
 
@@ -80,8 +91,8 @@ class Lookout:
         limits: times.
         first_step: steps done before the command began.
         testify: looks at this process; None: it could not.
-        end: kills silent neighbours, tells the error if this rank speaks for its machine.
-        leave: ends the process.
+        tell: the error, where this rank speaks for its machine.
+        leave: ends the silent ranks of this machine, which cannot do it themselves, and this process.
         folder: of the run, for the report.
         clock: seconds that never go back.
     """
@@ -96,14 +107,14 @@ class Lookout:
         *,
         first_step: int,
         testify: Callable[[], Testimony | None],
-        end: Callable[[HangError, list[Member], bool], None],
-        leave: Callable[[], None],
+        tell: Callable[[HangError], None],
+        leave: Callable[[list[Member]], None],
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.me, self.members, self.heartbeat, self.boards, self.limits = me, members, heartbeat, boards, limits
         self.first_step, self.folder, self._clock = first_step, folder, clock
-        self._testify, self._end, self._leave = testify, end, leave
+        self._testify, self._tell, self._leave = testify, tell, leave
         self.began = time.time()
         now = clock()
         self._ticked = self._changed = now
@@ -112,8 +123,8 @@ class Lookout:
         self._call: _Call | None = None
         self._testimony: Testimony | None = None
         self._posts: dict[str, str] = {}
-        self._leaving: tuple[float, frozenset[int]] | None = None
-        """When to leave at the latest, and the ranks whose farewell is waited for until then."""
+        self.leaving: _Leave | None = None
+        """Set once there is a verdict."""
         self.ended: str | None = None
         """Set when this rank leaves the steps."""
         self.sightings = Sightings([self.sign(now)] * len(members), now)
@@ -121,8 +132,10 @@ class Lookout:
     @property
     def pause(self) -> float:
         """Seconds until the next tick."""
-        busy = self._call is not None or self._leaving is not None
-        return min(self.limits.interval, 0.1) if busy else self.limits.interval
+        if self._call is not None or self.leaving is not None:
+            return min(self.limits.interval, 0.1)
+        # Nearer to a verdict the ranks hear each other sooner.
+        return self.limits.interval / (5 if self._clock() - self._changed > self.limits.timeout / 2 else 1)
 
     def tick(self) -> None:
         """Looks, answers, judges."""
@@ -133,7 +146,7 @@ class Lookout:
         self._tick += 1
         self._look(now)
         call = self._newest_call()
-        if self._leaving is not None:
+        if self.leaving is not None:
             self._farewell(now)
         elif call.get("end"):
             self._obey(call["end"], now)
@@ -260,9 +273,8 @@ class Lookout:
         told = {"where": error.where, "found": error.found, "allowed": error.allowed, "remedy": error.remedy}
         end = {"error": told, "silent": silent, "speakers": list(speakers.values())}
         self._posts[CALL] = packed({"number": self._number, "end": end})
-        self._do_end(end)
         others = frozenset(place.rank for place in live) - {self.me.rank}
-        self._leaving = (self._clock() + self.limits.patience, others)
+        self._end(end, _Leave(now, now + self.limits.patience, others, silent))
 
     def _faults(self, now: float) -> str:
         texts = [f"{board.name}: {board.fault}" for board in self.boards if board.fault]
@@ -274,25 +286,29 @@ class Lookout:
     def _obey(self, end: dict[str, Any], now: float) -> None:
         """Another rank has judged."""
         self._posts[answer(self.me.rank)] = packed({"farewell": True})
-        self._do_end(end)
-        self._leaving = (self._clock() + 2, frozenset())
+        # The first to go may take others of its machine along, or a table: all are to have heard of it by then.
+        first = now + 1 + self.limits.interval / 2
+        self._end(end, _Leave(first, now + self.limits.patience, frozenset(), end["silent"]))
 
-    def _do_end(self, end: dict[str, Any]) -> None:
-        neighbours = [self.members[rank] for rank in end["silent"]]
-        neighbours = [member for member in neighbours if member.machine == self.me.machine]
-        told = dict(end["error"])
-        error = HangError(told.pop("where"), told.pop("found"), **told)
-        self._end(error, neighbours, self.me.rank in end["speakers"])
+    def _end(self, end: dict[str, Any], leave: _Leave) -> None:
+        self.leaving = leave
+        if self.me.rank in end["speakers"]:
+            told = dict(end["error"])
+            self._tell(HangError(told.pop("where"), told.pop("found"), **told))
 
     def _farewell(self, now: float) -> None:
         """Leaves when what had to be said is said: the store may live in this process."""
-        assert self._leaving is not None
-        until, others = self._leaving
+        assert self.leaving is not None
         talking = [board for board in self.boards if not board.fault]
-        missing = {rank for rank in others if not any(unpacked(b.read(answer(rank))).get("farewell") for b in talking)}
-        said = all(board.sent for board in talking)
-        if now >= until or (not missing and said):
-            self._leave()
+        heard = {
+            rank
+            for rank in self.leaving.others
+            if any(unpacked(board.read(answer(rank))).get("farewell") for board in talking)
+        }
+        said = heard == self.leaving.others and all(board.sent for board in talking)
+        if now >= self.leaving.at_last or (said and now >= self.leaving.at_first):
+            neighbours = [self.members[rank] for rank in self.leaving.silent]
+            self._leave([member for member in neighbours if member.machine == self.me.machine])
 
     def _newest_call(self) -> dict[str, Any]:
         calls = [unpacked(board.read(CALL)) for board in self.boards]
@@ -301,7 +317,7 @@ class Lookout:
     def _exchange(self) -> None:
         posts = self._posts | {cell(self.me.rank): packed(asdict(self.sign(self._clock())))}
         wanted = [cell(rank) for rank in self.sightings.looked_at]
-        ranks = self._call.beats if self._call else self._leaving[1] if self._leaving else ()
+        ranks = self._call.beats if self._call else self.leaving.others if self.leaving else ()
         wanted += [answer(rank) for rank in ranks]
         for board in self.boards:
             board.exchange(posts, wanted)

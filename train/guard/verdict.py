@@ -154,20 +154,19 @@ def _of_working(at_work: list[Place], here: list[Place]) -> Verdict:
 
 def _of_waiting(here: list[Place]) -> Verdict:
     """All wait in collectives: who waits in an earlier one?"""
-    counted = all(place.testimony and place.testimony.collectives is not None for place in here)
-
-    def turn(place: Place) -> tuple[int, int, int]:
-        count = place.testimony.collectives if counted and place.testimony else None
-        return (place.sign.step, count, 0) if count is not None else (place.sign.step, 0, place.sign.entered)
-
-    first = min(map(turn, here))
-    behind = [place for place in here if turn(place) == first]
+    counts = [place.testimony.collectives if place.testimony else None for place in here]
+    counted = [sum(count) for count in counts if count is not None]
+    by_count = len(counted) == len(here)
+    turns = [(p.sign.step, counted[i] if by_count else p.sign.entered) for i, p in enumerate(here)]
+    behind = [place for place, turn in zip(here, turns, strict=True) if turn == min(turns)]
     others = [place for place in here if place not in behind]
-    if not others:
-        text = f"all ranks wait in the same collective ({_doing(here[0])}): a link or the collective library"
-        return _cannot_tell((), text)
-    text = f"in an earlier collective than {_ranks(others)}: {_at(behind[0])}, {_doing(behind[0])}; {_waiting(others)}"
-    return _named(behind, text) if len(behind) == 1 else _cannot_tell(behind, text)
+    if others:
+        text = f"in an earlier collective than {_ranks(others)}: {_plain(behind)}; {_waiting(others)}"
+        return _named(behind, text) if len(behind) == 1 else _cannot_tell(behind, text)
+    if any(count != counts[0] for count in counts) or len({_doing(place) for place in here}) > 1:
+        return _cannot_tell((), f"the ranks wait in different collectives: {_plain(here)}")
+    text = f"all ranks wait in the same collective, {_plain(here)}: a link between them, or the collectives' library"
+    return _cannot_tell((), text)
 
 
 def _position(place: Place) -> tuple[int, int]:
@@ -195,9 +194,12 @@ def _ranks(places: Sequence[Place]) -> str:
 
 
 def _at(place: Place) -> str:
-    where = f"step {place.sign.step}" if place.sign.step else "the time before the first step"
     since = f" for {place.sign.in_phase:.0f} s" if place.silent is None else ""
-    return f"in phase {place.sign.phase} of {where}{since}"
+    return f"in phase {place.sign.phase} of {_step(place)}{since}"
+
+
+def _step(place: Place) -> str:
+    return f"step {place.sign.step}" if place.sign.step else "the time before the first step"
 
 
 def _doing(place: Place) -> str:
@@ -207,12 +209,14 @@ def _doing(place: Place) -> str:
 
 
 def _plain(places: Sequence[Place]) -> str:
-    """Each rank's place, or the common one; a few."""
-    texts = [f"{_at(place)}, {_doing(place)}" for place in places]
-    if len(places) == 1 or len(set(texts)) == 1:
-        return texts[0]
-    shown = "; ".join(f"rank {place.rank} {text}" for place, text in list(zip(places, texts, strict=True))[:4])
-    return shown + (f"; and {len(places) - 4} more" if len(places) > 4 else "")
+    """Where a few of them are; said once where several are at the same."""
+    groups: dict[str, list[Place]] = {}
+    for place in places:
+        groups.setdefault(f"in phase {place.sign.phase} of {_step(place)}, {_doing(place)}", []).append(place)
+    if len(groups) == 1:
+        return f"{_at(places[0])}, {_doing(places[0])}"
+    texts = [f"{_ranks(members)} {text}" for text, members in groups.items()]
+    return "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more places" if len(texts) > 4 else "")
 
 
 def _lost(place: Place) -> str:

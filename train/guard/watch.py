@@ -84,7 +84,7 @@ class HangWatch(Hook):
             self.limits,
             first_step=first_step,
             testify=partial(self._testify, neighbours, boards),
-            end=self._end,
+            tell=self._tell,
             leave=_leave,
             folder=self.folder,
         )
@@ -101,6 +101,8 @@ class HangWatch(Hook):
         if self._lookout is None or self._over.is_set():
             return
         error = sys.exception()
+        if self._lookout.leaving is not None:  # what came up here only follows from it: the watch ends this process
+            self._thread.join()
         in_order = error is None or isinstance(error, StoppedError)
         self._over.set()
         self._thread.join(timeout=LOOK_SECONDS)
@@ -157,15 +159,16 @@ class HangWatch(Hook):
 
         return found[0] if within(LOOK_SECONDS, look) else None
 
-    def _end(self, error: HangError, silent: list[Member], speaks: bool) -> None:
-        """Ranks that are not heard of cannot end by themselves, and would be waited for."""
-        for member in silent:
-            member.kill()
-        if speaks:
-            Console(stderr=True).show_cursor()  # a bar may have hidden it
-            within(TELL_SECONDS, lambda: self.last_words(error))
+    def _tell(self, error: HangError) -> None:
+        Console(stderr=True).show_cursor()  # a bar may have hidden it
+        within(TELL_SECONDS, lambda: self.last_words(error))
 
 
-def _leave() -> NoReturn:
-    """The thread of the steps hangs: no exception would reach it, nor would an orderly exit come to an end."""
+def _leave(silent: list[Member]) -> NoReturn:
+    """Ends this process at once, and before it those that are not heard of: they would be waited for.
+
+    The thread of the steps hangs: no exception would reach it, nor would an orderly exit come to an end.
+    """
+    for member in silent:
+        member.kill()
     os._exit(EXIT_RUN_FAILED)

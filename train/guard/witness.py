@@ -28,9 +28,8 @@ from train.guard.heartbeat import Phase
 
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
-LOCKS = (os.sep + "threading.py", os.sep + "queue.py", os.path.join("concurrent", "futures", "_base.py"))
-"""Files of the standard library in which one thread waits for another."""
-WAIT = re.compile(r"\.wait\(\s*\)?$|\.wait\(|\.synchronize\(")
+THREADING = os.sep + "threading.py"
+WAIT = re.compile(r"\.(wait|synchronize)\(")
 """A call that waits for a collective begun before."""
 TO_DEVICE = re.compile(r"\.(to|copy_|cpu|item|tolist)\(|float\(|int\(|bool\(")
 """A call that may wait for the device."""
@@ -100,8 +99,8 @@ class Testimony:
     waits: Waits
     doing: str
     """File, line and function at which the thread of the steps is, or the collective in which it waits."""
-    collectives: int | None
-    """Begun so far over all groups of the steps; None where a backend keeps no count."""
+    collectives: list[int] | None
+    """Begun so far, by group of the steps; None where a backend keeps no count."""
     states: dict[int, str]
     """Of the ranks on this machine, by rank."""
     stacks: str
@@ -155,13 +154,9 @@ def _waiting(frames: dict[int, FrameType], phase: Phase, asynchronous: bool) -> 
     main = threading.main_thread().ident or 0
     frame = frames[main]
     doing = _waits_in(frame)
-    if doing is None and frame.f_code.co_filename.endswith(LOCKS):  # for a writer of a checkpoint: what does that do?
-        others = [other for ident, other in frames.items() if ident != main and _is_ours(other)]
-        working = [other for other in others if _waits_in(other) is None]
-        if others and not working:
-            doing = _waits_in(others[0])
-        elif working:
-            frame = working[0]
+    if doing is None and (writer := _joined(frame)) in frames:  # for a writer of a checkpoint: what does that do?
+        frame = frames[writer]
+        doing = _waits_in(frame)
     elif doing is None and frame.f_code.co_name == "_engine_run_backward":  # hooks run on threads of autograd
         named = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
         found = [_waits_in(other) for ident, other in frames.items() if ident not in named]
@@ -177,7 +172,8 @@ def _waiting(frames: dict[int, FrameType], phase: Phase, asynchronous: bool) -> 
 
 def _waits_in(frame: FrameType) -> str | None:
     """The collective in which a thread waits, and who called it; None where it does not wait."""
-    if (call := _call_under_way(frame)) and WAIT.search(call) and not frame.f_code.co_filename.endswith(LOCKS):
+    call = _call_under_way(frame)
+    if WAIT.search(call) and not frame.f_code.co_filename.endswith(THREADING):
         return f"{call.strip()[:80]} at {_place(frame)}"
     name, caller, current = None, None, frame
     while current is not None:
@@ -189,6 +185,15 @@ def _waits_in(frame: FrameType) -> str | None:
     if name is None:
         return None
     return f"{name} called at {_place(caller)}" if caller is not None else name
+
+
+def _joined(frame: FrameType | None) -> int:
+    """The thread for whose end another waits; 0 where it waits for none."""
+    while frame is not None and frame.f_code.co_filename.endswith(THREADING):
+        if frame.f_code.co_name == "join" and isinstance(thread := frame.f_locals.get("self"), threading.Thread):
+            return thread.ident or 0
+        frame = frame.f_back
+    return 0
 
 
 def _is_ours(frame: FrameType | None) -> bool:
@@ -223,19 +228,19 @@ def _call_under_way(frame: FrameType) -> str:
     return line[begin : end if first == last else None].decode(errors="replace")
 
 
-def _collectives(background: dist.ProcessGroup | None) -> int | None:
-    """Collectives begun over all groups but `background`, whose thread is not that of the steps."""
+def _collectives(background: dist.ProcessGroup | None) -> list[int] | None:
+    """Begun in each group but `background`, whose thread is not that of the steps; groups are made in one order."""
     if not dist.is_initialized():
         return None
-    total = 0
+    counts: list[int] = []
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is background:
             continue
         try:
-            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # torch's stub lacks it
+            counts.append(group._get_sequence_number_for_group())  # type: ignore[attr-defined]  # not in torch's stub
         except RuntimeError:  # the backend keeps no count
             return None
-    return total
+    return counts
 
 
 def _stacks(frames: dict[int, FrameType]) -> str:
