@@ -62,9 +62,10 @@ def path_command_help(command: str, about: str) -> str:
     """The help text of a command that works on a folder."""
     text = f"crosstune {command}: {about}"
     if command == "resume":
-        from launchers.steps import MAY_CHANGE_ON_RESUME
+        from launchers.steps import ALSO_WITH_LORA, MAY_CHANGE_ON_RESUME
 
         text += "\n\nmay be changed on the way, as key=value or group=option:\n  " + ", ".join(MAY_CHANGE_ON_RESUME)
+        text += f"\nand for adapters only (tuning=lora): {ALSO_WITH_LORA}"
     if command == "prep inspect":
         text += "\n\nkeys:\n" + "\n".join(_inspect_lines())
     return text

@@ -36,6 +36,8 @@ MAY_CHANGE_ON_RESUME = (
     *("checkpoint", "guard", "eval_every", "export", "eval", "cache_dir"),
 )
 """How a run is computed may change on the way; what it computes may not."""
+ALSO_WITH_LORA = "model.precision"
+"""Adapters may be carried to another precision of their base: see `RunRecord.precision_from_here`."""
 
 
 def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Result:
@@ -106,15 +108,17 @@ def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | Non
     if not isinstance(cfg, TrainConfig):
         raise CheckpointError(str(folder / "resolved.yaml"), f"a {type(cfg).__name__}, nothing that trains")
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key not in MAY_CHANGE_ON_RESUME:
+        key = text.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] not in MAY_CHANGE_ON_RESUME and key != ALSO_WITH_LORA:
             raise ConfigError(
                 text,
                 "would change what the run computes",
-                allowed=", ".join(MAY_CHANGE_ON_RESUME),
+                allowed=", ".join([*MAY_CHANGE_ON_RESUME, f"{ALSO_WITH_LORA} (adapters only)"]),
                 remedy="start a new run",
             )
-    cfg = amend(cfg, overrides, config_dir=config_dir) if overrides else cfg
+    if overrides:
+        cfg = amend(cfg, overrides, config_dir=config_dir)
+        _run_folder(folder).read_record().precision_from_here(cfg.model.precision)
     return replace(cfg, run_dir=str(folder))
 
 
@@ -124,7 +128,8 @@ def resume(cfg: TrainConfig) -> Result:
     Raises:
         CheckpointError: the run has no complete checkpoint.
     """
-    _latest_checkpoint(Path(str(cfg.run_dir)))
+    if "RANK" not in os.environ:  # under an outer launcher another machine may have what this one lacks
+        _latest_checkpoint(Path(str(cfg.run_dir)))
     return run(cfg, resume=True) if isinstance(cfg, RunConfig) else train(cfg, resume=True)
 
 
@@ -243,7 +248,7 @@ def _in_short(prepared: Prepared) -> str:
 def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> None:
     """Model, data and training; in this process, or in `nproc` workers."""
     record = _run_folder(folder).read_record() if resume else None
-    check_processes(cfg, record.precision if record else None)
+    check_processes(cfg, record.precision_from_here(cfg.model.precision).value if record else None)
     model_dir = model_folder(cfg, stages, record)
     prepared = prepared_data(cfg, model_dir, stages, record=record).path
     with stages.stage("train"):

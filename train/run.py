@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import psutil
 
-from configs.compose import build, save_resolved
+from configs.compose import build, load_resolved, save_resolved
 from configs.errors import ConfigError, CrosstuneError, DataError
 from configs.schema.model import Precision
 from configs.schema.outputs import Storage
@@ -71,8 +71,8 @@ def train(
         CrosstuneError: of the kind that says what the user can mend.
     """
     started = float(os.environ.get(STARTED) or psutil.Process().create_time())
-    if resume:  # `auto` might choose another precision on this machine than where the run began
-        precision = Precision(RunFolder(run_dir).read_record().precision)
+    if resume:
+        precision = RunFolder(run_dir).read_record().precision_from_here(cfg.model.precision)
         cfg = replace(cfg, model=replace(cfg.model, precision=precision))
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
@@ -95,13 +95,19 @@ def train(
         total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
+            records = world.rank == 0 or (storage is Storage.per_node and world.leads_node)
             if resume:
-                run_id = run.read_record().run_id
+                record = run.read_record()
+                run_id = record.run_id
                 state = restore_latest(engine, run.checkpoints, world, storage=storage, run_id=run_id, note=note)
+                if record.precision != cfg.model.precision.value:
+                    note(f"adapters of a base in {record.precision} go on with it in {cfg.model.precision.value}")
+                    if records:
+                        record_carry(run, record, cfg.model.precision, state.step)
             else:
                 run_id = world.broadcast_bytes(uuid4().hex.encode()).decode()
                 state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
-                if world.rank == 0 or (storage is Storage.per_node and world.leads_node):
+                if records:
                     record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps, run_id)
             heartbeat = Heartbeat()
             with (
@@ -259,6 +265,15 @@ def record_run(
             run_id=run_id,
         )
     )
+
+
+def record_carry(run: RunFolder, record: RunRecord, precision: Precision, step: int) -> None:
+    """Later resumes, and the export, take the base in the precision with which the adapters now go on."""
+    cfg = load_resolved(run.resolved)
+    # First the config: killed in between, the next resume takes it for asked again and ends this.
+    save_resolved(replace(cfg, model=replace(cfg.model, precision=precision)), run.resolved)
+    carried = [*record.carried, f"{record.precision} until step {step}"]
+    run.write_record(replace(record, precision=precision.value, carried=carried))
 
 
 def hooks_of(

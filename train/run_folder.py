@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CheckpointError, ModelError
+from configs.errors import CheckpointError, ConfigError, ModelError
+from configs.schema.model import Precision
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,35 @@ class RunRecord:
     total_steps: int
     run_id: str = ""
     """Drawn anew for each run; every checkpoint of it carries it."""
+    carried: list[str] = field(default_factory=list)
+    """Earlier precisions of the base, where adapters went on with another one: ``bf16 until step 10``."""
     kernels: list[str] = field(default_factory=list)
     """Ops that ran by the device's own version, on rank 0; the others in plain torch. Early runs do not say."""
+
+    @property
+    def precisions(self) -> str:
+        """The precision, and what it was before."""
+        return f"{self.precision} ({', '.join(self.carried)})" if self.carried else self.precision
+
+    def precision_from_here(self, asked: Precision) -> Precision:
+        """The precision with which the run goes on.
+
+        Args:
+            asked: `model.precision` now; ``auto``, which might mean another one on this machine, is that of before.
+
+        Raises:
+            ConfigError: another one, for weights that train.
+        """
+        if asked in (Precision.auto, Precision(self.precision)):
+            return Precision(self.precision)
+        if self.tuning != "lora":
+            raise ConfigError(
+                f"model.precision={asked.value}",
+                f"this run trains all weights in {self.precision}: in another number format it is another run",
+                allowed=f"{self.precision}; another one for adapters only (tuning=lora), whose base stays as it is",
+                remedy="leave it out, or start a new run from this one's export",
+            )
+        return asked
 
     def refuse_changed_base(self, model_dir: Path) -> None:
         """Compares the base model with what the run began with, since a run keeps no copy of it.

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train.checkpoint.files as files
-from configs.errors import CheckpointError, StorageError
+from configs.errors import CheckpointError, ConfigError, StorageError
 from configs.schema.optim import AdamWConfig
+from launchers.steps import resumed_config
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, NAdamConfig, all_tensors, engine, state, steps
+from tests.unit.tiny_run import tiny_run
 from train.checkpoint.layout import CheckpointReader, rank_file
 from train.checkpoint.restore import restore
 from train.checkpoint.retention import latest
 from train.checkpoint.rng import derived_seed
 from train.checkpoint.save import save
+from train.run import train
 from train.run_folder import sha256_of
 
 
@@ -193,3 +198,21 @@ def test_state_that_has_no_place_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'factor'"):
         save(built, tmp_path, state(1), WORLD)
     assert list(tmp_path.glob("*/COMPLETE")) == []
+
+
+def test_adapters_go_on_with_their_base_in_another_precision(tmp_path, caplog):
+    run = tiny_run(tmp_path, "model.precision=bf16", "checkpoint.every=1")
+    before = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+    shutil.rmtree(run.checkpoints / "step-00000003")
+    cfg = resumed_config(run.path, ["model.precision=fp32"])
+    with caplog.at_level("INFO"):
+        train(cfg, model_dir=tmp_path / "model", prepared=tmp_path / "data", run_dir=run.path, resume=True)
+    assert "adapters of a base in bf16 go on with it in fp32" in caplog.text
+    losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+    assert losses[:2] == before[:2] and losses[2] != before[2] and losses[2] == pytest.approx(before[2], rel=2e-2)
+    record = run.read_record()
+    assert record.precisions == "fp32 (bf16 until step 2)"
+    assert record.precision_from_here(resumed_config(run.path, []).model.precision).value == "fp32", "and stays so"
+    run.write_record(replace(record, tuning="full"))
+    with pytest.raises(ConfigError, match="trains all weights in fp32"):
+        resumed_config(run.path, ["model.precision=bf16"])

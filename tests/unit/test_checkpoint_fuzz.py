@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from configs.errors import CheckpointError
-from tests.unit.test_checkpoint import WORLD, all_tensors, engine, state, steps
+from tests.unit.checkpoint_kit import WORLD, all_tensors, engine, state, steps
 from train.checkpoint.index import DEEPEST, MAX_INDEX_BYTES
 from train.checkpoint.layout import read_index, tensor_key
 from train.checkpoint.restore import restore

@@ -38,7 +38,7 @@ def write_provenance(trained: Trained, folder: Path) -> None:
             "path": str(trained.run.path.resolve()),
             "engine": record.engine,
             "world_size": record.world_size,
-            "precision": record.precision,
+            "precision": record.precisions,
             "code": record.code_version,
         },
         "data": {
