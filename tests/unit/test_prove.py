@@ -111,6 +111,10 @@ def test_a_proof_leaves_alone_what_is_not_its_own(tmp_path, monkeypatch):
     setting = setting_of(cfg, steps=4, every=1)
     with pytest.raises(ConfigError, match="holds something else"):
         Proof(cfg, "resume", "x", setting, stages=1)
+    (tmp_path / "mine.txt").rename(tmp_path / "proof.json")
+    with pytest.raises(ConfigError, match=r"an earlier proof(.|\n)*or overwrite=true"):
+        Proof(replace(cfg, overwrite=False), "resume", "x", setting, stages=1)
+    assert Proof(cfg, "resume", "x", setting, stages=1).folder == tmp_path and not (tmp_path / "proof.json").exists()
     with pytest.raises(ConfigError, match="runs of its own"):
         Proof(replace(cfg, run_dir="/mine"), "resume", "x", setting, stages=1)
     monkeypatch.setenv("RANK", "0")
