@@ -39,7 +39,7 @@ SUBCOMMANDS = {
 WITH_PATH = {
     "prep inspect": "samples of prepared data, what is learned in colour: crosstune prep inspect PATH",
     "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
-    "report": "where an export came from, or a run's report.html anew: crosstune report PATH",
+    "report": "where an export came from, a checkpoint's state, or a run's report.html anew: crosstune report PATH",
 }
 """Commands that work on a folder."""
 COMMANDS = {**COMPOSED, **WITH_PATH}

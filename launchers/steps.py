@@ -156,10 +156,10 @@ def evaluate(cfg: EvalJobConfig) -> Result:
 
 
 def report(path: Path) -> Result:
-    """`crosstune report PATH`: an export's provenance, or a run's report.html written anew.
+    """`crosstune report PATH`: an export's provenance, a checkpoint's state, or a run's report.html written anew.
 
     Raises:
-        CheckpointError: the path is neither.
+        CheckpointError: the path is none of them, or a checkpoint that cannot be read.
     """
     exports = [found for found in (path, path / "merged", path / "adapter") if (found / "provenance.json").is_file()]
     if exports:
@@ -174,10 +174,16 @@ def report(path: Path) -> Result:
         page = write_report(_run_folder(path.resolve()))
         print(f"report: {page}")
         return {"report": str(page)}
+    from train.checkpoint.describe import describe, is_checkpoint
+
+    if is_checkpoint(path):
+        described = describe(path.resolve())
+        print(described)
+        return described.to_json()
     raise CheckpointError(
         str(path),
-        "neither an export (no provenance.json) nor a run (no run.json)",
-        remedy="name RUN, or RUN/export/merged",
+        "neither an export (no provenance.json) nor a run (no run.json) nor a checkpoint of one (no index.json)",
+        remedy="name RUN, RUN/checkpoints/step-NUMBER or RUN/export/merged",
     )
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import train.checkpoint.files as files
 from configs.errors import CheckpointError, ConfigError, StorageError
 from configs.schema.optim import AdamWConfig
+from launchers.cli import main
 from launchers.steps import resumed_config
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, NAdamConfig, all_tensors, engine, state, steps
 from tests.unit.tiny_run import tiny_run
@@ -57,15 +58,7 @@ def test_a_checkpoint_of_step_0_resumes_as_a_fresh_start(tmp_path):
 
 
 def test_at_another_number_of_ranks_generators_start_from_seed_step_and_rank(tmp_path):
-    built = engine()
-    path = save(built, tmp_path, state(3), WORLD)
-    content = json.loads((path / "index.json").read_text()) | {"world_size": 2}
-    generators = {key: value for key, value in load_file(path / rank_file(0)).items() if key.startswith("rng:")}
-    save_file(generators, path / rank_file(1))
-    facts = {"sha256": sha256_of(path / rank_file(1)), "bytes": (path / rank_file(1)).stat().st_size}
-    content["files"][rank_file(1)] = content["files"][rank_file(0)] | facts
-    (path / "index.json").write_text(json.dumps(content))
-    (path / "COMPLETE").write_text(sha256_of(path / "index.json"))
+    built, path = engine(), two_files(tmp_path, 3)
     draws = []
     for _ in range(2):
         restore(built, path, WORLD)
@@ -198,6 +191,63 @@ def test_state_that_has_no_place_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'factor'"):
         save(built, tmp_path, state(1), WORLD)
     assert list(tmp_path.glob("*/COMPLETE")) == []
+
+
+def two_files(folder, step):
+    """As if two machines had written it, the second one the generators of its rank only."""
+    path = save(engine(), folder, state(step), WORLD, run_id="mine", metrics={"loss": 0.25})
+    content = json.loads((path / "index.json").read_text()) | {"world_size": 2}
+    generators = {key: value for key, value in load_file(path / rank_file(0)).items() if key.startswith("rng:")}
+    save_file(generators, path / rank_file(1))
+    facts = {"sha256": sha256_of(path / rank_file(1)), "bytes": (path / rank_file(1)).stat().st_size}
+    content["files"][rank_file(1)] = facts | {"node": 1, "host": "second"}
+    (path / "index.json").write_text(json.dumps(content))
+    (path / "COMPLETE").write_text(sha256_of(path / "index.json"))
+    return path
+
+
+def test_report_says_what_a_checkpoint_is_and_which_pieces_are_whole(tmp_path, capsys):
+    two_files(tmp_path / "run" / "checkpoints", 1)
+    path = two_files(tmp_path / "run" / "checkpoints", 2)
+    assert main(["report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("step        2 in epoch 1", "run         mine", "loss 0.25", "36 trained weights in 5", "2 whole"):
+        assert words in shown
+    (path / rank_file(1)).unlink()  # of another machine, so that it may well be there
+    assert main(["report", str(path)]) == 0
+    assert "1 elsewhere" in (shown := capsys.readouterr().out) and "host second wrote it" in shown
+    content = bytearray((path / rank_file(0)).read_bytes())
+    content[-1] ^= 1
+    (path / rank_file(0)).write_bytes(content)
+    assert main(["report", str(path)]) == 2
+    shown = capsys.readouterr().out
+    assert f"{rank_file(0)}: does not match its SHA-256" in shown
+    aside = f"mv {path} {path}.set-aside (on every machine that has it), then crosstune resume {tmp_path / 'run'}"
+    assert f"step-00000001 of the same run is complete; to go on from it: {aside}" in shown
+    (path / "COMPLETE").unlink()
+    assert main(["report", str(path)]) == 2
+    assert "is not complete: the save was cut off" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_or_a_file_of_another_step_is_named(tmp_path):
+    built = engine()
+    save(built, tmp_path, state(1), WORLD, run_id="mine")
+    steps(built, 0, 1)
+    path = save(built, tmp_path, state(2), WORLD, run_id="mine")
+    with pytest.raises(CheckpointError, match="another run: its run_id is mine, that of this run theirs"):
+        restore(built, path, WORLD, run_id="theirs")
+    shutil.copy(path / rank_file(0), tmp_path / "step-00000001")
+    with pytest.raises(CheckpointError, match="bytes instead of|it is rank00000.safetensors of step-00000002"):
+        restore(built, tmp_path / "step-00000001", WORLD)
+    steps(built, 1, 1)
+    later = save(built, tmp_path, state(3), WORLD, run_id="mine")
+    shutil.copy(path / rank_file(0), later)
+    with pytest.raises(CheckpointError, match=r"SHA-256 in the index: it is rank00000.safetensors of step-00000002"):
+        restore(built, later, WORLD)
+    for name in ("index.json", "COMPLETE"):
+        shutil.copy(path / name, later)
+    with pytest.raises(CheckpointError, match="is that of step 2"):
+        restore(built, later, WORLD)
 
 
 def test_adapters_go_on_with_their_base_in_another_precision(tmp_path, caplog):

@@ -174,7 +174,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path, verify: bool = True, *, only: Collection[str] | None = None) -> None:
         self.path = Path(path)
-        index = read_index(self.path)
+        self.index = index = read_index(self.path)
         self.run_id, self.world_size, self.optimizer = index.run_id, index.world_size, index.optimizer
         self.state, self.metrics, self.files, self.params = index.state, index.metrics, index.files, index.params
         self._open_files: dict[str, Any] = {}
@@ -193,12 +193,13 @@ class CheckpointReader:
             raise self._damaged(file, f"has {path.stat().st_size} bytes instead of {facts.bytes}")
 
     def verify(self, files: Collection[str]) -> None:
-        """Compares `files` with the index: SHA-256, and name, type and shape of every tensor in them.
+        """Compares `files` with the index: size, SHA-256, and name, type and shape of every tensor in them.
 
         Raises:
             CheckpointError: names the first file that differs.
         """
         for file in files:
+            self._check_size(file, self.files[file])
             try:
                 found = sha256_of(self.path / file)
             except OSError as error:
