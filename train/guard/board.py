@@ -7,12 +7,14 @@ talk with it is on a thread of its own, and whoever asks looks at what the last 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
@@ -21,6 +23,9 @@ from configs.errors import first_line
 CALL = "call"
 """What the rank that decides asks of the others."""
 CONNECT_SECONDS = 60
+FAREWELL_SECONDS = 2
+"""Time for the last round. Python 3.11 ends daemon threads as it ends itself, and one that is inside the store's client
+then takes the process down with it (``terminate called without an active exception``, SIGABRT)."""
 
 
 def cell(rank: int) -> str:
@@ -31,6 +36,17 @@ def cell(rank: int) -> str:
 def answer(rank: int) -> str:
     """Key under which a rank answers a call."""
     return f"answer/{rank}"
+
+
+def packed(content: dict[str, Any]) -> str:
+    """For a table of the ranks."""
+    return json.dumps(content, separators=(",", ":"))
+
+
+def unpacked(content: bytes) -> dict[str, Any]:
+    """What `packed` gave; empty where there is nothing yet."""
+    found: dict[str, Any] = json.loads(content) if content else {}
+    return found
 
 
 class Board:
@@ -86,9 +102,11 @@ class Board:
             return not self._posted
 
     def close(self) -> None:
-        """Ends the talk after a last round, without waiting for it."""
+        """Ends the talk after a last round; waits for it, but no longer than a store that answers needs."""
         self._closed = True
         self._wake.set()
+        if self.thread.is_alive():
+            self.thread.join(FAREWELL_SECONDS)
 
     def _talk(self) -> None:
         last = False
