@@ -1,15 +1,20 @@
 """`make bench`: ratios measured side by side in one run on this machine. They are printed and gate nothing.
 
-python -m tests.bench [packing] [plan] [preparation]
+python -m tests.bench [checkpoint] [packing] [plan] [preparation]
 """
 
 from __future__ import annotations
 
 import sys
 
-from tests.bench import packing, plan, preparation
+from tests.bench import checkpoint, packing, plan, preparation
 
-BENCHES = {"packing": packing.main, "plan": plan.main, "preparation": preparation.main}
+BENCHES = {
+    "checkpoint": checkpoint.main,
+    "packing": packing.main,
+    "plan": plan.main,
+    "preparation": preparation.main,
+}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(BENCHES)
