@@ -28,7 +28,7 @@ from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.faults import told
 from train.guard.heartbeat import Heartbeat
-from train.guard.lookout import collective_seconds
+from train.guard.limits import collective_seconds
 from train.guard.stop import STARTED, StopRequests
 from train.guard.watch import HangWatch
 from train.loop import Hook, Loop

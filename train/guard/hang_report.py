@@ -32,9 +32,14 @@ def hang_error(verdict: Verdict, places: Sequence[Place], seconds: float, report
     hosts = sorted({places[rank].member.host for rank in verdict.late})
     shown = ", ".join(hosts[:3]) + (", ..." if len(hosts) > 3 else "")
     where = f"{spoken(verdict.late)} ({shown})" if verdict.late else "the run"
-    doubt = "" if verdict.certain or not verdict.late else "one of them holds up the others, cannot tell which: "
+    if not verdict.late:
+        late = "hangs, and nothing shows which rank is late"
+    elif verdict.certain or len(verdict.late) == 1:
+        late = "late"
+    else:
+        late = "one of them is late, cannot tell which"
+    found = f"{late}: {verdict.text}. No rank has advanced for {seconds:.0f} s"
     remedy = f"{report} has every rank's stacks; guard.hang_timeout_seconds must be above the longest single phase"
-    found = f"no rank has advanced for {seconds:.0f} s. {'Late: ' if verdict.certain else ''}{doubt}{verdict.text}"
     return HangError(where, found, remedy=remedy)
 
 

@@ -11,7 +11,6 @@ the last (there the collectives' own time-out ends a wait).
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,43 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import HangError
-from train.engine.base import COLLECTIVE_TIMEOUT_SECONDS
-from train.guard.board import CALL, Board, answer, cell
+from train.guard.board import CALL, Board, answer, cell, packed, unpacked
 from train.guard.hang_report import hang_error, publish, render
 from train.guard.heartbeat import Heartbeat
+from train.guard.limits import FIRST_STEP_FACTOR, Limits
 from train.guard.sightings import Sightings
 from train.guard.verdict import Place, Sign, judge
 from train.guard.witness import Member, Testimony
 
 logger = logging.getLogger(__name__)
-
-FIRST_STEP_FACTOR = 3
-"""The first step of a command may take so many time-outs: it compiles kernels and fills caches."""
-
-
-def collective_seconds(hang_timeout_seconds: float) -> float:
-    """Time-out of the collectives, above that of any verdict: a collective that gives up only says that it did."""
-    return max(COLLECTIVE_TIMEOUT_SECONDS, FIRST_STEP_FACTOR * hang_timeout_seconds + 600)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Times of the watch, in seconds."""
-
-    timeout: float
-    """Without an advance of any rank before a verdict is due."""
-    interval: float
-    """Between two signs."""
-    silence: float
-    """Without a sign after which a rank is not heard of."""
-    patience: float
-    """For answers to a call."""
-
-    @staticmethod
-    def of(timeout: float) -> Limits:
-        """Derived from ``guard.hang_timeout_seconds``."""
-        interval = min(5.0, max(0.05, timeout / 60))
-        return Limits(timeout, interval, min(30.0, max(1.0, timeout / 10)), 2 * interval + min(10.0, timeout / 2))
 
 
 @dataclass(frozen=True)
@@ -177,8 +148,8 @@ class Lookout:
         self.sightings.look_at(self._worth_a_look(now), now)
         for board in self.boards:
             for rank in self.sightings.looked_at:
-                if found := board.read(cell(rank)):
-                    self.sightings.see(rank, Sign(**json.loads(found)), now)
+                if found := unpacked(board.read(cell(rank))):
+                    self.sightings.see(rank, Sign(**found), now)
         self.sightings.see(self.me.rank, self.sign(now), now)
 
     def _worth_a_look(self, now: float) -> frozenset[int]:
@@ -328,14 +299,3 @@ class Lookout:
         self.ended = ended
         self._tick += 1
         self._exchange()
-
-
-def packed(content: dict[str, Any]) -> str:
-    """For a table of the ranks."""
-    return json.dumps(content, separators=(",", ":"))
-
-
-def unpacked(content: bytes) -> dict[str, Any]:
-    """What `packed` gave; empty where there is nothing yet."""
-    found: dict[str, Any] = json.loads(content) if content else {}
-    return found

@@ -205,7 +205,7 @@ def _step(place: Place) -> str:
 def _doing(place: Place) -> str:
     if place.testimony is None:
         return "which does not answer"
-    return ("waits in " if place.testimony.waits is Waits.yes else "at ") + place.testimony.doing
+    return ("in " if place.testimony.waits is Waits.yes else "at ") + place.testimony.doing
 
 
 def _plain(places: Sequence[Place]) -> str:
@@ -233,4 +233,6 @@ def _last(place: Place) -> str:
 
 
 def _waiting(places: Sequence[Place]) -> str:
-    return f"{_ranks(places)} {'waits' if len(places) == 1 else 'wait'} {_at(places[0])}, {_doing(places[0])}"
+    """Of ranks that are not late, by the first of them."""
+    phase = f"phase {places[0].sign.phase} of {_step(places[0])}"
+    return f"{_ranks(places)} {'waits' if len(places) == 1 else 'wait'} in {phase}, {_doing(places[0])}"

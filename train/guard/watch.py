@@ -23,10 +23,11 @@ from torch._C._distributed_c10d import TCPStore
 
 from configs.errors import EXIT_RUN_FAILED, CrosstuneError, HangError, StoppedError, first_line
 from train.engine.base import World
-from train.guard.board import Board, connect, serve
+from train.guard.board import Board, connect, packed, serve, unpacked
 from train.guard.hang_report import within
 from train.guard.heartbeat import Heartbeat
-from train.guard.lookout import Limits, Lookout, packed, unpacked
+from train.guard.limits import Limits
+from train.guard.lookout import Lookout
 from train.guard.verdict import DONE
 from train.guard.witness import Member, Testimony, testify
 from train.loop import Hook

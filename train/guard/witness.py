@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from train.guard.heartbeat import Phase
 
-OURS = str(Path(__file__).resolve().parents[1]) + os.sep
+ROOT = Path(__file__).resolve().parents[2]
+OURS = str(ROOT / "train") + os.sep
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 THREADING = os.sep + "threading.py"
 WAIT = re.compile(r"\.(wait|synchronize)\(")
@@ -172,19 +173,19 @@ def _waiting(frames: dict[int, FrameType], phase: Phase, asynchronous: bool) -> 
 
 def _waits_in(frame: FrameType) -> str | None:
     """The collective in which a thread waits, and who called it; None where it does not wait."""
+    name, current = None, frame
+    while current is not None:
+        if current.f_code.co_filename.endswith(COLLECTIVES):
+            name = current.f_code.co_name
+        elif name is not None and current.f_code.co_filename.startswith(OURS):
+            break
+        current = current.f_back  # type: ignore[assignment]
+    if name is not None:
+        return f"{name} called at {_line(current)}" if current is not None else name
     call = _call_under_way(frame)
     if WAIT.search(call) and not frame.f_code.co_filename.endswith(THREADING):
         return f"{call.strip()[:80]} at {_place(frame)}"
-    name, caller, current = None, None, frame
-    while current is not None:
-        if current.f_code.co_filename.endswith(COLLECTIVES):
-            name, caller = current.f_code.co_name, None
-        elif name is not None and caller is None and OURS in current.f_code.co_filename:
-            caller = current
-        current = current.f_back  # type: ignore[assignment]
-    if name is None:
-        return None
-    return f"{name} called at {_place(caller)}" if caller is not None else name
+    return None
 
 
 def _joined(frame: FrameType | None) -> int:
@@ -215,7 +216,8 @@ def _place(frame: FrameType) -> str:
 
 def _line(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
-    return f"{'/'.join(path.parts[-3:])}:{frame.f_lineno} ({frame.f_code.co_name})"
+    short = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-3:])
+    return f"{short}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def _call_under_way(frame: FrameType) -> str:
