@@ -27,6 +27,10 @@ class ProveConfig(TrainConfig):
     """Folder of the report; null: ``runs/prove-<what>-<date>-<time>``."""
     overwrite: bool = False
     """Replace an earlier proof in `out`."""
+    run_dir: str | None = None
+    """Not for a proof, whose runs are in `out`."""
+    max_steps: int = 0
+    """Not for a proof, whose runs are short whatever this says."""
     shrink: bool = False
     """Take only `layers` layers of the model, with its weights, and small batches. What is changed is listed."""
     layers: int = 2
