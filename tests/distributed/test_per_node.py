@@ -20,11 +20,12 @@ from configs.schema.optim import AdamWConfig
 from configs.schema.outputs import Storage
 from tests.distributed.forks import in_ranks
 from tests.distributed.layouts import build, run_step, start
-from train.checkpoint import collect
+from train.checkpoint import transfer
 from train.checkpoint.layout import SET_ASIDE, TrainerState, rank_file
 from train.checkpoint.restore import restore_latest
 from train.checkpoint.save import save
 from train.engine.base import Engine, World
+from train.run_folder import sha256_of
 
 pytestmark = pytest.mark.distributed
 
@@ -104,7 +105,7 @@ def tensors(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
 def both_machines(out: Path) -> None:
     world = start()
     socket.gethostname = lambda: f"host-{world.rank}"
-    collect.CHUNK_BYTES = 1000
+    transfer.CHUNK_BYTES = 1000
     machines, rank = Machines(out, world), world.rank
     machines.case("same")
     machines.case("exchanged", machine=1 - rank)
@@ -149,7 +150,7 @@ def other_index(path: Path) -> None:
     """As another attempt might have left it: whole in itself."""
     content = (path / "index.json").read_bytes().replace(b'"tokens_seen": 9', b'"tokens_seen": 8')
     (path / "index.json").write_bytes(content)
-    (path / "COMPLETE").write_text(collect.sha256_of(path / "index.json"))
+    (path / "COMPLETE").write_text(sha256_of(path / "index.json"))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_pieces_travel_to_where_they_are_needed(told, case):
         assert one["step"] == 2 and one["loaded"], one
         assert rank_file(rank) in files_of(one, NEW)
         assert any("on their way" in note for note in one["notes"])
-        assert not [file for file in one["files"] if file.endswith(collect.INCOMING)]
+        assert not [file for file in one["files"] if file.endswith(transfer.INCOMING)]
     if case == "blank":  # no more than what it needs
         assert files_of(of_both(told, case)[1], NEW) == [rank_file(1)]
 

@@ -21,8 +21,8 @@ import torch
 
 from configs.errors import CheckpointError
 from tests.unit.checkpoint_kit import WORLD, all_tensors, engine, state, steps
-from train.checkpoint.index import DEEPEST, MAX_INDEX_BYTES
 from train.checkpoint.layout import read_index, tensor_key
+from train.checkpoint.parse_index import DEEPEST, MAX_INDEX_BYTES
 from train.checkpoint.restore import restore
 from train.checkpoint.save import save
 from train.run_folder import sha256_of

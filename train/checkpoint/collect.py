@@ -10,21 +10,17 @@ For every folder one rank acts, its owner: see `owner_of`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.errors import CheckpointError, CrosstuneError
 from configs.schema.outputs import Storage
-from train.checkpoint.files import sync, sync_folder, write_synced
+from train.checkpoint.files import sync_folder, write_synced
 from train.checkpoint.layout import (
     COMPLETE,
     INDEX,
@@ -38,13 +34,10 @@ from train.checkpoint.layout import (
 from train.checkpoint.retention import latest
 from train.checkpoint.storage import owner_of
 from train.checkpoint.together import together
+from train.checkpoint.transfer import INCOMING, receive_file, send_file
 from train.engine.base import World
 from train.run_folder import sha256_of
 
-CHUNK_BYTES = 2**24
-"""Of a file on its way; so much memory a transfer takes on either side."""
-INCOMING = ".incoming"
-"""Suffix of a file that is not whole yet."""
 SHOWN = 8
 """Machines or files named in a message."""
 RANK_NUMBER = re.compile(r"\d+")
@@ -185,9 +178,9 @@ class Machines:
             facts = index.files[transfer.file]
             try:
                 if transfer.source == self.world.rank:
-                    _send(self.world, path / transfer.file, facts, transfer.target)
+                    send_file(self.world, path / transfer.file, facts, transfer.target)
                 elif transfer.target == self.world.rank:
-                    _receive(self.world, path / transfer.file, facts, transfer.source)
+                    receive_file(self.world, path / transfer.file, facts, transfer.source)
             except (OSError, CrosstuneError) as error:
                 faults.append(error)
         if faults:
@@ -281,65 +274,6 @@ def _others(path: Path) -> dict[str, tuple[int, list[str]]]:
             whole = [file for file, size in sizes.items() if size == index.files[file].bytes]
             found[other.name] = (index.world_size, whole)
     return found
-
-
-def _send(world: World, path: Path, facts: StoredFile, to: int) -> None:
-    """Sends as many chunks as the index promises, whatever happens: the receiver counts on them."""
-    fault: OSError | None = None
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(path.open("rb"))
-        except OSError as error:
-            fault = error
-        for size in _chunks(facts.bytes):
-            data = b""
-            if fault is None:
-                try:
-                    data = file.read(size)
-                except OSError as error:
-                    fault = error
-            world.send(torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8), to)
-    if fault is not None:
-        raise CheckpointError(str(path), f"cannot be read: {fault.strerror or fault}", remedy=way_back(path.parent))
-
-
-def _receive(world: World, path: Path, facts: StoredFile, source: int) -> None:
-    """Takes all chunks, also when they cannot be written; the file gets its name when its hash fits."""
-    incoming = path.with_name(path.name + INCOMING)
-    fault: OSError | None = None
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(incoming.open("wb"))
-        except OSError as error:
-            fault = error
-        for size in _chunks(facts.bytes):
-            buffer = torch.empty(size, dtype=torch.uint8)
-            world.receive(buffer, source)
-            data = buffer.numpy().data
-            digest.update(data)
-            if fault is None:
-                try:
-                    file.write(data)
-                except OSError as error:
-                    fault = error
-        if fault is None:
-            sync(file)
-    fits = digest.hexdigest() == facts.sha256
-    if fault is not None or not fits:
-        incoming.unlink(missing_ok=True)
-        raise fault or CheckpointError(
-            str(path),
-            f"as rank {source}'s machine has it, does not match its SHA-256 in the index; host {facts.host} wrote it",
-            remedy=way_back(path.parent),
-        )
-    incoming.rename(path)
-    sync_folder(path.parent)
-
-
-def _chunks(total: int) -> Iterator[int]:
-    for at in range(0, total, CHUNK_BYTES):
-        yield min(CHUNK_BYTES, total - at)
 
 
 def _by_writer(files: Mapping[str, StoredFile]) -> str:

@@ -30,17 +30,15 @@ from safetensors import SafetensorError, safe_open
 from configs.errors import CheckpointError
 from train.checkpoint.index import (
     FORMAT_VERSION,
-    MAX_INDEX_BYTES,
     Entry,
     Index,
     Piece,
     StoredFile,
     TrainerState,
-    UnknownFormatError,
     index_json,
-    parse_index,
     rank_file,
 )
+from train.checkpoint.parse_index import MAX_INDEX_BYTES, UnknownFormatError, parse_index
 from train.checkpoint.rng import MAX_RNG_BYTES, REQUIRED_RNG, RNG_PREFIX
 from train.engine.base import MASTER
 from train.run_folder import sha256_of
