@@ -27,6 +27,7 @@ from tests.tiny import save_tiny_model
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, engine, state, steps
 from train.checkpoint.save import save
 from train.models.load import load_config, load_model
+from train.prove import tensors
 from train.prove.comparison import close_figure, equal_figures, steps_in_order
 from train.prove.cut import cut_model
 from train.prove.tensors import close_tensors, equal_checkpoints
@@ -195,7 +196,9 @@ def view(built, name, kind):
     return next(each for each in built.fragments(owned=False) if each.name == name).view(kind)
 
 
-def test_one_bit_of_one_weight_is_found_and_named(tmp_path):
+def test_one_bit_of_one_weight_is_found_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PIECE", 3)  # several pieces a parameter
+
     def flip(built):
         view(built, "0.weight", "exp_avg").view(torch.int32)[7] ^= 1
 
