@@ -18,10 +18,10 @@ from configs.errors import ConfigError, ModelError
 from configs.schema.prove import ProveReshardConfig, ProveResumeConfig
 from launchers.cli import _config, parse
 from launchers.help import command_help
-from launchers.prove.kills import draw
+from launchers.prove.kills import Moment, Rhythm, draw, kill_at
 from launchers.prove.page import show, write
 from launchers.prove.proof import Part, Proof
-from launchers.prove.runs import kill_all, seen
+from launchers.prove.runs import Seen, kill_all, seen
 from launchers.prove.setting import choose_model, layout_name, setting_of, under_layout
 from tests.tiny import save_tiny_model
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, engine, state, steps
@@ -136,6 +136,37 @@ def test_moments_are_spread_over_the_run_and_come_again_with_their_seed():
         assert [moment.inside_save for moment in moments] == [False, True, False, True]
     assert len({tuple(draw(seed, 4, 20, 3)) for seed in range(50)}) > 40
     assert len(draw(0, kills=2, steps=4, every=1)) == 2
+
+
+class Told:
+    """A command that goes through what it is told, a look at a time."""
+
+    def __init__(self, *looks: Seen):
+        self.looks, self.process, self.killed_at = list(looks), self, None
+
+    def poll(self):
+        return None if self.looks else 0
+
+    def watch(self, run_dir):
+        while self.looks:
+            yield self.looks[0]
+            self.looks.pop(0)
+
+    def kill(self):
+        self.killed_at = self.looks.pop(0)
+        self.looks.clear()
+        return 1
+
+
+def test_a_kill_waits_for_its_step_and_for_the_save_or_comes_one_save_later(tmp_path):
+    looks = [Seen(2, True), Seen(3, False), Seen(4, False), Seen(5, True), Seen(6, False)]
+    cases = {(3, False): looks[1], (3, True): looks[3], (2, True): looks[0], (7, False): None}
+    for (step, inside), expected in cases.items():
+        command = Told(*looks)
+        kill = kill_at(Moment(step, inside, 0.5), command, tmp_path, Rhythm(), every=3)
+        assert command.killed_at == expected and (kill is None) == (expected is None)
+    unseen = Told(*(Seen(step, False) for step in range(2, 9)))
+    assert kill_at(Moment(3, True, 0.5), unseen, tmp_path, Rhythm(), every=3) and unseen.killed_at.step == 6
 
 
 def test_a_kill_reaches_processes_in_sessions_of_their_own():
