@@ -29,6 +29,7 @@ from train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 ENDLESS = 100_000
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,51 @@ def test_two_workers_save_and_leave(home, tmp_path, number, to, command):
     assert not alive
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", ["of the user", "of guard.grace_seconds"])
+def test_workers_that_cannot_save_are_ended_and_none_is_left(home, tmp_path, patience):
+    run = tmp_path / "run"
+    process = started(home, run, "nproc=2", "guard.grace_seconds=" + ("300" if patience == "of the user" else "4"))
+    wait_for(lambda: len(steps_of(run)) >= 2 or process.poll() is not None)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in family if one.environ().get("RANK") == "1").suspend()
+    process.send_signal(signal.SIGTERM)
+    if patience == "of the user":
+        time.sleep(1.2)
+        process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=60)
+    if patience == "of the user":
+        assert process.returncode == 128 + signal.SIGTERM, shown
+    else:
+        assert process.returncode == 3, shown
+        assert "guard.grace_seconds=4: the workers had not saved so long after SIGTERM and were killed" in shown, shown
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def test_torchrun_cleaning_up_after_a_dead_worker_is_no_wish_to_stop(tmp_path):
+    """The survivor ends at once, instead of waiting for the dead one in a collective until torchrun kills it."""
+    script = "import sys, time; from pathlib import Path; from train.guard.stop import *\n"
+    script += (
+        "with StopRequests(Path(sys.argv[1]), GuardConfig(), time.time()): print('up', flush=True); time.sleep(60)"
+    )
+    shared = os.environ | {"TORCHELASTIC_RUN_ID": "run", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": ROOT}
+    given = [sys.executable, "-P", "-c", script, str(tmp_path)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with (
+        subprocess.Popen(["sleep", "300"], env=shared | {"LOCAL_RANK": "1"}) as other,
+        subprocess.Popen(given, env=shared | {"LOCAL_RANK": "0"}, **streams) as worker,
+    ):
+        assert worker.stdout is not None and worker.stdout.readline() == "up\n"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.stdout.readline().startswith("SIGTERM: stopping after this step")
+        assert worker.poll() is None, "both live: a wish to stop"
+        other.kill()
+        other.wait()
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=20) == 128 + signal.SIGTERM
+
+
 def test_the_second_signal_ends_a_run_at_once_though_its_thread_sits_in_a_kernel(home, tmp_path):
     """One process; the step hangs, as far as signals go, in one long call."""
     run, log = tmp_path / "run", tmp_path / "log"
@@ -115,7 +161,7 @@ def test_the_second_signal_ends_a_run_at_once_though_its_thread_sits_in_a_kernel
     main = "loop.Loop.take_step = hang\nfrom launchers.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
     given = [sys.executable, "-P", "-c", stuck + main, "train", *words(home, run, "checkpoint.every=1")]
     with log.open("w") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
         process = subprocess.Popen(given, env=environment, stdout=out, stderr=out)
     wait_for(lambda: process.poll() is not None or len(checkpoints(RunFolder(run).checkpoints)) == 2)
     time.sleep(0.5)

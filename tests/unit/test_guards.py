@@ -200,6 +200,25 @@ def test_after_a_spike_the_run_is_as_if_those_data_had_not_been_there(home, tmp_
     assert rollback["to_step"] == 4 and rollback["zscore"] > 20 and rollback["step"] == 7
 
 
+def two_ranks(home: str, folder: str, sharding: str, skipped: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if skipped:
+            patch.setattr(Rollback, "skipped", set(skipped))
+        else:
+            poison(patch, (6,), spiked)
+        run(Path(home), Path(folder), *SPIKY, "nproc=2", f"sharding={sharding}", "checkpoint.every=0")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["plain", "zero2", "zero3", "zero3_offload"])
+def test_two_ranks_go_back_to_the_very_beginning(home, tmp_path, sharding):
+    in_ranks(two_ranks, 2, str(home), str(tmp_path / "run"), sharding, [], seconds=200)
+    in_ranks(two_ranks, 2, str(home), str(tmp_path / "never"), sharding, [5, 6], seconds=200)
+    same_run(RunFolder(tmp_path / "run"), RunFolder(tmp_path / "never"))
+    assert json.loads((tmp_path / "run/guard.json").read_text())["rollbacks"][0]["to_step"] == 0
+
+
 @pytest.mark.parametrize("cut", ["before the way back", "half way back"])
 def test_a_crash_on_the_way_back_forgets_nothing(home, tmp_path, monkeypatch, without_those_steps, cut):
     poison(monkeypatch, (7,), spiked)
