@@ -37,7 +37,7 @@ def hang_error(verdict: Verdict, places: Sequence[Place], seconds: float, report
     elif verdict.certain or len(verdict.late) == 1:
         late = "late"
     else:
-        late = "one of them is late, cannot tell which"
+        late = "late, cannot tell between them"
     found = f"{late}: {verdict.text}. No rank has advanced for {seconds:.0f} s"
     remedy = f"{report} has every rank's stacks; guard.hang_timeout_seconds must be above the longest single phase"
     return HangError(where, found, remedy=remedy)
@@ -56,7 +56,7 @@ def render(verdict: Verdict, places: Sequence[Place], *, seconds: float, limit: 
     """
     host = places[by].member.host
     late = spoken(verdict.late) if verdict.late else "no rank in particular"
-    sure = "" if verdict.certain else " (cannot tell which)" if len(verdict.late) > 1 else " (cannot tell)"
+    sure = "" if verdict.certain else " (cannot tell between them)" if len(verdict.late) > 1 else " (cannot tell)"
     rows = [COLUMNS, *(_row(place) for place in places)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     table = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -71,13 +71,13 @@ def render(verdict: Verdict, places: Sequence[Place], *, seconds: float, limit: 
         *table,
     ]
     for place in places:
-        if place.testimony is not None:
-            parts += ["", f"===== rank {place.rank}: {place.testimony.doing}", place.testimony.stacks.rstrip()]
+        if place.account is not None:
+            parts += ["", f"===== rank {place.rank}: {place.account.doing}", place.account.stacks.rstrip()]
     return "\n".join(parts) + "\n"
 
 
 def _row(place: Place) -> tuple[str, ...]:
-    sign, testimony = place.sign, place.testimony
+    sign, account = place.sign, place.account
     heard = f"not heard of for {place.silent:.0f} s" if place.silent is not None else ""
     ended = f"left: {sign.ended}" if sign.ended else ""
     return (
@@ -88,8 +88,8 @@ def _row(place: Place) -> tuple[str, ...]:
         sign.phase,
         f"{sign.in_phase:.0f}",
         f"{place.idle:.0f}",
-        "-" if testimony is None or testimony.collectives is None else "+".join(map(str, testimony.collectives)),
-        "-" if testimony is None else testimony.waits.value,
+        "-" if account is None or account.collectives is None else "+".join(map(str, account.collectives)),
+        "-" if account is None else account.waits.value,
         ", ".join(text for text in (place.state, heard, ended) if text) or "-",
     )
 

@@ -3,7 +3,7 @@
 One thread a rank (`watch.py`), beside that of the steps, needs neither the device nor the collectives nor a common
 file system. In a run that goes well each rank writes one short sign now and then and reads one key. A rank that has not
 advanced for a tenth of the time-out begins to look at the others; when none has advanced for all of it, the lowest rank
-that is heard of calls for testimonies, judges, writes the report, and tells the others to leave.
+that is heard of calls for accounts, judges, writes the report, and tells the others to leave.
 
 Not covered: a single process in code that keeps Python's lock; setup and end of a run, before the first step and after
 the last (there the collectives' own time-out ends a wait).
@@ -25,14 +25,14 @@ from train.guard.heartbeat import Heartbeat
 from train.guard.limits import FIRST_STEP_FACTOR, Limits
 from train.guard.sightings import Sightings
 from train.guard.verdict import Place, Sign, judge
-from train.guard.witness import Member, Testimony
+from train.guard.witness import Account, Member
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call for testimonies that this rank has made."""
+    """A call for accounts that this rank has made."""
 
     number: int
     until: float
@@ -61,7 +61,7 @@ class Lookout:
         boards: tables that all ranks share, each with all that is said; none where the rank is alone.
         limits: times.
         first_step: steps done before the command began.
-        testify: looks at this process; None: it could not.
+        give_account: looks at this process; None: it could not.
         tell: the error, where this rank speaks for its machine.
         leave: ends the silent ranks of this machine, which cannot do it themselves, and this process.
         folder: of the run, for the report.
@@ -77,7 +77,7 @@ class Lookout:
         limits: Limits,
         *,
         first_step: int,
-        testify: Callable[[], Testimony | None],
+        give_account: Callable[[], Account | None],
         tell: Callable[[HangError], None],
         leave: Callable[[list[Member]], None],
         folder: Path,
@@ -85,20 +85,20 @@ class Lookout:
     ) -> None:
         self.me, self.members, self.heartbeat, self.boards, self.limits = me, members, heartbeat, boards, limits
         self.first_step, self.folder, self._clock = first_step, folder, clock
-        self._testify, self._tell, self._leave = testify, tell, leave
+        self._give_account, self._tell, self._leave = give_account, tell, leave
         self.began = time.time()
         now = clock()
         self._ticked = self._changed = now
         self._beats = -1
         self._tick = self._answered = self._number = 0
         self._call: _Call | None = None
-        self._testimony: Testimony | None = None
+        self._account: Account | None = None
         self._posts: dict[str, str] = {}
         self.leaving: _Leave | None = None
         """Set once there is a verdict."""
         self.ended: str | None = None
         """Set when this rank leaves the steps."""
-        self.sightings = Sightings([self.sign(now)] * len(members), now)
+        self.sightings = Sightings([Sign(0, 0, first_step, 0, heartbeat.phase.value, 0, 0)] * len(members), now)
 
     @property
     def pause(self) -> float:
@@ -181,7 +181,7 @@ class Lookout:
         return True
 
     def _call_all(self, now: float) -> None:
-        """Asks all that are heard of for testimony."""
+        """Asks all that are heard of for an account."""
         ranks = [rank for rank in range(len(self.members)) if self._is_heard(rank, now)]
         number = max(self._number, self._answered) + 1
         beats = {rank: self.sightings.signs[rank].beats for rank in ranks}
@@ -190,9 +190,9 @@ class Lookout:
         self._answer(number)
 
     def _answer(self, number: int) -> None:
-        self._answered, self._testimony = number, self._testify()
-        if self._testimony is not None:
-            content = {"number": number, "testimony": self._testimony.to_json()}
+        self._answered, self._account = number, self._give_account()
+        if self._account is not None:
+            content = {"number": number, "account": self._account.to_json()}
             self._posts[answer(self.me.rank)] = packed(content)
 
     def _collect(self, call: _Call, now: float) -> None:
@@ -207,26 +207,26 @@ class Lookout:
         places = [self._place(member, answers, call, now) for member in self.members]
         self._pronounce(places, now)
 
-    def _answers(self, call: _Call) -> dict[int, Testimony]:
-        found = {} if self._testimony is None else {self.me.rank: self._testimony}
+    def _answers(self, call: _Call) -> dict[int, Account]:
+        found = {} if self._account is None else {self.me.rank: self._account}
         for rank in call.beats.keys() - {self.me.rank}:
             for board in self.boards:
                 content = unpacked(board.read(answer(rank)))
-                if content.get("number") == call.number and "testimony" in content:
-                    found[rank] = Testimony.from_json(content["testimony"])
+                if content.get("number") == call.number and "account" in content:
+                    found[rank] = Account.from_json(content["account"])
         return found
 
-    def _place(self, member: Member, answers: dict[int, Testimony], call: _Call, now: float) -> Place:
+    def _place(self, member: Member, answers: dict[int, Account], call: _Call, now: float) -> Place:
         rank = member.rank
-        sign, testimony = self.sightings.signs[rank], answers.get(rank)
+        sign, account = self.sightings.signs[rank], answers.get(rank)
         silent = None
-        if testimony is None and sign.ended is None and rank != self.me.rank:
+        if account is None and sign.ended is None and rank != self.me.rank:
             silent = max(self.sightings.silence(rank, now), now - call.until + self.limits.patience)
         states = (other.states.get(rank) for other in answers.values())
         state = next((state for state in states if state is not None), None)
         idle = self.sightings.idle(rank, now)
         aged = replace(sign, in_phase=sign.in_phase + self.sightings.silence(rank, now))
-        return Place(member, aged, idle, silent, state, testimony)
+        return Place(member, aged, idle, silent, state, account)
 
     def _pronounce(self, places: list[Place], now: float) -> None:
         """Judges, writes the report, tells everyone."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from train.guard.witness import Member, Testimony, Waits
+from train.guard.witness import Account, Member, Waits
 
 STOPPED = "stopped"
 LOST = (STOPPED, "dead", "gone")
@@ -23,7 +23,7 @@ class Sign:
     """What a rank says of itself, again and again."""
 
     tick: int
-    """Counts the signs: a rank whose ticks stand still is not heard of."""
+    """Counts the signs: a rank whose ticks stand still is not heard of. 0: none was seen."""
     beats: int
     step: int
     entered: int
@@ -50,7 +50,7 @@ class Place:
     """Seconds for which it has not been heard of; None where it answers."""
     state: str | None
     """Of its process; None where nobody on its machine answers."""
-    testimony: Testimony | None
+    account: Account | None
 
     @property
     def rank(self) -> int:
@@ -106,19 +106,19 @@ def _of_silent(silent: list[Place], here: list[Place]) -> Verdict:
     """Not heard of: what its machine says of the process decides, and where it says nothing, that."""
     if lost := [place for place in silent if place.state in LOST]:
         rest = [place for place in silent if place not in lost]
-        text = "; ".join(_lost(place) for place in lost)
+        text = "; ".join((f"rank {p.rank}: " if len(lost) > 1 else "") + _lost(p) for p in lost)
         return _named(lost, text + (f"; {_ranks(rest)} are not heard of either" if rest else ""))
     seconds = min(place.silent or 0 for place in silent)
     hosts = ", ".join(sorted({place.member.host for place in silent}))
     if all(place.state is None for place in silent):
         whose = "its process, its machine" if len(silent) == 1 else "their processes, their machines"
-        text = f"not heard of for {seconds:.0f} s: {whose} ({hosts}) or the network to there; last {_at(silent[0])}"
+        text = f"not heard of for {seconds:.0f} s: {whose} ({hosts}) or the network to there{_before(silent[0])}"
         # Who hears nobody else may itself be the one that is cut off.
         return Verdict(_numbers(silent), len(silent) == 1 or len(silent) < len(here) - 1, text)
     state = ", ".join(sorted({place.state or "not known" for place in silent}))
     text = (
         f"not heard of for {seconds:.0f} s though the process is there ({state}): "
-        f"code that keeps Python's lock; last {_at(silent[0])}"
+        f"code that keeps Python's lock{_before(silent[0])}"
     )
     return _named(silent, text)
 
@@ -154,7 +154,7 @@ def _of_working(at_work: list[Place], here: list[Place]) -> Verdict:
 
 def _of_waiting(here: list[Place]) -> Verdict:
     """All wait in collectives: who waits in an earlier one?"""
-    counts = [place.testimony.collectives if place.testimony else None for place in here]
+    counts = [place.account.collectives if place.account else None for place in here]
     counted = [sum(count) for count in counts if count is not None]
     by_count = len(counted) == len(here)
     turns = [(p.sign.step, counted[i] if by_count else p.sign.entered) for i, p in enumerate(here)]
@@ -174,7 +174,7 @@ def _position(place: Place) -> tuple[int, int]:
 
 
 def _waits(place: Place) -> Waits:
-    return place.testimony.waits if place.testimony else Waits.maybe
+    return place.account.waits if place.account else Waits.maybe
 
 
 def _named(late: Sequence[Place], text: str) -> Verdict:
@@ -203,9 +203,9 @@ def _step(place: Place) -> str:
 
 
 def _doing(place: Place) -> str:
-    if place.testimony is None:
+    if place.account is None:
         return "which does not answer"
-    return ("in " if place.testimony.waits is Waits.yes else "at ") + place.testimony.doing
+    return ("in " if place.account.waits is Waits.yes else "at ") + place.account.doing
 
 
 def _plain(places: Sequence[Place]) -> str:
@@ -225,11 +225,12 @@ def _lost(place: Place) -> str:
         "dead": "its process is dead",
         "gone": "its process is gone",
     }[place.state or ""]
-    return f"rank {place.rank}, pid {place.member.pid}: {what}, {_last(place)}"
+    return f"{what} (pid {place.member.pid}), last heard of {place.silent or 0:.0f} s ago{_before(place)}"
 
 
-def _last(place: Place) -> str:
-    return f"last heard of {place.silent or 0:.0f} s ago {_at(place)}"
+def _before(place: Place) -> str:
+    """Where it was when it was last heard of, if it ever was."""
+    return f"; then {_at(place)}" if place.sign.tick else ""
 
 
 def _waiting(places: Sequence[Place]) -> str:

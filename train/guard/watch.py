@@ -29,7 +29,7 @@ from train.guard.heartbeat import Heartbeat
 from train.guard.limits import Limits
 from train.guard.lookout import Lookout
 from train.guard.verdict import DONE
-from train.guard.witness import Member, Testimony, testify
+from train.guard.witness import Account, Member, give_account
 from train.loop import Hook
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class HangWatch(Hook):
             boards,
             self.limits,
             first_step=first_step,
-            testify=partial(self._testify, neighbours, boards),
+            give_account=partial(self._give_account, neighbours, boards),
             tell=self._tell,
             leave=_leave,
             folder=self.folder,
@@ -143,12 +143,12 @@ class HangWatch(Hook):
             return b""
         return address.encode()
 
-    def _testify(self, neighbours: list[Member], boards: list[Board]) -> Testimony | None:
-        found: list[Testimony] = []
+    def _give_account(self, neighbours: list[Member], boards: list[Board]) -> Account | None:
+        found: list[Account] = []
 
         def look() -> None:
             found.append(
-                testify(
+                give_account(
                     self.heartbeat.beats,
                     self.heartbeat.phase,
                     neighbours,

@@ -93,7 +93,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Account:
     """What a process says of itself and its neighbours, at one moment."""
 
     beats: int
@@ -111,13 +111,13 @@ class Testimony:
         return asdict(self) | {"waits": self.waits.value}
 
     @staticmethod
-    def from_json(content: dict[str, object]) -> Testimony:
+    def from_json(content: dict[str, object]) -> Account:
         """From what `to_json` gave, maybe by way of JSON."""
         states = {int(rank): state for rank, state in content["states"].items()}  # type: ignore[attr-defined]
-        return Testimony(**(content | {"waits": Waits(content["waits"]), "states": states}))  # type: ignore[arg-type]
+        return Account(**(content | {"waits": Waits(content["waits"]), "states": states}))  # type: ignore[arg-type]
 
 
-def testify(
+def give_account(
     beats: int,
     phase: Phase,
     neighbours: Sequence[Member],
@@ -125,7 +125,7 @@ def testify(
     asynchronous: bool,
     background: dist.ProcessGroup | None,
     leave_out: Sequence[threading.Thread] = (),
-) -> Testimony:
+) -> Account:
     """Looks at this process.
 
     Args:
@@ -140,7 +140,7 @@ def testify(
     for thread in leave_out:
         frames.pop(thread.ident or 0, None)
     waits, doing = _waiting(frames, phase, asynchronous)
-    return Testimony(
+    return Account(
         beats=beats,
         waits=waits,
         doing=doing,
