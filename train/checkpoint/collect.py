@@ -89,7 +89,8 @@ class Machines:
         )
         names = {name for seals in found for name in seals}
         if not names:
-            together(self.world, self.folder, lambda: latest(self.folder) and None)  # raises, with what is there
+            together(self.world, self.folder, lambda: latest(self.folder).name)  # says what is there instead
+            return self.newest()  # or a network file system showed late what it has
         name = max(names, key=lambda name: int(name.removeprefix("step-")))
         holders = [rank for rank in self.acting if name in found[rank]]
         path, seal = self.folder / name, found[holders[0]][name]

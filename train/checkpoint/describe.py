@@ -83,8 +83,8 @@ class Description:
             f"step        {state.step} in epoch {state.epoch}; {state.samples_seen:,} samples,"
             f" {state.tokens_seen:,} tokens seen; seed {state.seed}",
             f"figures     {figures or 'none'}",
-            f"holds       {_elements(index):,} trained weights in {len(index.params):,} parameters;"
-            f" {', '.join(kinds)}; {_bytes(index) / 2**30:.2f} GiB whatever engine reads it",
+            f"holds       {_elements(index):,} trained weights in {len(index.params):,} parameters:"
+            f" {', '.join(kinds)}; {_bytes(index) / 2**20:,.1f} MiB for any engine",
             f"optimizer   {index.optimizer}",
             f"written     by {index.world_size} rank(s) on {writers}{', ...' if len(hosts) > SHOWN else ''}",
             "files       " + ", ".join(f"{count} {state}" for state, count in counts.items()),
