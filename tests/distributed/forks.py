@@ -46,7 +46,14 @@ def _server() -> BaseContext:
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("PYTHONPATH", ROOT, prepend=os.pathsep)
         forkserver.ensure_running()
+    first = context.Process(target=_nothing)  # waits for the imports, so that they are not in the first ranks' time
+    first.start()
+    first.join()
     return context
+
+
+def _nothing() -> None:
+    pass
 
 
 class Ranks:
