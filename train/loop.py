@@ -15,7 +15,7 @@ import torch
 from configs.errors import StoppedError
 from configs.schema.guard import GuardConfig
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.layout import TrainerState, step_folder
+from train.checkpoint.layout import TrainerState
 from train.data.collate import Batch
 from train.data.prepared import PreparedSplit
 from train.data.sampler import GlobalStep, RowLayout, StepSampler, batches_of, chunks, share_of
@@ -89,8 +89,6 @@ class Loop:
     guard: GuardConfig = field(default_factory=GuardConfig)
     _stopping: bool = field(default=False, init=False)
     """Some rank was asked to stop; the same on all."""
-    _saved: Path | None = field(default=None, init=False)
-    """The newest checkpoint that is complete, of those begun here."""
 
     def __post_init__(self) -> None:
         run = self.checkpointer.folder.parent
@@ -148,10 +146,8 @@ class Loop:
             self.save(state, record)
         if last or self._stopping:
             self.finish_saves(last=True)
-        if self._stopping:
-            self.stop.honoured()
-            if not last:
-                raise self._stopped(state)
+        if self._stopping:  # after the last step too: an export that would follow was asked to stop as well
+            raise self._stopped(state)
         self._tell_of_checkpoints()
 
     def take_step(self, state: TrainerState) -> Record:
@@ -275,7 +271,6 @@ class Loop:
 
     def _tell_of_checkpoints(self) -> None:
         for path in self.checkpointer.finished():
-            self._saved = path
             for hook in self.hooks:
                 hook.on_checkpoint(path)
 
@@ -285,11 +280,10 @@ class Loop:
 
     def _stopped(self, state: TrainerState) -> StoppedError:
         folder = self.checkpointer.folder.parent
-        saved = self._saved is not None and self._saved.name == step_folder(folder, state.step).name
-        how = "saved" if saved else "which could not be saved: the run goes on from its newest checkpoint"
+        self.stop.honoured()
         return StoppedError(
             str(folder),
-            f"stopped by {self.stop.reason()} after step {state.step} of {self.total_steps}, {how}",
+            f"stopped by {self.stop.reason()} after step {state.step} of {self.total_steps}, saved",
             remedy=f"crosstune resume {shlex.quote(str(folder))}",
         )
 

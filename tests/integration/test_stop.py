@@ -17,13 +17,15 @@ import psutil
 import pytest
 
 from configs.compose import compose
-from configs.errors import StoppedError
+from configs.errors import HangError, RunFailedError, StoppedError
 from configs.schema.guard import GuardConfig
+from launchers.steps import resumable
 from tests.command import metrics_of, write_uneven_records
 from tests.distributed.forks import Ranks
 from tests.tiny import samples_of, save_tiny_model, write_prepared
 from train.checkpoint.layout import checkpoints
 from train.guard.stop import STOP_FILE, StopRequests
+from train.observe.metrics import MetricsHook
 from train.run import train
 from train.run_folder import RunFolder
 
@@ -225,3 +227,31 @@ def test_handlers_and_descriptor_are_as_before_and_a_signal_is_heard_at_once(tmp
         assert stop.reason() == "SIGINT" and "SIGINT: stopping after this step" in capfd.readouterr().err
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     assert signal.set_wakeup_fd(-1) == -1 and "stop-requests" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_stop_in_the_last_step_is_not_lost_and_the_finished_run_resumes(home, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    cfg = compose("train", words(home, run.path, "max_steps=2", "checkpoint.mode=synchronous"))
+    given = {"model_dir": home / "model", "prepared": home / "data", "run_dir": run.path}
+    on_step = MetricsHook.on_step
+    monkeypatch.setattr(
+        MetricsHook, "on_step", lambda self, line: on_step(self, line) or (run.path / STOP_FILE).touch()
+    )
+    monkeypatch.setattr("train.guard.stop.LOOK_SECONDS", 0.0)
+    with pytest.raises(StoppedError, match="stopped by the file PREEMPT after step 2 of 2, saved"):
+        train(cfg, **given)
+    monkeypatch.undo()
+    train(cfg, **given, resume=True)
+    assert saved_its_last_step(run.path) == 2
+
+
+def test_a_run_that_failed_says_how_it_goes_on(tmp_path):
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000004/COMPLETE").touch()
+    for kind in (RunFailedError, HangError):
+        with (
+            pytest.raises(kind, match=rf"a remedy; crosstune resume {tmp_path} goes on after step 4"),
+            resumable(tmp_path),
+        ):
+            raise kind("step 6", "spikes", remedy="a remedy")
