@@ -71,7 +71,7 @@ def prove_layout(cfg: ProveLayoutConfig, config_dir: Path | None) -> dict[str, A
 def _simplify(setting: Setting) -> None:
     """The reference: one rank of the plain engine, and an optimizer whose state is the gradient."""
     own = setting.train
-    setting.change("eval_every", 0, "no matter to this proof")
+    setting.change("eval_every", 0, "of no matter here")
     setting.change("batch_tokens", max(own.batch_tokens, 2 * own.max_length), "something to accumulate")
     setting.train = under_layout(setting.train, "plainx1", None)
     if layout_name(own) != "plainx1":

@@ -54,9 +54,9 @@ def setting_of(cfg: ProveConfig, *, steps: int, every: int) -> Setting:
     """The user's config as that of a run of `steps` steps with a checkpoint every so many."""
     setting = Setting(as_config_of(TrainConfig, cfg))
     # First, since the number of checkpoints that are due may contradict the figure that the best are told by.
-    setting.change("checkpoint.keep_best", 0, "no matter to this proof")
+    setting.change("checkpoint.keep_best", 0, "of no matter here")
     setting.change("checkpoint.every", every, "some in a short run")
-    setting.change("checkpoint.keep_every", 0, "no matter to this proof")
+    setting.change("checkpoint.keep_every", 0, "of no matter here")
     setting.change("guard.stop_after_minutes", 0, "the proof's runs go to their end")
     setting.change("max_steps", steps, "a short run")
     if cfg.shrink:
