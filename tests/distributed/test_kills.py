@@ -30,10 +30,9 @@ pytestmark = pytest.mark.distributed
 SEED = 5
 ASYNCHRONOUS, SYNCHRONOUS = ("checkpoint.mode=asynchronous",), ("checkpoint.mode=synchronous",)
 SHORT = [
-    Setting("plain", "full", 2, ASYNCHRONOUS),
-    Setting("zero1", "lora", 2, SYNCHRONOUS),
-    Setting("zero2", "full", 1, ASYNCHRONOUS),
     Setting("zero3", "lora", 2, ASYNCHRONOUS),
+    Setting("zero1", "full", 2, SYNCHRONOUS),
+    Setting("plain", "lora", 1, ASYNCHRONOUS),
 ]
 WHOLE = [
     Setting(sharding, tuning, ranks, (ASYNCHRONOUS, SYNCHRONOUS)[i % 3 == 2])
@@ -43,14 +42,14 @@ WHOLE = [
 ]
 
 
-def kill_and_compare(folder: Path, settings: Sequence[Setting], aims: Sequence[Aim], count: int) -> list[Struck]:
-    """Kills each setting's run once for each aim, in turn until there are `count` kills; each must end the same."""
+def kill_and_compare(folder: Path, settings: Sequence[Setting], count: int) -> list[Struck]:
+    """Kills each setting's run three times, in turn until there are `count` kills; each must end the same."""
     rng = random.Random(SEED)
     home, struck = Home.make(folder), []
     for i, setting in enumerate(settings):
         reference = folder / f"{i}-{setting}-uninterrupted"
         victim = Victim(setting, home, folder / f"{i}-{setting}-killed", uninterrupted(setting, home, reference))
-        for kill in plan_kills(rng, aims, setting.ranks):
+        for kill in plan_kills(rng, [Aim.start if i % 2 else Aim.anywhere, Aim.save, Aim.save], setting.ranks):
             if len(struck) < count and (blow := victim.strike(kill)):
                 print(blow, flush=True)
                 struck.append(blow)
@@ -66,18 +65,18 @@ def inside_a_save(struck: Sequence[Struck]) -> int:
 
 
 def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path):
-    struck = kill_and_compare(tmp_path, SHORT, [Aim.anywhere, Aim.save], count=8)
-    assert len(struck) >= 6 and inside_a_save(struck) >= 3, "\n".join(map(str, struck))
+    struck = kill_and_compare(tmp_path, SHORT, count=8)
+    assert len(struck) >= 7 and inside_a_save(struck) >= 4, "\n".join(map(str, struck))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_fifty_kills(tmp_path):
-    """Over every engine, tuning and number of ranks; a third of the kills are aimed inside a save."""
-    struck = kill_and_compare(tmp_path, [*WHOLE, *WHOLE], [Aim.start, Aim.anywhere, Aim.save], count=50)
+    """Over every engine, tuning and number of ranks; two of three kills are aimed inside a save."""
+    struck = kill_and_compare(tmp_path, [*WHOLE, *WHOLE], count=50)
     print(f"{len(struck)} kills, {inside_a_save(struck)} of them inside a save")
     assert {blow.setting for blow in struck} == set(map(str, WHOLE))
-    assert len(struck) == 50 and inside_a_save(struck) >= 12, "\n".join(map(str, struck))
+    assert len(struck) == 50 and inside_a_save(struck) >= 25, "\n".join(map(str, struck))
 
 
 FOLDER_AT = {"open": 1, "os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}
