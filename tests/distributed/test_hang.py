@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +20,10 @@ import torch.distributed as dist
 from configs.compose import compose
 from configs.errors import CrosstuneError
 from configs.schema.roots import TrainConfig
+from tests.command import write_uneven_records
 from tests.distributed.forks import Ranks
 from tests.tiny import samples_of, save_tiny_model, write_prepared
+from train import loop
 from train.data.collate import Batch
 from train.data.sampler import GlobalStep, StepSampler
 from train.loop import Loop
@@ -50,12 +55,12 @@ class Case:
     more: tuple[str, ...] = ()
 
 
-def before_data(act: Callable[[], None]) -> None:
+def before_data(act: Callable[[], None], at: int = STEP) -> None:
     """Something happens before the data of a step are read."""
     read, steps = StepSampler.batches, count(1)
 
     def batches(self: StepSampler, step: GlobalStep) -> Iterator[Batch]:
-        if next(steps) == STEP:
+        if next(steps) == at:
             act()
         return read(self, step)
 
@@ -116,6 +121,19 @@ def slow_writer(me: int) -> None:
         os.fsync = lambda handle: slow_disk()
 
 
+def long_but_well(me: int) -> None:
+    """A first step beyond the time-out, and a validation whose batches are each below it."""
+    before_data(lambda: time.sleep(1.5 * TIMEOUT), at=1)
+    made = loop.batches_of
+
+    def slowly(*arguments: object) -> Iterator[Batch]:
+        for batch in made(*arguments):
+            time.sleep(0.6 * TIMEOUT)
+            yield batch
+
+    loop.batches_of = slowly
+
+
 def ring(me: int) -> None:
     """Each waits for the next."""
     before_data(lambda: dist.recv(torch.zeros(1), src=(me + 1) % 3))
@@ -138,6 +156,7 @@ CASES = {
         "checkpoint-writer",
         more=("checkpoint.mode=asynchronous", "checkpoint.every=2"),
     ),
+    "long but well": Case(long_but_well, "", (), codes=(0, 0, 0), more=("eval_every=2", "max_steps=3")),
     "ring": Case(ring, "LATE: no rank in particular (cannot tell)", ("all ranks wait", "recv")),
     "error": Case(error_of_the_second, "LATE: rank 1", ("left", "ValueError: a fault of one rank"), codes=(3, 1, 3)),
 }
@@ -177,6 +196,13 @@ def run_case(name: str, folder: Path, run_dir: Path) -> Ranks:
     return Ranks(rank_of, 3, name, cfg, folder, run_dir, logs=run_dir, environment={})
 
 
+def must_end_well(ranks: Ranks, run_dir: Path) -> None:
+    codes = ranks.wait(STARTED_WITHIN + 6 * TIMEOUT)
+    ranks.kill()
+    assert codes == [0, 0, 0], f"{codes}\n{ranks.output()}"
+    assert not list(run_dir.glob("hang_report*"))
+
+
 def must_name_the_late(name: str, ranks: Ranks, run_dir: Path) -> None:
     case = CASES[name]
     try:
@@ -194,16 +220,45 @@ def must_name_the_late(name: str, ranks: Ranks, run_dir: Path) -> None:
     assert case.in_stacks in report, report
 
 
+WELL = "long but well"
 FAST = ["stopped with the store", "slow reader", "slow writer", "ring"]
 
 
 def test_the_late_rank_is_named_and_all_end(folder: Path, tmp_path: Path) -> None:
-    begun = {name: run_case(name, folder, tmp_path / name) for name in FAST}
-    for name, ranks in begun.items():
-        must_name_the_late(name, ranks, tmp_path / name)
+    begun = {name: run_case(name, folder, tmp_path / name) for name in [*FAST, WELL]}
+    for name in FAST:
+        must_name_the_late(name, begun[name], tmp_path / name)
+    must_end_well(begun[WELL], tmp_path / WELL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(FAST)))
+@pytest.mark.parametrize("name", sorted(set(CASES) - {*FAST, WELL}))
 def test_other_late_ranks(name: str, folder: Path, tmp_path: Path) -> None:
     must_name_the_late(name, run_case(name, folder, tmp_path / name), tmp_path / name)
+
+
+def test_the_command_names_a_stopped_rank_and_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    run_dir, data = tmp_path / "run", write_uneven_records(tmp_path / "records.jsonl")
+    words = [f"model.path={folder / 'model'}", f"dataset.path={data}", f"run_dir={run_dir}", "nproc=2"]
+    words += ["dataset.license=CC0-1.0", f"cache_dir={tmp_path / 'cache'}", "device=cpu", "model.precision=fp32"]
+    words += ["max_length=300", "batch_tokens=300", "micro_batch_tokens=300"]
+    words += ["max_steps=1000000", "checkpoint.every=20", f"guard.hang_timeout_seconds={TIMEOUT}"]
+    command = [sys.executable, "-P", "-m", "launchers.cli", "train", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        give_up = time.monotonic() + 2 * STARTED_WITHIN
+        while not list(run_dir.glob("checkpoints/*/COMPLETE")):
+            assert time.monotonic() < give_up and started.poll() is None, started.communicate()[0]
+            time.sleep(0.1)
+        family = psutil.Process(started.pid).children(recursive=True)
+        [second] = [worker for worker in family if worker.environ().get("RANK") == "1"]
+        second.suspend()
+        output, _ = started.communicate(timeout=STARTED_WITHIN)
+    finally:
+        started.kill()
+    assert started.returncode == 3, output
+    assert "rank 1 (" in output and "its process is stopped" in output, output
+    assert f"crosstune resume {run_dir} goes on after step" in output, output
+    assert "Traceback" not in output, output
+    assert not any(worker.is_running() for worker in family), "nothing of it is left"

@@ -39,7 +39,9 @@ def hang_error(verdict: Verdict, places: Sequence[Place], seconds: float, report
     else:
         late = "late, cannot tell between them"
     found = f"{late}: {verdict.text}. No rank has advanced for {seconds:.0f} s"
-    remedy = f"{report} has every rank's stacks; guard.hang_timeout_seconds must be above the longest single phase"
+    remedy = f"{report} has every rank's stacks"
+    if all(places[rank].silent is None for rank in verdict.late):
+        remedy += "; guard.hang_timeout_seconds must be above the longest single phase"
     return HangError(where, found, remedy=remedy)
 
 

@@ -231,7 +231,7 @@ class Lookout:
     def _pronounce(self, places: list[Place], now: float) -> None:
         """Judges, writes the report, tells everyone."""
         verdict = judge(places)
-        seconds = min(place.idle for place in places if place.sign.ended is None)
+        seconds = now - self._changed
         text = render(
             verdict, places, seconds=seconds, limit=self.limits.timeout, by=self.me.rank, faults=self._faults(now)
         )
