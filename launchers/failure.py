@@ -128,7 +128,7 @@ def with_way_on(error: RunFailedError, folder: Path) -> RunFailedError:
         error: what ended the run.
         folder: of the run.
     """
-    saved = sorted(path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE"))
+    saved = sorted(path.parent.name for path in folder.glob("checkpoints/step-*[0-9]/COMPLETE"))
     done = _last_step(folder / "metrics.jsonl")
     if saved:
         step = int(saved[-1].removeprefix("step-"))

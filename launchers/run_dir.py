@@ -59,7 +59,7 @@ def new_run(folder: Path) -> Iterator[None]:
         StorageError: it cannot be made or written.
     """
     if is_first_rank() and any((folder / name).exists() for name in SIGNS_OF_A_RUN):
-        saved = any(folder.glob("checkpoints/step-*/COMPLETE"))
+        saved = any(folder.glob("checkpoints/step-*[0-9]/COMPLETE"))
         remedy = f"crosstune resume {shlex.quote(str(folder))}, or name another run_dir"
         raise ConfigError(
             "run_dir",

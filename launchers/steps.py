@@ -88,7 +88,7 @@ def resumable(folder: Path, *, worker: bool = False) -> Iterator[None]:
     except RunFailedError as error:
         raise error if worker else with_way_on(error, folder) from error.__cause__
     except (KeyboardInterrupt, EndedBySignal):
-        saved = sorted(folder.glob("checkpoints/step-*/COMPLETE"))  # by name: a stop imports no torch
+        saved = sorted(folder.glob("checkpoints/step-*[0-9]/COMPLETE"))  # by name: a stop imports no torch
         if not saved:
             raise
         step = int(saved[-1].parent.name.removeprefix("step-"))

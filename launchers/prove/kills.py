@@ -114,7 +114,7 @@ def kill_at(moment: Moment, command: Command, run_dir: Path, rhythm: Rhythm, eve
 
 def newest(run_dir: Path) -> int:
     """Step of the newest complete checkpoint; 0 where there is none."""
-    found = (path.parent.name for path in run_dir.glob("checkpoints/step-*/COMPLETE"))
+    found = (path.parent.name for path in run_dir.glob("checkpoints/step-*[0-9]/COMPLETE"))
     return max((int(name.removeprefix("step-")) for name in found if name[5:].isdigit()), default=0)
 
 
