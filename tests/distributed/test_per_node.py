@@ -29,7 +29,7 @@ from train.run_folder import sha256_of
 
 pytestmark = pytest.mark.distributed
 
-OLD, NEW = "step-00000001", "step-00000002"
+OLD, NEW = "step-00000001", "step-00000003"
 
 
 class Machines:
@@ -39,7 +39,7 @@ class Machines:
         self.out, self.world = out, replace(world, local_rank=0)
         self.engines = {name: build(name, AdamWConfig(), self.world, lora=False) for name in ("zero3", "plain")}
         self.told: dict[str, dict[str, object]] = {}
-        for step in (1, 2):
+        for step in (1, 2, 3):
             run_step(self.engines["zero3"], step, 0.01)
             state = TrainerState(step, epoch=0, samples_seen=7, tokens_seen=9, seed=1)
             save(
@@ -131,7 +131,7 @@ def empty(folder: Path) -> None:
 
 def lend(machines: Machines, folder: Path, *steps: str) -> None:
     """The first machine has the second's files, too."""
-    for step in steps or (OLD, NEW):
+    for step in steps or (OLD, "step-00000002", NEW):
         source = machines.out / "machine-1" / "checkpoints" / step / rank_file(1)
         shutil.copy(source, folder / step)
 
@@ -170,7 +170,7 @@ def files_of(told, step):
 
 def test_each_machine_keeps_and_reads_what_its_ranks_own(told):
     for rank, one in enumerate(of_both(told, "same")):
-        assert one["step"] == 2 and one["loaded"]
+        assert one["step"] == 3 and one["loaded"]
         assert files_of(one, NEW) == [rank_file(rank)]
         assert not any("on their way" in note for note in one["notes"])
         assert f"{NEW}: of 2 files host-0 rank00000; host-1 rank00001" in one["notes"]
@@ -179,7 +179,7 @@ def test_each_machine_keeps_and_reads_what_its_ranks_own(told):
 @pytest.mark.parametrize("case", ["exchanged", "whole", "blank"])
 def test_pieces_travel_to_where_they_are_needed(told, case):
     for rank, one in enumerate(of_both(told, case)):
-        assert one["step"] == 2 and one["loaded"], one
+        assert one["step"] == 3 and one["loaded"], one
         assert rank_file(rank) in files_of(one, NEW)
         assert any("on their way" in note for note in one["notes"])
         assert not [file for file in one["files"] if file.endswith(transfer.INCOMING)]
@@ -209,7 +209,7 @@ def test_a_file_that_was_cut_is_not_had(told):
 
 def test_a_save_cut_off_between_two_renames_is_ended(told):
     for one in of_both(told, "half_renamed"):
-        assert one["step"] == 2 and one["loaded"]
+        assert one["step"] == 3 and one["loaded"]
         assert not [file for file in one["files"] if ".partial" in file]
 
 
@@ -219,4 +219,4 @@ def test_indices_of_two_attempts_under_one_name_are_refused(told):
 
 
 def test_one_set_aside_no_longer_counts(told):
-    assert [one["step"] for one in of_both(told, "aside")] == [1, 1]
+    assert [one["step"] for one in of_both(told, "aside")] == [2, 2]

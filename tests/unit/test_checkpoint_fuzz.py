@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 
 from configs.errors import CheckpointError
 from tests.unit.checkpoint_kit import WORLD, all_tensors, engine, state, steps
@@ -243,6 +245,29 @@ def test_generator_states_of_any_bytes_do_no_harm(made, small, cases):
         put_rank_file(made, path, original[: end + begin] + content + original[end + stop :])
         loaded = made.restored(path)
         assert loaded is None or same(loaded, made.tensors), case
+
+
+WORDS = [7] * 624
+NO_STATES = [
+    *[("python", state) for state in ([2, [*WORDS, 0], None], [3, [*WORDS, 625], None], [3, [*WORDS, -1], None])],
+    *[("python", state) for state in ([3, [2**32, *WORDS], None], [3, [*WORDS, 0], "x"], [3, WORDS, None], {}, 3)],
+    *[("numpy", state) for state in ([WORDS, 10**6, 0, 0.0], [WORDS, -1, 0, 0.0], [WORDS[1:], 0, 0, 0.0])],
+    *[("numpy", state) for state in ([WORDS, 0, 2, 0.0], [WORDS, 0, 0, "x"], [[1.5] * 624, 0, 0, 0.0], [])],
+    *[("torch", state) for state in ([], WORDS)],
+]
+
+
+@pytest.mark.parametrize("number", range(len(NO_STATES)))
+def test_a_generator_state_beyond_its_bounds_is_named(made, number):
+    """numpy would read foreign memory at a position beyond its state."""
+    name, state = NO_STATES[number]
+    path = made.copy()
+    tensors = load_file(path / RANK)
+    tensors[f"rng:{name}"] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    put_rank_file(made, path, save_bytes(tensors))
+    with pytest.raises(CheckpointError, match=f"the state of {name}'s generator is damaged"):
+        restore(made.target, path, WORLD)
+    assert made.restored(path) is None
 
 
 def at(*keys: Any, value: Any) -> Callable[[Any], Any]:

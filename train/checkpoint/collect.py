@@ -28,6 +28,7 @@ from train.checkpoint.layout import (
     Index,
     StoredFile,
     checkpoints,
+    rank_file,
     read_index,
     way_back,
 )
@@ -135,11 +136,10 @@ class Machines:
             CheckpointError: a file is nowhere, or arrives damaged; names it and the host that wrote it.
             StorageError: a file cannot be written where it is needed.
         """
-        needs = together(self.world, path, lambda: sorted(needed))
-        by_owner = {
-            owner: sorted({file for rank, files in enumerate(needs) for file in files if self.owners[rank] == owner})
-            for owner in self.acting
-        }
+        needs: dict[int, set[str]] = {owner: set() for owner in self.acting}
+        for owner, runs in zip(self.owners, together(self.world, path, lambda: _runs(needed)), strict=True):
+            needs[owner].update(rank_file(rank) for low, high in runs for rank in range(low, high + 1))
+        by_owner = {owner: sorted(files) for owner, files in needs.items()}
         sizes = self._of_each(path, lambda: _sizes(path, index), {})
         held = {owner: {f for f, n in sizes[owner].items() if n == index.files[f].bytes} for owner in self.acting}
         lost = sorted(index.files.keys() - set().union(*held.values()))
@@ -285,16 +285,20 @@ def _by_writer(files: Mapping[str, StoredFile]) -> str:
     return _shortened([f"host {host} wrote {_ranges(names)}" for host, names in hosts.items()], "hosts")
 
 
-def _ranges(files: Collection[str]) -> str:
-    """``rank00000..00003, rank00008``: names of rank files, in short."""
-    ranks = sorted(int(RANK_NUMBER.findall(name)[0]) for name in files)
+def _runs(files: Collection[str]) -> list[list[int]]:
+    """First and last number of each run of rank files: names of thousands, in short."""
     runs: list[list[int]] = []
-    for rank in ranks:
+    for rank in sorted(int(RANK_NUMBER.findall(name)[0]) for name in files):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    words = [f"rank{low:05d}" + (f"..{high:05d}" if high > low else "") for low, high in runs]
+    return runs
+
+
+def _ranges(files: Collection[str]) -> str:
+    """``rank00000..00003, rank00008``: names of rank files, for people."""
+    words = [f"rank{low:05d}" + (f"..{high:05d}" if high > low else "") for low, high in _runs(files)]
     return _shortened(words, "runs of files", ", ")
 
 
