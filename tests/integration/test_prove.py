@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def words(tmp_path_factory):
         f"cache_dir={folder / 'cache'}",
         *("device=cpu", "model.precision=fp32", "max_length=320", "micro_batch_tokens=400", "batch_tokens=700"),
     ]
+
+
+BROKEN_LOAD = """
+import sys
+
+if "reshard" in sys.orig_argv:
+    from train.prove import reload
+
+    whole = reload.restore_latest
+
+    def broken(engine, *args, **kwargs):
+        state = whole(engine, *args, **kwargs)
+        engine.fragments(owned=False)[0].view("exp_avg")[0] += 1
+        return state
+
+    reload.restore_latest = broken
+"""
+"""A load that garbles one value, in the process that loads."""
 
 
 def configured(*typed: str):
@@ -99,26 +118,16 @@ def test_kills_of_several_ranks_inside_saves_on_a_cut_model(words, tmp_path):
 def test_resharding_is_proven_and_a_broken_load_is_found(words, tmp_path, monkeypatch):
     typed = ["reshard", *words, "steps=4", "from=zero3x2", "to=zero1x2,plainx1"]
     result = reshard.prove_reshard(configured(*typed, f"out={tmp_path / 'proof'}"), None)
-    assert result["proven"] and [part["title"] for part in result["parts"]] == [
-        "zero3x2 -> zero1x2",
-        "zero3x2 -> plainx1",
-    ]
+    titles = [part["title"] for part in result["parts"]]
+    assert result["proven"] and titles == ["zero3x2 -> zero1x2", "zero3x2 -> plainx1"]
     assert len(result["load_memory"]["zero1x2"]) == 2
-    # What was saved again is not what was loaded: the checkpoint of another step.
-    whole = reshard._reloaded
-    monkeypatch.setattr(reshard, "_reloaded", lambda reference, run_dir, step: whole(*_later(reference, run_dir, step)))
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_LOAD)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     typed = ["reshard", *words, "steps=4", "from=plainx1", "to=plainx1"]
     result = reshard.prove_reshard(configured(*typed, f"out={tmp_path / 'broken'}"), None)
-    assert result["exit_code"] == 3 and result["first_difference"]["kind"] == "master"
-
-
-def _later(reference, run_dir, step):
-    from train.checkpoint.layout import step_folder
-
-    middle, end = (step_folder(reference / "checkpoints", at) for at in (step, step + 2))
-    middle.rename(middle.with_name("aside"))
-    end.rename(middle)
-    return reference, run_dir, step
+    first = result["first_difference"]
+    assert result["exit_code"] == 3 and (first["kind"], first["index"]) == ("exp_avg", (0, 0))
+    assert first["found"] == pytest.approx(first["expected"] + 1)
 
 
 @pytest.mark.slow
