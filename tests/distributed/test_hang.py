@@ -248,7 +248,7 @@ def test_the_command_names_a_stopped_rank_and_says_how_to_go_on(folder: Path, tm
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         give_up = time.monotonic() + 2 * STARTED_WITHIN
-        while not list(run_dir.glob("checkpoints/*/COMPLETE")):
+        while not list(run_dir.glob("checkpoints/step-*[0-9]/COMPLETE")):
             assert time.monotonic() < give_up and started.poll() is None, started.communicate()[0]
             time.sleep(0.1)
         family = psutil.Process(started.pid).children(recursive=True)
