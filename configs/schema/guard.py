@@ -34,7 +34,8 @@ class GuardConfig:
     hang_timeout_seconds: float = 600
     """When no rank has advanced for so long, the late rank is named in hang_report.txt and the run ends; 0: never.
 
-    Above the longest single phase: a first step that compiles kernels, a save to a slow disk.
+    Above the longest single phase: a large batch's forward pass, a save to a slow disk. The first step of a command may
+    take three times as long, since it compiles kernels. Time-outs of the collectives are set above it.
     """
 
     def __post_init__(self) -> None:
