@@ -77,7 +77,9 @@ def _resumed_under(
     proof.compare(part, lambda: _reloaded(reference, run_dir, saved_at))
     memory: list[dict[str, float]] = json.loads((run_dir / RELOADED / "memory.json").read_text(encoding="utf-8"))
     extra, held = (max(each[key] for each in memory) for key in ("extra_mib", "held_mib"))
-    part.notes.append(f"loading took at most {extra:,.0f} MiB of host memory beyond what a rank then holds ({held:,.0f} MiB)")
+    part.notes.append(
+        f"loading took at most {extra:,.0f} MiB of host memory beyond what a rank then holds ({held:,.0f} MiB)"
+    )
     shutil.rmtree(run_dir / RELOADED)
     own_options = ["--config-dir", str(config_dir)] if config_dir else []
     words = ["resume", str(run_dir), *layout_words(name), *own_options]
