@@ -167,7 +167,7 @@ def _wait(process: subprocess.Popen[bytes], grace_seconds: int) -> _Stop:
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         process.wait()
-        # A second signal, such as from a scheduler that sends it to every process, makes torchrun leave its workers.
+        # Who signals torchrun again and again, or kills it, makes it leave its workers.
         _, left = psutil.wait_procs(workers, timeout=max(0.0, stop.at + grace_seconds - time.monotonic()))
         _kill(left)
     finally:
