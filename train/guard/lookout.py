@@ -120,7 +120,7 @@ class Lookout:
         if self.leaving is not None:
             self._farewell(now)
         elif call.get("end"):
-            self._obey(call["end"], now)
+            self._obey(call["end"])
         else:
             if call.get("number", 0) > self._answered:
                 self._answer(call["number"])
@@ -244,8 +244,7 @@ class Lookout:
         told = {"where": error.where, "found": error.found, "allowed": error.allowed, "remedy": error.remedy}
         end = {"error": told, "silent": silent, "speakers": list(speakers.values())}
         self._posts[CALL] = packed({"number": self._number, "end": end})
-        others = frozenset(place.rank for place in live) - {self.me.rank}
-        self._end(end, _Leave(now, now + self.limits.patience, others, silent))
+        self._end(end, delay=0.0, others=frozenset(place.rank for place in live) - {self.me.rank})
 
     def _faults(self, now: float) -> str:
         texts = [f"{board.name}: {board.fault}" for board in self.boards if board.fault]
@@ -254,18 +253,22 @@ class Lookout:
                 texts.append(f"{board.name} has not answered for {now - board.answered_at:.0f} s")
         return "; ".join(texts)
 
-    def _obey(self, end: dict[str, Any], now: float) -> None:
+    def _obey(self, end: dict[str, Any]) -> None:
         """Another rank has judged."""
         self._posts[answer(self.me.rank)] = packed({"farewell": True})
         # The first to go may take others of its machine along, or a table: all are to have heard of it by then.
-        first = now + 1 + self.limits.interval / 2
-        self._end(end, _Leave(first, now + self.limits.patience, frozenset(), end["silent"]))
+        self._end(end, delay=1 + self.limits.interval / 2, others=frozenset())
 
-    def _end(self, end: dict[str, Any], leave: _Leave) -> None:
-        self.leaving = leave
+    def _end(self, end: dict[str, Any], *, delay: float, others: frozenset[int]) -> None:
+        def leave() -> _Leave:
+            now = self._clock()
+            return _Leave(now + delay, now + self.limits.patience, others, end["silent"])
+
+        self.leaving = leave()
         if self.me.rank in end["speakers"]:
             told = dict(end["error"])
             self._tell(HangError(told.pop("where"), told.pop("found"), **told))
+            self.leaving = leave()  # telling may have taken a while
 
     def _farewell(self, now: float) -> None:
         """Leaves when what had to be said is said: the store may live in this process."""
