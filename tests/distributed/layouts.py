@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from configs.compose import build as build_from
 from configs.compose import compose
@@ -46,22 +46,29 @@ MORE_ENGINES = {
 
 
 class Net(torch.nn.Module):
-    """A tied Llama, and trained parameters of one and three elements, fewer than a rank each."""
+    """A tied model, and trained parameters of one and three elements, fewer than a rank each.
 
-    def __init__(self, lora: bool, dropout: float = 0.0) -> None:
+    A Llama; with `experts` a Qwen3-MoE, which holds a layer's experts in parameters of three dimensions.
+    """
+
+    def __init__(self, lora: bool, dropout: float = 0.0, experts: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=40,
-            intermediate_size=54,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            attention_dropout=dropout,
-        )
-        self.llm = LlamaForCausalLM(config)
+        shape = {
+            "vocab_size": VOCAB,
+            "hidden_size": 40,
+            "intermediate_size": 54,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "attention_dropout": dropout,
+        }
+        if experts:
+            routing = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 10}
+            self.llm = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **routing))
+        else:
+            self.llm = LlamaForCausalLM(LlamaConfig(**shape))
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -90,9 +97,10 @@ def build(
     scramble: bool = False,
     activation_checkpointing: bool = False,
     dropout: float = 0.0,
+    experts: int = 0,
 ) -> Engine:
     """An engine over a new model, whose trained weights are random if `scramble`."""
-    model = Net(lora, dropout)
+    model = Net(lora, dropout, experts)
     if activation_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:

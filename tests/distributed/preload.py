@@ -8,7 +8,7 @@ import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401  # what 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pandas  # noqa: F401  # pyarrow imports it late
 import peft  # noqa: F401
-from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeForCausalLM  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from tests.distributed import layouts, tiny_training  # noqa: F401

@@ -48,10 +48,10 @@ def layouts(plan: dict, world: World) -> product:
     return product([plan["dtype"]], [plan["tuning"]], plan["dropouts"], plan[f"x{world.size}"])
 
 
-def make(dtype: str, tuning: str, dropout: float, name: str, world: World, scramble: bool) -> Engine:
+def make(plan: dict, dropout: float, name: str, world: World, scramble: bool) -> Engine:
     torch.manual_seed(7 + 100 * scramble + world.rank)
-    lora = tuning == "lora"
-    engine = build(name, OPTIM, world, lora=lora, dtype=DTYPES[dtype], scramble=scramble, dropout=dropout)
+    how = {"lora": plan["tuning"] == "lora", "dtype": DTYPES[plan["dtype"]], "experts": plan["experts"]}
+    engine = build(name, OPTIM, world, scramble=scramble, dropout=dropout, **how)
     torch.manual_seed(11 + 100 * scramble + world.rank)
     return engine
 
@@ -60,7 +60,7 @@ def save_all(plan: dict, out: Path, world: World) -> None:
     """Trains every layout of this world size without interruption, saving on the way and at the end."""
     losses = {}
     for dtype, tuning, dropout, name in layouts(plan, world):
-        engine = make(dtype, tuning, dropout, name, world, scramble=False)
+        engine = make(plan, dropout, name, world, scramble=False)
         run = run_name(dtype, tuning, dropout, name, world.size)
         train(engine, 0, SAVED, plan["micro_batches"])
         save(engine, out / run, trainer_state(SAVED), world)
@@ -79,7 +79,7 @@ def resume_all(plan: dict, out: Path, world: World) -> None:
         uninterrupted |= json.loads(file.read_text())
     faults, resumed = [], 0
     for dtype, tuning, dropout, name in layouts(plan, world):
-        engine = make(dtype, tuning, dropout, name, world, scramble=True)
+        engine = make(plan, dropout, name, world, scramble=True)
         own = run_name(dtype, tuning, dropout, name, world.size)
         sources = [own] if dropout else [run for run in uninterrupted if run.startswith(f"{dtype}-{tuning}-exact-")]
         others = [source for source in sources if source != own]
@@ -183,7 +183,7 @@ def plan_of(tuning: str, dtype: str = "fp32", dropouts: Sequence[float] = (0.0,)
     `WHOLE` takes steps after each.
     """
     plan = {"dtype": dtype, "tuning": tuning, "dropouts": list(dropouts), "all_losses": False, "micro_batches": 1}
-    return plan | names
+    return plan | {"experts": 0} | names
 
 
 WHOLE = {"all_losses": True, "micro_batches": 2}
