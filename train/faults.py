@@ -24,6 +24,7 @@ from configs.schema.sharding import ZeroConfig
 from train.devices.base import Device
 from train.engine.base import Engine
 from train.loop import Loop
+from train.units import in_gib
 
 MODEL, ENGINE = "model", "engine"
 """Phases before the first step: the weights go to the device; the engine is built over them."""
@@ -179,11 +180,6 @@ def _asked_bytes(text: str) -> int | None:
         if found := pattern.search(text):
             return int(float(found[1]) * UNITS[found[2]])
     return None
-
-
-def in_gib(size: int) -> str:
-    """Bytes for people, in GiB, or MiB below one of them."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def sharding_name(cfg: TrainConfig) -> str:

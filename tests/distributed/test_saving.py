@@ -130,7 +130,7 @@ def a_full_disk_of_one_machine_stops_all_before_the_first_step(
         if case.world.rank == 1:
             fault.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
         error = raised(behind.require_room, NoRoomError)
-    assert "disk1" in error.where and "0.00 GiB are free" in error.found
+    assert "disk1" in error.where and "0.0 MiB are free" in error.found
     behind.require_room()
 
 

@@ -233,7 +233,7 @@ def test_no_step_is_taken_where_the_next_checkpoint_would_not_fit(small_disk):
     behind = saver(built, small_disk / "checkpoints")
     behind.require_room()
     leave_free(small_disk, RESERVE + expected // 2)
-    with pytest.raises(NoRoomError, match=r"next checkpoint needs 0\.02 GiB, and 0\.0. GiB are free"):
+    with pytest.raises(NoRoomError, match=r"next checkpoint needs 2.\.. MiB, and 1.\.. MiB are free"):
         behind.require_room()
     leave_free(small_disk, RESERVE + 2 * expected)
     behind.require_room()

@@ -18,6 +18,7 @@ from train.checkpoint.save import Moment, clear_torn, needed_in, site_of, write_
 from train.checkpoint.snapshot import HostCopy, Share, Tensors, live_share
 from train.checkpoint.together import together
 from train.engine.base import Engine, World
+from train.units import in_gib
 
 Note = Callable[[str], None]
 LOOK_SECONDS = 1
@@ -178,7 +179,7 @@ class Checkpointer:
                     raise
                 raise OutOfMemoryError(
                     f"checkpoint.mode={self.cfg.mode.value}",
-                    f"host memory does not hold a copy of {share.nbytes / 2**30:.2f} GiB for rank {self.world.rank}",
+                    f"host memory does not hold a copy of {in_gib(share.nbytes)} for rank {self.world.rank}",
                     remedy="checkpoint.mode=synchronous",
                 ) from error
 

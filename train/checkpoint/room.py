@@ -13,6 +13,7 @@ from configs.errors import NoRoomError
 from configs.schema.optim import OptimConfig
 from train.engine.base import Engine
 from train.engine.optimizer import build_optimizer
+from train.units import in_gib
 
 RESERVE = 16 * 2**20
 """Bytes for the index, and for metrics and logs that grow while the checkpoint is written."""
@@ -55,9 +56,9 @@ def require_room(folder: Path, needed: int) -> None:
     if free < needed:
         raise NoRoomError(
             str(folder),
-            f"the next checkpoint needs {_gib(needed)}, and {_gib(free)} are free",
-            remedy=f"free {_gib(needed - free)} or more there, or another run_dir; the earlier checkpoints stay until "
-            "the next one is complete, and a lower checkpoint.keep_last keeps fewer of them",
+            f"the next checkpoint needs {in_gib(needed)}, and {in_gib(free)} are free",
+            remedy=f"free {in_gib(needed - free)} or more there, or another run_dir; the earlier checkpoints stay "
+            "until the next one is complete, and a lower checkpoint.keep_last keeps fewer of them",
         )
 
 
@@ -76,7 +77,3 @@ def memory_holds(answers: Sequence[dict[str, Any]]) -> bool:
         sum(rank["copy"] for rank in ranks) <= MEMORY_SHARE * min(rank["memory"] for rank in ranks)
         for ranks in machines
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
