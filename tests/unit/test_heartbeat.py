@@ -15,6 +15,7 @@ from train.guard import hang_report
 from train.guard.heartbeat import Heartbeat, Phase
 from train.guard.limits import Limits, collective_seconds
 from train.guard.lookout import Lookout
+from train.guard.sightings import Sightings
 from train.guard.verdict import Place, Sign, Verdict, judge, spoken
 from train.guard.witness import Account, Member, Waits, give_account
 
@@ -220,6 +221,20 @@ def test_a_run_that_goes_well_reads_nothing_of_the_others(tmp_path: Path) -> Non
     assert not any(table.reads for tables in team.tables for table in tables)
 
 
+def test_silence_counts_from_when_one_began_to_look() -> None:
+    sign = Sign(1, 5, 3, 2, "data", 4.0, 4.0)
+    sightings = Sightings([sign, sign], now=0)
+    sightings.look_at(frozenset({1}), now=100)
+    assert (sightings.silence(1, 105), sightings.idle(1, 105)) == (5, 9)
+    sightings.see(1, sign, now=106)  # no newer one
+    assert sightings.silence(1, 110) == 10
+    sightings.see(1, replace(sign, tick=2), now=111)
+    assert sightings.silence(1, 112) == 1
+    sightings.look_at(frozenset(), now=120)
+    sightings.look_at(frozenset({1}), now=200)
+    assert sightings.silence(1, 203) == 3
+
+
 def place(
     rank: int,
     waits: Waits = Waits.yes,
@@ -393,4 +408,3 @@ def test_a_step_begins_its_count_of_phases_anew() -> None:
 def test_a_verdict_over_one_rank_says_what_it_does() -> None:
     verdict = judge([place(0, NO, doing="sleep")])
     assert verdict == Verdict((0,), True, "in phase backward of step 7 for 61 s, at sleep")
-    assert replace(verdict, late=()).late == ()
