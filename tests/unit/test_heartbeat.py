@@ -155,6 +155,15 @@ def test_no_verdict_while_anything_advances(tmp_path: Path) -> None:
     assert not team.told
 
 
+def test_a_rank_that_advanced_until_it_fell_silent_is_given_time(tmp_path: Path) -> None:
+    team = Team(3, tmp_path)
+    team.step(5)
+    team.let_pass(2 * TIMEOUT, meanwhile=team.hearts[2].beat)
+    team.stopped = {2}
+    assert TIMEOUT / 2 <= team.let_pass(3 * TIMEOUT) <= TIMEOUT
+    assert team.told[0].where == "rank 2 (host)"
+
+
 def test_the_first_step_may_take_longer(tmp_path: Path) -> None:
     team = Team(2, tmp_path)
     team.step(1)
