@@ -8,18 +8,13 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import psutil
 
-from configs.compose import build, load_resolved, save_resolved
+from configs.compose import build
 from configs.errors import ConfigError, CrosstuneError, DataError
-from configs.schema.model import Precision
-from configs.schema.outputs import Storage
 from configs.schema.roots import Packing, TrainConfig
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.layout import TrainerState
-from train.checkpoint.restore import restore_latest
 from train.checkpoint.storage import resolve_storage
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
@@ -33,14 +28,14 @@ from train.guard.stop import STARTED, StopRequests
 from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
-from train.models.load import dtype_name, load_config, load_model, resolve_precision
+from train.models.load import load_config, load_model, resolve_precision
 from train.objectives.base import Objective
-from train.observe.environment import code_version, write_environment
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
 from train.ops.packed_attention import register
 from train.ops.select import KernelSelection
-from train.run_folder import RunFolder, RunRecord, sha256_of
+from train.origin import Origin, begin, go_on
+from train.run_folder import RunFolder
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
 
@@ -81,54 +76,33 @@ def train(
         note: Note = logger.info if world.rank == 0 else logger.debug
         run, objective = RunFolder(run_dir), build(cfg.objective, Objective)
         data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
-        split = data.split("train")
-        check_lengths("train", split, cfg, prepared)
         validation = validation_split(data, cfg)
         trusted = cfg.model.trust_remote_code
         family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
-        mix = data.mix()
-        for share in mix:
-            note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
-        plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
-        rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
-        total_steps = cfg.max_steps or plan.steps_for(cfg.epochs)
+        sampler = make_sampler(cfg, data, kind, device, world, note)
+        total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
-            records = world.rank == 0 or (storage is Storage.per_node and world.leads_node)
-            if resume:
-                record = run.read_record()
-                run_id = record.run_id
-                state = restore_latest(engine, run.checkpoints, world, storage=storage, run_id=run_id, note=note)
-                if record.precision != cfg.model.precision.value:
-                    note(f"adapters of a base in {record.precision} go on with it in {cfg.model.precision.value}")
-                    if records:
-                        record_carry(run, record, cfg.model.precision, state.step)
-            else:
-                run_id = world.broadcast_bytes(uuid4().hex.encode()).decode()
-                state = TrainerState(step=0, epoch=0, samples_seen=0, tokens_seen=0, seed=cfg.seed)
-                if records:
-                    record_run(run, cfg, engine, device, world, model_dir, prepared, total_steps, run_id)
+            start = go_on if resume else begin
+            state, run_id = start(cfg, run, engine, storage, Origin(model_dir, prepared, total_steps), note)
             heartbeat = Heartbeat()
-            with (
-                closing(
-                    Checkpointer(
-                        engine,
-                        run.checkpoints,
-                        cfg.checkpoint,
-                        world,
-                        storage=storage,
-                        run_id=run_id,
-                        note=note,
-                        beat=heartbeat.beat,
-                    )
-                ) as checkpointer,
-                StopRequests(run_dir, cfg.guard, started, world=world, note=note, last_words=last_words) as stop,
-            ):
+            checkpointer = Checkpointer(
+                engine,
+                run.checkpoints,
+                cfg.checkpoint,
+                world,
+                storage=storage,
+                run_id=run_id,
+                note=note,
+                beat=heartbeat.beat,
+            )
+            stop = StopRequests(run_dir, cfg.guard, started, world=world, note=note, last_words=last_words)
+            with closing(checkpointer), stop:
                 Loop(
                     engine=engine,
                     objective=objective,
-                    sampler=StepSampler(split, plan, rows),
+                    sampler=sampler,
                     schedule=build(cfg.schedule, Schedule, total_steps),
                     device=device,
                     world=world,
@@ -143,6 +117,24 @@ def train(
                     heartbeat=heartbeat,
                     hooks=hooks_of(cfg, run, device, world, heartbeat, last_words, first_step=state.step),
                 ).run(state)
+
+
+def make_sampler(
+    cfg: TrainConfig, data: PreparedData, kind: RowKind, device: Device, world: World, note: Note
+) -> StepSampler:
+    """The global steps over the training split, and this rank's share of each.
+
+    Raises:
+        DataError: the split is empty, or a sample of it fits no forward pass.
+    """
+    split = data.split("train")
+    check_lengths("train", split, cfg, data.path)
+    mix = data.mix()
+    for share in mix:
+        note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
+    plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
+    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
+    return StepSampler(split, plan, rows)
 
 
 def make_engine(
@@ -232,48 +224,6 @@ def validation_split(data: PreparedData, cfg: TrainConfig) -> PreparedSplit | No
     split = data.split("validation")
     check_lengths("validation", split, cfg, data.path)
     return split
-
-
-def record_run(
-    run: RunFolder,
-    cfg: TrainConfig,
-    engine: Engine,
-    device: Device,
-    world: World,
-    model_dir: Path,
-    prepared: Path,
-    total_steps: int,
-    run_id: str,
-) -> None:
-    """Writes what the run was made from; one rank's work in each folder."""
-    base_files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json"), *model_dir.glob("*.jinja")])
-    save_resolved(cfg, run.resolved)
-    write_environment(run.environment, device)
-    run.write_record(
-        RunRecord(
-            model_dir=str(model_dir.resolve()),
-            model_sha256={path.name: sha256_of(path) for path in base_files},
-            prepared=str(prepared.resolve()),
-            manifest_sha256=sha256_of(prepared / "manifest.json"),
-            precision=dtype_name(engine.working_dtype),
-            engine=type(engine).__name__,
-            kernels=list(engine.kernels),
-            world_size=world.size,
-            tuning=build(cfg.tuning, Tuning).name,
-            code_version=code_version(),
-            total_steps=total_steps,
-            run_id=run_id,
-        )
-    )
-
-
-def record_carry(run: RunFolder, record: RunRecord, precision: Precision, step: int) -> None:
-    """Later resumes, and the export, take the base in the precision with which the adapters now go on."""
-    cfg = load_resolved(run.resolved)
-    # First the config: killed in between, the next resume takes it for asked again and ends this.
-    save_resolved(replace(cfg, model=replace(cfg.model, precision=precision)), run.resolved)
-    carried = [*record.carried, f"{record.precision} until step {step}"]
-    run.write_record(replace(record, precision=precision.value, carried=carried))
 
 
 def hooks_of(
