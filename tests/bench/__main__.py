@@ -1,16 +1,17 @@
 """`make bench`: ratios measured side by side in one run on this machine. They are printed and gate nothing.
 
-python -m tests.bench [checkpoint] [packing] [plan] [preparation]
+python -m tests.bench [checkpoint] [checkpoint_memory] [packing] [plan] [preparation]
 """
 
 from __future__ import annotations
 
 import sys
 
-from tests.bench import checkpoint, packing, plan, preparation
+from tests.bench import checkpoint, checkpoint_memory, packing, plan, preparation
 
 BENCHES = {
     "checkpoint": checkpoint.main,
+    "checkpoint_memory": checkpoint_memory.main,
     "packing": packing.main,
     "plan": plan.main,
     "preparation": preparation.main,
