@@ -35,6 +35,16 @@ ENDED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d
 """Rank and exit code of a worker in torchrun's own report."""
 
 
+def passed_on() -> tuple[signal.Signals, ...]:
+    """`STOP_SIGNALS`, without SIGHUP under `nohup`, which a handler of ours would undo."""
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangups_are_ignored())
+
+
+def hangups_are_ignored() -> bool:
+    """Whether `nohup` started this process: it is to outlive its terminal."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 class EndedBySignal(SystemExit):
     """Exit code 128 + number, as a shell tells it."""
 
@@ -78,14 +88,13 @@ def torchrun_command(
     nproc: int, arguments: Sequence[str], attempt: Path, port: int, grace_seconds: int = 120
 ) -> list[str]:
     """The command line."""
-    quiet_ranks = ",".join(f"{rank}:3" for rank in range(1, nproc))
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", str(nproc), "--node-rank", "0"),
         *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
-        *("--log-dir", str(attempt / "workers"), *(("--redirects", quiet_ranks) if quiet_ranks else ())),
+        *("--log-dir", str(attempt / "workers")),
         *("--shutdown-timeout", str(grace_seconds)),
-        *("--signals-to-handle", ",".join(number.name for number in STOP_SIGNALS)),
+        *("--signals-to-handle", ",".join(number.name for number in passed_on())),
         *("-m", "launchers.cli", *arguments),
     ]
 
@@ -107,12 +116,22 @@ def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threa
 
 
 def join_terminal() -> None:
-    """In a worker: lets rank 0's standard error follow its standard output to the terminal.
+    """In a worker: rank 0 speaks on the terminal, every other rank into a file of its own.
 
-    Both would else end in torchrun.log, since torchrun's own messages share its standard error with rank 0.
+    Rank 0's standard error follows its standard output, since it would else end in torchrun.log with torchrun's own
+    messages. torchrun's --redirects would do for ten workers at most (torch 2.13: ranks of one digit).
     """
-    if ERROR_DIR in os.environ and os.environ.get("RANK") == "0":
+    if ERROR_DIR not in os.environ:
+        return
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         os.dup2(1, 2)
+        return
+    logs = Path(os.environ[ERROR_DIR]).parent / "workers"
+    logs.mkdir(exist_ok=True)
+    with (logs / f"rank{rank}.log").open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def new_attempt(logs: Path) -> Path:
@@ -164,7 +183,7 @@ def _wait(process: subprocess.Popen[bytes], grace_seconds: int) -> _Stop:
             process.kill()
             _kill(workers)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in passed_on()}
     try:
         process.wait()
         # Who signals torchrun again and again, or kills it, makes it leave its workers.

@@ -17,6 +17,7 @@ import psutil
 
 from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError, WorkerLostError
 from launchers.failure import from_json
+from launchers.torchrun import hangups_are_ignored
 
 POLL_SECONDS = 0.002
 GONE_SECONDS = 60
@@ -136,7 +137,8 @@ def _is_gone(process: psutil.Process) -> bool:
 @contextmanager
 def ended_with_us(command: Command) -> Iterator[Command]:
     """Whatever ends the proof ends the command: they have no terminal in common."""
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGTERM, *([] if hangups_are_ignored() else [signal.SIGHUP])]
+    before = {number: signal.signal(number, _leave) for number in numbers}
     try:
         yield command
     finally:

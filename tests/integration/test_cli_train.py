@@ -46,6 +46,7 @@ def test_two_workers_then_resume_from_the_moved_folder_on_one(home, tmp_path):
     for text in ("[1/3] model", "[2/3] data", "[3/3] train", "4/4", f"run: {tmp_path / 'run'}"):
         assert text in shown, shown
     assert "OMP_NUM_THREADS" not in shown, "torchrun's own messages stay in its log"
+    assert [path.name for path in tmp_path.glob("run/logs/*/workers/*.log")] == ["rank1.log"]
     assert load_resolved(tmp_path / "run/resolved.yaml").nproc == 2
     whole = metrics_of(tmp_path / "run")
 
@@ -77,8 +78,9 @@ def test_under_an_outer_torchrun(home, tmp_path):
 
 @pytest.fixture
 def endless(home: Path, tmp_path: Path) -> subprocess.Popen[str]:
-    """A run on two workers in the midst of its steps."""
-    command = [sys.executable, "-P", "-m", "launchers.cli", *words(home, tmp_path / "run", steps=ENDLESS, nproc=2)]
+    """A run on two workers in the midst of its steps, started by nohup."""
+    command = ["nohup", sys.executable, "-P", "-m", "launchers.cli"]
+    command += words(home, tmp_path / "run", steps=ENDLESS, nproc=2)
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **streams)
     deadline = time.monotonic() + 120
@@ -89,6 +91,8 @@ def endless(home: Path, tmp_path: Path) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGHUP)  # not heard of under nohup
+    time.sleep(1.5)
     process.send_signal(signal.SIGINT)
 
 

@@ -228,7 +228,7 @@ def test_the_torchrun_command_and_the_workers_environment(tmp_path):
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", "3", "--node-rank", "0"),
         *("--master-addr", "127.0.0.1", "--master-port", "29511", "--max-restarts", "0"),
-        *("--log-dir", str(tmp_path / "workers"), "--redirects", "1:3,2:3", "--shutdown-timeout", "120"),
+        *("--log-dir", str(tmp_path / "workers"), "--shutdown-timeout", "120"),
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1"),
         *("-m", "launchers.cli", "train", "--resolved", "r.yaml"),
     ]
