@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 import train.checkpoint.files as files
 from configs.errors import CheckpointError, ConfigError, StorageError
 from configs.schema.optim import AdamWConfig
+from configs.schema.outputs import Storage
 from launchers.cli import main
 from launchers.steps import resumed_config
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, NAdamConfig, all_tensors, engine, state, steps
 from tests.unit.tiny_run import tiny_run
 from train.checkpoint.layout import CheckpointReader, rank_file
-from train.checkpoint.restore import restore
+from train.checkpoint.restore import restore, restore_latest
 from train.checkpoint.retention import latest
 from train.checkpoint.rng import derived_seed
 from train.checkpoint.save import save
@@ -107,6 +108,27 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(tmp_path, file, dam
     assert culprit in caught.value.where or (file, damage) == ("COMPLETE", "remove")
     assert "step-00000001" in caught.value.remedy
     assert all(torch.equal(tensor, weights[key]) for key, tensor in all_tensors(built).items()), "nothing was loaded"
+
+
+def test_a_resume_does_not_pass_over_a_checkpoint_that_lost_its_seal(tmp_path):
+    built, folder = engine(), tmp_path / "checkpoints"
+    for step in (1, 2):
+        path = save(built, folder, state(step), WORLD)
+    (folder / "step-00000003.partial").mkdir()  # a torn save never counted
+
+    def resume():
+        return restore_latest(built, folder, WORLD, storage=Storage.shared, run_id="", note=print)
+
+    assert resume() == state(2)
+    (path / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="step-00000002: holds no COMPLETE") as caught:
+        resume()
+    assert f"step-00000001 of the same run is complete; to go on from it: mv {path}" in caught.value.remedy
+    path.rename(f"{path}.set-aside")
+    assert resume() == state(1)
+    (folder / "step-00000001/COMPLETE").write_text("")
+    with pytest.raises(CheckpointError, match="does not match the SHA-256 in COMPLETE"):
+        resume()
 
 
 def test_another_model_or_optimizer_is_refused_with_the_differences(tmp_path):

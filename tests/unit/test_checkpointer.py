@@ -314,6 +314,8 @@ def test_the_best_stay_through_a_resume_and_damage(tmp_path):
     for step, loss in losses.items():
         save(built, tmp_path, state(step), WORLD, metrics={"loss": loss})
     (tmp_path / "step-00000003" / "index.json").write_text("{")
+    damaged = tmp_path / "step-00000004" / "index.json"
+    damaged.write_text(damaged.read_text().replace("0.9}", f"{10**400}}}"))
     retention = Retention(tmp_path, CheckpointConfig(keep_last=1, keep_best=1, best_by=BestBy.loss))
     newest = save(built, tmp_path, state(5), WORLD, metrics={"loss": 0.7})
     gone = retention.after(newest, {"loss": 0.7})

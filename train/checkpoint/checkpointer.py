@@ -11,8 +11,8 @@ from typing import Any
 from configs.errors import NoRoomError, OutOfMemoryError
 from configs.schema.outputs import CheckpointConfig, OnFullDisk, SaveMode, Storage
 from train.checkpoint.host_memory import available_bytes
-from train.checkpoint.layout import TrainerState
-from train.checkpoint.retention import Retention, step_of
+from train.checkpoint.layout import TrainerState, step_of
+from train.checkpoint.retention import Retention
 from train.checkpoint.room import expected_bytes, memory_holds, require_room
 from train.checkpoint.save import Moment, clear_torn, needed_in, site_of, write_checkpoint
 from train.checkpoint.snapshot import HostCopy, Share, Tensors, live_share

@@ -30,6 +30,8 @@ from train.checkpoint.layout import (
     checkpoints,
     rank_file,
     read_index,
+    step_folders,
+    step_of,
     way_back,
 )
 from train.checkpoint.retention import latest
@@ -83,19 +85,22 @@ class Machines:
         still. The save is ended there now, since the others may have removed what came before.
 
         Raises:
-            CheckpointError: there is none, or machines hold different ones under one name.
+            CheckpointError: there is none, or machines hold different ones under one name, or a newer one has lost its
+                COMPLETE everywhere.
         """
         found: list[dict[str, str]] = self._of_each(
-            self.folder, lambda: {p.name: _seal(p) for p in checkpoints(self.folder)}, {}
+            self.folder, lambda: {p.name: _seal(p) for p in step_folders(self.folder)}, {}
         )
-        names = {name for seals in found for name in seals}
-        if not names:
+        if not any(seal for there in found for seal in there.values()):
             together(self.world, self.folder, lambda: latest(self.folder).name)  # says what is there instead
             return self.newest()  # or a network file system showed late what it has
-        name = max(names, key=lambda name: int(name.removeprefix("step-")))
-        holders = [rank for rank in self.acting if name in found[rank]]
-        path, seal = self.folder / name, found[holders[0]][name]
-        odd = [rank for rank in holders if found[rank][name] != seal]
+        path = max((self.folder / name for there in found for name in there), key=step_of)
+        seals = {rank: seal for rank in self.acting if (seal := found[rank].get(path.name))}
+        if not seals:
+            what = f"holds no {COMPLETE}; a save writes it before the folder gets this name"
+            raise CheckpointError(str(path), what, remedy=way_back(path))
+        holders, seal = list(seals), next(iter(seals.values()))
+        odd = [rank for rank in holders if seals[rank] != seal]
         if odd:
             what = f"differs between {self.hosts[holders[0]]} and {self.hosts[odd[0]]}: they are of two attempts"
             raise CheckpointError(str(path), what, remedy=way_back(path))
@@ -221,9 +226,11 @@ class Machines:
 
 
 def _seal(path: Path) -> str:
-    """SHA-256 of the index, as COMPLETE has it."""
+    """SHA-256 of the index, as COMPLETE has it; empty only where that file is missing."""
+    if not (path / COMPLETE).is_file():
+        return ""
     with (path / COMPLETE).open("rb") as file:
-        return file.read(100).decode("ascii", errors="replace").strip()
+        return file.read(100).decode("ascii", errors="replace").strip() or "nothing"
 
 
 def _end_save(path: Path, seal: str) -> bool:

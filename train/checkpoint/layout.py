@@ -62,6 +62,8 @@ __all__ = [
     "rank_file",
     "read_index",
     "step_folder",
+    "step_folders",
+    "step_of",
     "tensor_key",
     "way_back",
 ]
@@ -89,11 +91,25 @@ def tensor_key(name: str, kind: str, offset: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. A folder without COMPLETE is a torn save and does not count."""
+    """Complete checkpoints of a run, oldest first."""
+    return [path for path in step_folders(folder) if (path / COMPLETE).is_file()]
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """All that have the name of a checkpoint, oldest first.
+
+    A save gets it last of all, so that one without COMPLETE is no torn save: somebody has taken that file away.
+    """
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), path) for path in folder.iterdir() if (m := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / COMPLETE).is_file()]
+    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
 
 
 def read_index(path: Path) -> Index:

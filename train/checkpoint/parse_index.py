@@ -63,9 +63,7 @@ def parse_index(content: bytes) -> Index:
         world_size=world_size,
         optimizer=_text(top["optimizer"], "optimizer"),
         state=_state(top["state"]),
-        metrics={
-            _text(k, "metrics"): _number(v, f"metrics.{k}") for k, v in _object(top["metrics"], "metrics").items()
-        },
+        metrics=_metrics(top["metrics"]),
         files=files,
         params={_text(k, "params"): _entry(k, v, files) for k, v in _object(top["params"], "params").items()},
     )

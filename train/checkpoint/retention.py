@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from configs.errors import CheckpointError
 from configs.schema.outputs import CheckpointConfig
 from train.checkpoint.files import discard
-from train.checkpoint.layout import COMPLETE, INDEX, SET_ASIDE, STEP_FOLDER, checkpoints
+from train.checkpoint.layout import COMPLETE, SET_ASIDE, checkpoints, read_index, step_of
 
 
 def latest(folder: Path) -> Path:
@@ -99,18 +98,10 @@ class Retention:
             return None
         if step not in self._figures:
             try:
-                figure = json.loads((path / INDEX).read_bytes())["metrics"].get(self.cfg.best_by.value)
-                self._figures[step] = float(figure) if isinstance(figure, (int, float)) else None
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._figures[step] = read_index(path).metrics.get(self.cfg.best_by.value)
+            except CheckpointError:
                 self._figures[step] = None  # damaged: among the best of none
         return self._figures[step]
-
-
-def step_of(path: Path) -> int:
-    """Of a checkpoint's folder."""
-    match = STEP_FOLDER.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
 
 
 def _free_name(path: Path) -> Path:
