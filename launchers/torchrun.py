@@ -7,6 +7,7 @@ messages, go to files under ``RUN/logs/<attempt>/``. Does not cover several mach
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -33,6 +34,17 @@ CLEANED_UP = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of workers that torchrun ended because another one had ended."""
 ENDED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")
 """Rank and exit code of a worker in torchrun's own report."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux: the signal that a process gets when its parent has ended."""
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """Called in a child: kill -9 of its parent is to leave nobody who goes on in the run's folder. Linux only."""
+    if sys.platform == "linux":
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def passed_on() -> tuple[signal.Signals, ...]:
@@ -72,7 +84,9 @@ def run_workers(
     environment = worker_environment(os.environ, attempt, nproc, threads)
     with (attempt / "torchrun.log").open("wb") as log:
         # A session of its own: Ctrl-C reaches torchrun once, through us, and not each worker on its own.
-        process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
         stop = _wait(process, grace_seconds)
     if process.returncode == EXIT_DONE:
         return
@@ -116,13 +130,14 @@ def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threa
 
 
 def join_terminal() -> None:
-    """In a worker: rank 0 speaks on the terminal, every other rank into a file of its own.
+    """In a worker: rank 0 speaks on the terminal, every other rank into a file of its own; all end with torchrun.
 
     Rank 0's standard error follows its standard output, since it would else end in torchrun.log with torchrun's own
     messages. torchrun's --redirects would do for ten workers at most (torch 2.13: ranks of one digit).
     """
     if ERROR_DIR not in os.environ:
         return
+    end_with_parent()
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         os.dup2(1, 2)

@@ -17,7 +17,7 @@ import psutil
 
 from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError, WorkerLostError
 from launchers.failure import from_json
-from launchers.torchrun import hangups_are_ignored
+from launchers.torchrun import end_with_parent, hangups_are_ignored
 
 POLL_SECONDS = 0.002
 GONE_SECONDS = 60
@@ -50,7 +50,12 @@ class Command:
         with self.log.open("wb") as log, self._answer.open("wb") as answer:
             # A session of its own: Ctrl-C reaches it through us.
             self.process = psutil.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=answer, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=answer,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     def wait(self) -> CrosstuneError | None:

@@ -102,8 +102,17 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
     next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
 
 
+def kill_the_command(process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
 @pytest.mark.parametrize(
-    ("what", "code", "told"), [(interrupt, 75, "saved"), (kill_a_worker, 3, "rank 1: ended by signal SIGKILL")]
+    ("what", "code", "told"),
+    [
+        (interrupt, 75, "saved"),
+        (kill_a_worker, 3, "rank 1: ended by signal SIGKILL"),
+        pytest.param(kill_the_command, -9, None, marks=pytest.mark.slow),
+    ],
 )
 def test_an_end_before_the_end_leaves_no_process_and_no_traceback(
     what: Callable[[subprocess.Popen[str]], None], code: int, told: str | None, endless

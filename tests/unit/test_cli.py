@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -235,6 +236,19 @@ def test_the_torchrun_command_and_the_workers_environment(tmp_path):
     given = worker_environment({"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, 2, 5)
     assert (given["GLOO_SOCKET_IFNAME"], given["OMP_NUM_THREADS"], given["PYTHONSAFEPATH"]) == ("eth7", "5", "1")
     assert new_attempt(tmp_path) != new_attempt(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a signal for it")
+def test_processes_of_ours_end_with_a_parent_that_is_killed():
+    """Else a run would go on in its folder beside the one that resumes it."""
+    script = "import subprocess, time; from launchers.torchrun import end_with_parent\n"
+    script += "child = subprocess.Popen(['sleep', '300'], start_new_session=True, preexec_fn=end_with_parent)\n"
+    script += "print(child.pid, flush=True); time.sleep(300)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert not psutil.wait_procs([child], timeout=10)[1]
 
 
 def figures(stage, rows, tokens, done, **more):
