@@ -33,12 +33,17 @@ class Moment:
 
 
 def draw(seed: int, kills: int, steps: int, every: int) -> list[Moment]:
-    """`kills` moments of a run of `steps` steps that saves `every` so many, one in each equal part of it."""
+    """`kills` moments of a run of `steps` steps that saves `every` so many, one in each equal part of it.
+
+    The last comes after the first save: where there is nothing to resume yet, nothing is proven.
+    """
     rng = random.Random(seed)
     last = max(kills, int(LAST_SHARE * steps))
     moments = []
     for number in range(kills):
-        part = range(1 + number * last // kills, 1 + (number + 1) * last // kills)
+        part = [*range(1 + number * last // kills, 1 + (number + 1) * last // kills)]
+        if number == kills - 1:
+            part = [step for step in part if step > every] or part
         saves = [step for step in part if step % every == 0]
         inside = bool(number % 2 and saves)
         moments.append(Moment(rng.choice(saves if inside else part), inside, rng.random()))

@@ -54,7 +54,9 @@ def _step_seconds(run_dir: Path) -> float:
     from train.observe.metrics import read_metrics
 
     seconds: list[float] = [
-        each["tokens"] / each["tokens_per_second"] for each in read_metrics(run_dir / "metrics.jsonl")[1:]
+        each["tokens"] / each["tokens_per_second"]
+        for each in read_metrics(run_dir / "metrics.jsonl")[1:]
+        if each["tokens"]  # none in a step that was left out after a spike
     ]
     return fmean(seconds)
 
@@ -79,6 +81,10 @@ def _killed_run(proof: Proof, part: Part, moments: list[Moment], rhythm: Rhythm,
             part.failure = f"after {len(kills)} kills: {fault.render()}"
     if not kills and part.failure is None:
         part.failure = "no kill came before the run's end; more steps=, or larger ones, make it longer"
+    elif part.failure is None and not any(kill.goes_on_from for kill in kills):
+        part.failure = (
+            "every kill came before the first checkpoint, so nothing was resumed; more steps= or kills="
+        )
     return kills
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ from configs.errors import ConfigError, ModelError
 from configs.schema.prove import ProveReshardConfig, ProveResumeConfig
 from launchers.cli import _config, parse
 from launchers.help import command_help
-from launchers.prove.kills import Moment, Rhythm, draw, kill_at
+from launchers.prove import resume
+from launchers.prove.kills import Kill, Moment, Rhythm, draw, kill_at
 from launchers.prove.page import show, write
 from launchers.prove.proof import Part, Proof
 from launchers.prove.runs import Seen, kill_all, seen
@@ -136,6 +138,18 @@ def test_moments_are_spread_over_the_run_and_come_again_with_their_seed():
         assert [moment.inside_save for moment in moments] == [False, True, False, True]
     assert len({tuple(draw(seed, 4, 20, 3)) for seed in range(50)}) > 40
     assert len(draw(0, kills=2, steps=4, every=1)) == 2
+    assert all(draw(seed, kills=1, steps=12, every=3)[0].step > 3 for seed in range(50)), "something to resume"
+
+
+@pytest.mark.parametrize(("goes_on_from", "failure"), [([0, 3], None), ([0, 0], "nothing was resumed")])
+def test_a_proof_without_a_resume_proves_nothing(goes_on_from, failure, tmp_path, monkeypatch):
+    kills = [Kill("", 1, 1, False, step) for step in goes_on_from]
+    monkeypatch.setattr(resume, "_go_on", lambda proof, count: None)
+    monkeypatch.setattr(resume, "ends_well", lambda command: None)
+    monkeypatch.setattr(resume, "kill_at", lambda *given: kills[given[0].step])
+    proof, part = SimpleNamespace(run_of=tmp_path.joinpath, stages=SimpleNamespace(note=print)), Part("killed")
+    resume._killed_run(proof, part, [Moment(0, False, 0.0), Moment(1, False, 0.0)], Rhythm(), every=3)
+    assert part.failure is None if failure is None else failure in part.failure
 
 
 class Told:
