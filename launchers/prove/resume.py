@@ -82,9 +82,7 @@ def _killed_run(proof: Proof, part: Part, moments: list[Moment], rhythm: Rhythm,
     if not kills and part.failure is None:
         part.failure = "no kill came before the run's end; more steps=, or larger ones, make it longer"
     elif part.failure is None and not any(kill.goes_on_from for kill in kills):
-        part.failure = (
-            "every kill came before the first checkpoint, so nothing was resumed; more steps= or kills="
-        )
+        part.failure = "every kill came before the first checkpoint, so nothing was resumed; more steps= or kills="
     return kills
 
 
