@@ -126,7 +126,7 @@ class Loop:
             self._note(left_out)
         if self._rollback.cut_off(state):
             return self._return()
-        if self.guard.spike_zscore and state.step == 0:  # a spike needs somewhere to go back to
+        if self._rollback.lacks_start(state):
             self.save(state, {})
             self.finish_saves()
         return state

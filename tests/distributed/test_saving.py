@@ -142,6 +142,11 @@ def machines_that_see_one_folder_do_not_clear_each_others_work(
     case.world.barrier()
     assert names(folder) == ["step-00000001"]
     assert restore(case.engine, latest(folder), case.world) == state(1)
+    behind.save(state(2), {})
+    behind.wait()
+    behind.discard_after(1)
+    case.world.barrier()
+    assert names(folder) == ["step-00000001"]
 
 
 def storage_is_found_out(case: Case, home: Path, patch: pytest.MonkeyPatch) -> None:

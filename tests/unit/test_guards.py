@@ -211,6 +211,17 @@ def two_ranks(home: str, folder: str, sharding: str, skipped: list[int]) -> None
         run(Path(home), Path(folder), *SPIKY, "nproc=2", f"sharding={sharding}", "checkpoint.every=0")
 
 
+def test_a_run_resumed_at_its_beginning_leaves_its_only_checkpoint_alone(home, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, (1,), lambda loss: (_ for _ in ()).throw(InterruptedError("killed")))
+        with pytest.raises(InterruptedError):
+            run(home, tmp_path / "run", *SPIKY, "max_steps=1")
+    seal = step_folder(tmp_path / "run/checkpoints", 0) / "COMPLETE"
+    before = seal.stat().st_ino
+    run(home, tmp_path / "run", *SPIKY, "max_steps=1", resume=True)
+    assert seal.stat().st_ino == before
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("sharding", ["plain", "zero2", "zero3", "zero3_offload"])

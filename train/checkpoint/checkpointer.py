@@ -10,8 +10,9 @@ from typing import Any
 
 from configs.errors import NoRoomError, OutOfMemoryError
 from configs.schema.outputs import CheckpointConfig, OnFullDisk, SaveMode, Storage
+from train.checkpoint.files import discard
 from train.checkpoint.host_memory import available_bytes
-from train.checkpoint.layout import TrainerState, step_of
+from train.checkpoint.layout import TrainerState, checkpoints, step_of
 from train.checkpoint.retention import Retention
 from train.checkpoint.room import expected_bytes, memory_holds, require_room
 from train.checkpoint.save import Moment, clear_torn, needed_in, site_of, write_checkpoint
@@ -126,6 +127,20 @@ class Checkpointer:
         self._settle()
         if last and self._missing is not None:
             raise self._missing
+
+    def discard_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: the run goes back before them. Nothing may be under way.
+
+        Raises:
+            StorageError: one cannot be renamed; on every rank.
+        """
+
+        def discard_later() -> None:
+            for path in checkpoints(self.folder) if self._site.owned_by(self.world) else ():
+                if step_of(path) > step:
+                    discard(path)
+
+        together(self.world, self.folder, discard_later)
 
     def close(self) -> None:
         """Gives a save under way a little time, then leaves it; nothing of it is left under its final name.

@@ -16,10 +16,9 @@ from typing import Any
 
 from configs.errors import CheckpointError, RunFailedError
 from configs.schema.guard import GuardConfig
-from configs.schema.outputs import Storage
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.files import discard, sync_folder, write_synced
-from train.checkpoint.layout import TrainerState, checkpoints
+from train.checkpoint.files import sync_folder, write_synced
+from train.checkpoint.layout import TrainerState, checkpoints, step_folder, step_of
 from train.checkpoint.restore import restore_latest
 from train.checkpoint.together import together
 from train.engine.base import World
@@ -165,13 +164,7 @@ class Rollback:
         """Back to where `plan` has decided, or where a crash cut off the way."""
         to = self.ledger.pending
         assert to is not None, "plan comes first"
-        owner = self.world.leads_node if self.checkpointer.storage is Storage.per_node else self.world.rank == 0
-
-        def discard_newer() -> None:
-            for path in _complete(self.checkpointer.folder, above=to) if owner else ():
-                discard(path)
-
-        together(self.world, self.checkpointer.folder, discard_newer)
+        self.checkpointer.discard_after(to)
         state = restore_latest(
             self.checkpointer.engine,
             self.checkpointer.folder,
@@ -191,11 +184,21 @@ class Rollback:
             return False
         return pending is not None
 
+    def lacks_start(self, state: TrainerState) -> bool:
+        """Whether a spike would find nowhere to go back to, since nothing is saved yet.
+
+        A run resumed at its very beginning has that checkpoint: to write it again would put the only one at stake.
+        """
+        if not self.cfg.spike_zscore or state.step:
+            return False
+        folder = self.checkpointer.folder
+        return not together(self.world, folder, lambda: step_folder(folder, 0) in checkpoints(folder))[0]
+
     def _target(self, spike: Spike, first: int) -> int:
         """The newest checkpoint before step `first`; where none was kept, the newest before the spike."""
 
         def choose() -> int | None:
-            saved = [_step(path) for path in _complete(self.checkpointer.folder)] if self.world.rank == 0 else []
+            saved = [step_of(path) for path in checkpoints(self.checkpointer.folder)] if self.world.rank == 0 else []
             before = [step for step in saved if step < first] or [step for step in saved if step < spike.step]
             return max(before, default=None)
 
@@ -207,14 +210,6 @@ class Rollback:
                 remedy="checkpoint.every=STEPS",
             )
         return int(to)
-
-
-def _complete(folder: Path, above: int = -1) -> list[Path]:
-    return [path for path in checkpoints(folder) if _step(path) > above]
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _span(steps: Sequence[int]) -> str:

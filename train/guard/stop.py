@@ -23,7 +23,7 @@ import psutil
 
 from configs.errors import EXIT_RESUMABLE, CrosstuneError, StoppedError
 from configs.schema.guard import GuardConfig
-from train.checkpoint.layout import checkpoints
+from train.checkpoint.layout import checkpoints, step_of
 from train.engine.base import World
 
 STOP_FILE = "PREEMPT"
@@ -169,7 +169,7 @@ class StopRequests:
         if not saved:
             _say(f"{name} again: ended at once; there is no checkpoint to go on from")
             os._exit(128 + number)
-        step = int(saved[-1].name.removeprefix("step-"))
+        step = step_of(saved[-1])
         remedy = f"crosstune resume {shlex.quote(str(self.folder))} goes on after step {step}"
         self.last_words(StoppedError(str(self.folder), f"ended at once by {name}, unsaved", remedy=remedy))
         os._exit(EXIT_RESUMABLE)
