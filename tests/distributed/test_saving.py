@@ -26,7 +26,7 @@ from configs.schema.outputs import CheckpointConfig, OnFullDisk, SaveMode, Stora
 from tests.distributed.forks import in_ranks
 from tests.distributed.layouts import build, run_step, start
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.layout import TrainerState
+from train.checkpoint.layout import TrainerState, checkpoints
 from train.checkpoint.restore import restore
 from train.checkpoint.retention import latest
 from train.engine.base import Engine, World
@@ -144,6 +144,13 @@ def machines_that_see_one_folder_do_not_clear_each_others_work(
     assert restore(case.engine, latest(folder), case.world) == state(1)
     behind.save(state(2), {})
     behind.wait()
+
+    def listed(folder: Path) -> list[Path]:
+        found = checkpoints(folder)
+        time.sleep(0.5)  # whoever else lists them sees them too
+        return found
+
+    patch.setattr(checkpointer, "checkpoints", listed)
     behind.discard_after(1)
     case.world.barrier()
     assert names(folder) == ["step-00000001"]
