@@ -128,8 +128,9 @@ def test_the_count_goes_on_after_a_resume_and_a_gradient_alone_is_enough(home, t
     folder = run(home, tmp_path / "run", "max_steps=3", "guard.nonfinite_limit=2")
     assert [line.get("skipped") for line in metrics_of(folder.path)] == [None, "nonfinite", None]
     assert metrics_of(folder.path)[1]["loss"] > 0 and metrics_of(folder.path)[1]["grad_norm"] is None
-    with pytest.raises(RunFailedError, match="step 4: gradient norm .*for the 2. time"):
+    with pytest.raises(RunFailedError, match="step 4: gradient norm .*for the 2. time") as ended:
         run(home, tmp_path / "run", "max_steps=5", "guard.nonfinite_limit=2", resume=True)
+    assert "guard.nonfinite_limit=N, also added to a resume" in str(ended.value.remedy), "it would end there again"
 
 
 def test_a_batch_that_cannot_be_kept_ends_no_run_and_says_so(home, tmp_path, monkeypatch, capfd):

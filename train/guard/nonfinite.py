@@ -72,7 +72,7 @@ class NonFinite:
             f"step {state.step}",
             f"{what}, not finite{times}: {samples}; {kept}",
             remedy="look at these samples; lower optim.lr, or model.precision=fp32, in a new run; "
-            "guard.nonfinite_limit=N skips more such steps",
+            "guard.nonfinite_limit=N, also added to a resume, skips more such steps",
         )
 
     def _suspects(self, step: GlobalStep, losses: Sequence[float]) -> list[dict[str, Any]]:
