@@ -37,7 +37,7 @@ from train.checkpoint.layout import (
 )
 from train.checkpoint.room import require_room
 from train.checkpoint.snapshot import Share, live_share
-from train.checkpoint.storage import owner_of
+from train.checkpoint.storage import MARK, owner_of
 from train.checkpoint.together import LostContactError, together
 from train.engine.base import Engine, World
 
@@ -179,6 +179,8 @@ def clear_torn(site: Site, world: World) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.suffix == PARTIAL:
                 discard(path)
+        for mark in site.folder.glob(f"{MARK}*"):
+            mark.unlink(missing_ok=True)  # whose rank may have taken it away meanwhile
 
     together(world, site.folder, lambda: clear() if site.owned_by(world) else None)
 
