@@ -173,13 +173,23 @@ def _own_folder(cfg: ProveConfig, name: str) -> Path:
     make_writable(folder, "out")
     held = {path.name for path in folder.iterdir()}
     if held:
-        earlier = held <= {REPORT, PAGE, LOGS, RUNS}
+        # By the report, which is there from the start: folders of these names alone may be a user's own runs.
+        earlier = REPORT in held and held <= {REPORT, PAGE, LOGS, RUNS}
         if not (earlier and cfg.overwrite):
             remedy = "name another folder" + (", or overwrite=true" if earlier else "")
-            found = "an earlier proof" if earlier else "something else"
+            found = _earlier_proof(folder) if earlier else "something else"
             raise ConfigError("out", f"'{folder}' holds {found}", remedy=remedy)
         for part in (REPORT, PAGE):
             (folder / part).unlink(missing_ok=True)
         for part in (LOGS, RUNS):
             shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / REPORT).write_text(json.dumps({"proof": name, "proven": None}) + "\n", encoding="utf-8")
     return folder
+
+
+def _earlier_proof(folder: Path) -> str:
+    try:
+        unfinished = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("proven") is None
+    except (OSError, ValueError, AttributeError):
+        unfinished = True
+    return "a proof that did not come to its end" if unfinished else "an earlier proof"

@@ -114,10 +114,16 @@ def test_a_proof_leaves_alone_what_is_not_its_own(tmp_path, monkeypatch):
     setting = setting_of(cfg, steps=4, every=1)
     with pytest.raises(ConfigError, match="holds something else"):
         Proof(cfg, "resume", "x", setting, stages=1)
-    (tmp_path / "mine.txt").rename(tmp_path / "proof.json")
-    with pytest.raises(ConfigError, match=r"an earlier proof(.|\n)*or overwrite=true"):
-        Proof(replace(cfg, overwrite=False), "resume", "x", setting, stages=1)
-    assert Proof(cfg, "resume", "x", setting, stages=1).folder == tmp_path and not (tmp_path / "proof.json").exists()
+    (tmp_path / "mine.txt").unlink()
+    (tmp_path / "runs").mkdir()  # of a user who said out=. where runs/ is
+    with pytest.raises(ConfigError, match="holds something else"):
+        Proof(cfg, "resume", "x", setting, stages=1)
+    for content, told in (("{}", "a proof that did not come to its end"), ('{"proven": true}', "an earlier proof")):
+        (tmp_path / "proof.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"{told}(.|\n)*or overwrite=true"):
+            Proof(replace(cfg, overwrite=False), "resume", "x", setting, stages=1)
+    assert Proof(cfg, "resume", "x", setting, stages=1).folder == tmp_path
+    assert json.loads((tmp_path / "proof.json").read_text()) == {"proof": "resume", "proven": None}
     with pytest.raises(ConfigError, match="runs of its own"):
         Proof(replace(cfg, run_dir="/mine"), "resume", "x", setting, stages=1)
     monkeypatch.setenv("RANK", "0")

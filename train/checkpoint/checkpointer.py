@@ -43,7 +43,7 @@ class Checkpointer:
         storage: resolved, see `resolve_storage`.
         run_id: of the run, written into each checkpoint.
         note: takes lines for the user, from any thread.
-        beat: called while the steps wait for a writer that advances.
+        beat: called while the steps wait for a writer that advances, or for a load in a roll-back.
     """
 
     def __init__(

@@ -20,10 +20,18 @@ T = TypeVar("T")
 SHOWN = 8
 """Differences named in a message."""
 Note = Callable[[str], None]
+Beat = Callable[[], None]
 
 
 def restore_latest(
-    engine: Engine, folder: Path, world: World, *, storage: Storage, run_id: str, note: Note
+    engine: Engine,
+    folder: Path,
+    world: World,
+    *,
+    storage: Storage,
+    run_id: str,
+    note: Note,
+    beat: Beat = lambda: None,
 ) -> TrainerState:
     """Goes on from the newest checkpoint, wherever its pieces are. Called on all ranks.
 
@@ -36,12 +44,13 @@ def restore_latest(
         storage: resolved, see `resolve_storage`.
         run_id: of the run; a checkpoint of another one is refused.
         note: takes lines for the user.
+        beat: called after each file that was checked and each piece that was read.
 
     Raises:
         CheckpointError: there is none, or see `restore`.
     """
     machines = Machines(folder, world, storage, note)
-    return _restore(engine, machines.newest(), machines, run_id)
+    return _restore(engine, machines.newest(), machines, run_id, beat)
 
 
 def restore(
@@ -68,15 +77,15 @@ def restore(
             been overwritten then.
         StorageError: a piece of another machine cannot be written where it is needed.
     """
-    return _restore(engine, path, Machines(path.parent, world, storage, lambda line: None), run_id)
+    return _restore(engine, path, Machines(path.parent, world, storage, lambda line: None), run_id, lambda: None)
 
 
-def _restore(engine: Engine, path: Path, machines: Machines, run_id: str | None) -> TrainerState:
+def _restore(engine: Engine, path: Path, machines: Machines, run_id: str | None, beat: Beat) -> TrainerState:
     world = machines.world
     index = _agreed(world, path, lambda: _fitting_index(engine, path, run_id))
     needed = _needed(engine, index, world)
     share = machines.collect(path, index, needed)
-    reader = _agreed(world, path, lambda: _verified(engine, path, needed, share, world))
+    reader = _agreed(world, path, lambda: _verified(engine, path, needed, share, world, beat))
     with reader, torch.no_grad():
         engine.prepare_restore()
         for fragment in engine.fragments(owned=False):
@@ -84,6 +93,7 @@ def _restore(engine: Engine, path: Path, machines: Machines, run_id: str | None)
             fragment.make_state(entry.kinds, entry.scalars)
             for kind in entry.kinds:
                 reader.read_into(fragment.view(kind), fragment.name, kind, fragment.offset)
+                beat()
         engine.finish_restore(reader.state.step)
         seed = derived_seed(reader.state.seed, reader.state.step, world.rank)
         if reader.world_size == world.size:
@@ -125,11 +135,13 @@ def _needed(engine: Engine, index: Index, world: World) -> set[str]:
 
 
 def _verified(
-    engine: Engine, path: Path, needed: Collection[str], share: Collection[str], world: World
+    engine: Engine, path: Path, needed: Collection[str], share: Collection[str], world: World, beat: Beat
 ) -> CheckpointReader:
     """The checkpoint, opened; the hashes of a folder's files are shared out among its ranks."""
     reader = CheckpointReader(path, verify=False, only=needed)
-    reader.verify(share)
+    for file in share:
+        reader.verify([file])
+        beat()
     if reader.world_size == world.size:
         try:
             check_rng_states(reader.rng_states(world.rank), engine.device)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CheckpointError, CrosstuneError, NoRoomError, RunFailedError, StorageError
+from configs.errors import CheckpointError, CrosstuneError, NoRoomError, OutOfMemoryError, RunFailedError, StorageError
 from train.engine.base import World
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
-KINDS: dict[str, type[CrosstuneError]] = {kind.__name__: kind for kind in (CheckpointError, NoRoomError, StorageError)}
+KINDS: dict[str, type[CrosstuneError]] = {
+    kind.__name__: kind for kind in (CheckpointError, NoRoomError, OutOfMemoryError, StorageError)
+}
 """What another rank's fault is raised as; what nobody foresaw is a `RunFailedError`."""
 
 

@@ -172,6 +172,7 @@ class Rollback:
             storage=self.checkpointer.storage,
             run_id=self.checkpointer.run_id,
             note=self.checkpointer.note,
+            beat=self.checkpointer.beat,
         )
         self.ledger.done()
         return state
