@@ -107,8 +107,8 @@ def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | Non
     cfg = load_resolved(folder / "resolved.yaml")
     if not isinstance(cfg, TrainConfig):
         raise CheckpointError(str(folder / "resolved.yaml"), f"a {type(cfg).__name__}, nothing that trains")
-    for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    for key, text in zip(keys, overrides, strict=True):
         if key.partition(".")[0] not in MAY_CHANGE_ON_RESUME and key != ALSO_WITH_LORA:
             raise ConfigError(
                 text,
@@ -116,8 +116,8 @@ def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | Non
                 allowed=", ".join([*MAY_CHANGE_ON_RESUME, f"{ALSO_WITH_LORA} (adapters only)"]),
                 remedy="start a new run",
             )
-    if overrides:
-        cfg = amend(cfg, overrides, config_dir=config_dir)
+    cfg = amend(cfg, overrides, config_dir=config_dir) if overrides else cfg
+    if ALSO_WITH_LORA in keys:
         _run_folder(folder).read_record().precision_from_here(cfg.model.precision)
     return replace(cfg, run_dir=str(folder))
 

@@ -30,7 +30,7 @@ from train.devices.cpu import CpuDevice
 from train.devices.table import TableDevice
 
 ROOT = Path(__file__).resolve().parents[2]
-MEGABYTES = 1 << 24
+MEGABYTES = 1 << 26  # above the size up to which malloc gives out again what was freed before
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -70,7 +71,14 @@ def _start(folder: Path, model: Path, out: str, *, setup: str = "pass") -> subpr
         "made = prepare(cfg, Path(cfg.model.path), out=Path(cfg.out))\nprint(made.notes)"
     )
     command = [sys.executable, "-P", "-c", program, *_words(folder, model), f"out={folder / out}"]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has Ctrl-C ignored, here too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _journal(folder: Path) -> dict[str, object]:

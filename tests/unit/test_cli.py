@@ -223,14 +223,18 @@ def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variabl
     assert fault.render() in capsys.readouterr().err and bool(waited) is waits
 
 
-def test_the_torchrun_command_and_the_workers_environment(tmp_path):
+@pytest.mark.parametrize(
+    ("nohup", "handled"), [(False, "SIGTERM,SIGINT,SIGHUP,SIGUSR1"), (True, "SIGTERM,SIGINT,SIGUSR1")]
+)
+def test_the_torchrun_command_and_the_workers_environment(tmp_path, monkeypatch, nohup, handled):
+    monkeypatch.setattr("launchers.torchrun.hangups_are_ignored", lambda: nohup)
     command = torchrun_command(3, ["train", "--resolved", "r.yaml"], tmp_path, 29511)
     assert command == [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", "3", "--node-rank", "0"),
         *("--master-addr", "127.0.0.1", "--master-port", "29511", "--max-restarts", "0"),
         *("--log-dir", str(tmp_path / "workers"), "--shutdown-timeout", "120"),
-        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1"),
+        *("--signals-to-handle", handled),
         *("-m", "launchers.cli", "train", "--resolved", "r.yaml"),
     ]
     given = worker_environment({"GLOO_SOCKET_IFNAME": "eth7"}, tmp_path, 2, 5)
