@@ -101,6 +101,7 @@ def each_machine_keeps_its_own_pieces_beside_the_same_index(case: Case, home: Pa
     files = json.loads(index)["files"]
     assert [files[name]["node"] for name in sorted(files)] == [0, 1] and all(facts["host"] for facts in files.values())
     # Brought together, the pieces are a checkpoint as any.
+    case.world.barrier()  # both have looked at theirs
     if case.world.rank == 0:
         (home / "disk1" / path.name / "rank00001.safetensors").rename(path / "rank00001.safetensors")
     case.world.barrier()
