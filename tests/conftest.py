@@ -24,7 +24,7 @@ def own_log() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """The command, called in this process, sets what the libraries read on import: no process of another test has it."""
+    """The command, called in this process, sets what libraries read on import: no process of another test has that."""
     before = dict(os.environ)
     yield
     if dict(os.environ) != before:

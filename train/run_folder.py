@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import CheckpointError, ConfigError, ModelError
 from configs.schema.model import Precision
+from train.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,7 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Writes `run.json`, whole or not at all."""
-        partial = self.record.with_suffix(".tmp")
-        partial.write_text(json.dumps(asdict(record), indent=2, sort_keys=True) + "\n")
-        partial.replace(self.record)
+        write_whole(self.record, json.dumps(asdict(record), indent=2, sort_keys=True) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 
-from configs.errors import StorageError
 from launchers.doctor.page import Page
+from train.files import write_whole
+from train.observe.pages import html_page
 
 SAME, DIFFERS, LEFT_OUT = "green", "bold red", "yellow"
 EDGE = 13
@@ -65,21 +65,12 @@ def write(result: Mapping[str, Any], report: Path, page: Path) -> None:
     Raises:
         StorageError: a file cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("launchers.prove"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    html = html_page(
+        "launchers.prove",
+        "proof.html.jinja",
+        **result,
+        device=device_of(result),
+        versions=json.dumps(result["environment"], indent=2),
     )
-    html = environment.get_template("proof.html.jinja").render(
-        **result, device=device_of(result), versions=json.dumps(result["environment"], indent=2)
-    )
-    text = json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n"
-    for path, content in ((report, text), (page, html)):
-        partial = path.with_name(f".{path.name}")
-        try:
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            raise StorageError("out", f"'{path}' cannot be written: {error.strerror}") from None
+    write_whole(report, json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_whole(page, html)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, StorageError
 from tests.unit.fake_run import fake_run
 from train.observe.charts import MAX_POINTS, smoothed, thinned
 from train.observe.report import write_report
@@ -104,6 +104,13 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not the folder of a run"):
         write_report(RunFolder(tmp_path))
+
+
+def test_a_page_that_cannot_be_written_is_the_users_fault_to_mend(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.report.mkdir()
+    with pytest.raises(StorageError, match=r"report\.html.*cannot be written: Is a directory"):
+        write_report(run)
 
 
 def test_long_curves_are_thinned_and_keep_their_ends() -> None:

@@ -24,6 +24,7 @@ from train.evaluate.samples import Sample, read_samples
 from train.evaluate.scores import Answer, figures
 from train.export.run import MERGED, is_export_of, refresh_cards
 from train.export.trained import Trained
+from train.files import write_whole
 from train.observe.metrics import read_metrics
 from train.observe.progress import counter
 from train.run_folder import RunFolder, sha256_of
@@ -201,14 +202,8 @@ def write_figures(folder: RunFolder, answers: dict[str, list[Answer]], summary: 
         (folder.eval / f"{stale}.jsonl").unlink(missing_ok=True)
     for name, given in answers.items():
         lines = (json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in given)
-        _write_whole(folder.eval / f"{name}.jsonl", "".join(lines))
-    _write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        write_whole(folder.eval / f"{name}.jsonl", "".join(lines))
+    write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
 
 
 def table_lines(summary: Summary) -> list[str]:

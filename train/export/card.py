@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from configs.schema.model import HUB_PREFIX
 from train.export.trained import Trained
+from train.files import write_whole
 
 
 def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:
@@ -26,9 +27,7 @@ def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:
         loader=PackageLoader("train.export"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
     text = environment.get_template("card.md.jinja").render(_facts(trained, folder, adapter))
-    partial = folder / ".README.md"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "README.md")
+    write_whole(folder / "README.md", text)
 
 
 def _facts(trained: Trained, folder: Path, adapter: bool) -> dict[str, Any]:

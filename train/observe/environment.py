@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from train.devices.base import Device, usable_cores
+from train.files import write_whole
 from train.versions import versions_of
 
 PACKAGES = (
@@ -70,9 +71,7 @@ def write_environment(path: Path, device: Device) -> None:
         "packages": package_versions(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ} | device.variables(),
     }
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _processor() -> str:

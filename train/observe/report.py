@@ -10,12 +10,13 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from train.evaluate.scores import Answer, worst_classes
+from train.files import write_whole
 from train.loop import Record
 from train.observe import charts
 from train.observe.metrics import read_metrics
+from train.observe.pages import html_page
 from train.run_folder import RunFolder
 
 SHOWN_CHARACTERS = 700
@@ -33,6 +34,7 @@ def write_report(run: RunFolder) -> Path:
 
     Raises:
         CheckpointError: it is not the folder of a run.
+        StorageError: the page cannot be written.
     """
     record = run.read_record()
     metrics = read_metrics(run.metrics)
@@ -40,14 +42,9 @@ def write_report(run: RunFolder) -> Path:
     summary = _json(run.summary)
     base, tuned = _answers(run.eval / "base.jsonl"), _answers(run.eval / "tuned.jsonl")
     config = run.resolved.read_text(encoding="utf-8") if run.resolved.is_file() else ""
-    environment = Environment(
-        loader=PackageLoader("train.observe"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = html_page(
+        "train.observe",
+        "report.html.jinja",
         name=run.path.resolve().name,
         record=record,
         summary=summary,
@@ -60,9 +57,7 @@ def write_report(run: RunFolder) -> Path:
         config=config,
         environment=json.dumps(_json(run.environment), indent=2),
     )
-    partial = run.report.with_name(f".{run.report.name}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(run.report)
+    write_whole(run.report, page)
     return run.report
 
 
