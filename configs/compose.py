@@ -8,7 +8,6 @@ Nothing behind this module sees a DictConfig.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.check import apply, options_with
 from configs.construct import construct
 from configs.docs import field_docs
-from configs.errors import ConfigError, CrosstuneError, ErrorGroup, StorageError
+from configs.errors import ConfigError, CrosstuneError, ErrorGroup
+from configs.files import write_whole
 from configs.groups import EXPERIMENT, ROOTS, SCHEMAS, groups_of, spoken
 from configs.layers import Layer, Typed, check_choices, layers, parse_overrides
 
@@ -226,12 +226,7 @@ def save_resolved(cfg: object, path: Path) -> None:
         StorageError: the path cannot be written.
     """
     text = "# Every setting of this run, as `crosstune` resolved it.\n" + to_yaml(cfg)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(str(path), f"cannot be written: {error.strerror}") from None
+    write_whole(path, text)
 
 
 def load_resolved(path: Path) -> Any:

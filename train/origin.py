@@ -37,7 +37,7 @@ def begin(
     """A new run: step 0, and an id of its own; each folder gets the records.
 
     Raises:
-        OSError: they cannot be written.
+        StorageError: they cannot be written.
     """
     run_id = engine.world.broadcast_bytes(uuid4().hex.encode()).decode()
     if _keeps_records(engine, storage):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import CheckpointError, ConfigError, ModelError
+from configs.files import write_whole
 from configs.schema.model import Precision
-from train.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.files import write_whole
 from launchers.doctor.page import Page
-from train.files import write_whole
 from train.observe.pages import html_page
 
 SAME, DIFFERS, LEFT_OUT = "green", "bold red", "yellow"

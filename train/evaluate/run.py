@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import DataError
+from configs.files import write_whole
 from configs.schema.outputs import EvalConfig
 from data_prep.tokenizer import load_tokenizer
 from train.devices.base import Device
@@ -24,7 +25,6 @@ from train.evaluate.samples import Sample, read_samples
 from train.evaluate.scores import Answer, figures
 from train.export.run import MERGED, is_export_of, refresh_cards
 from train.export.trained import Trained
-from train.files import write_whole
 from train.observe.metrics import read_metrics
 from train.observe.progress import counter
 from train.run_folder import RunFolder, sha256_of

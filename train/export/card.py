@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from configs.files import write_whole
 from configs.schema.model import HUB_PREFIX
 from train.export.trained import Trained
-from train.files import write_whole
 
 
 def write_card(trained: Trained, folder: Path, *, adapter: bool) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from configs.files import write_whole
 from train.devices.base import Device, usable_cores
-from train.files import write_whole
 from train.versions import versions_of
 
 PACKAGES = (

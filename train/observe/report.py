@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from configs.files import write_whole
 from train.evaluate.scores import Answer, worst_classes
-from train.files import write_whole
 from train.loop import Record
 from train.observe import charts
 from train.observe.metrics import read_metrics
