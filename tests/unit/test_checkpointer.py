@@ -18,7 +18,7 @@ import train.checkpoint.files as files
 import train.checkpoint.host_memory as host_memory
 import train.checkpoint.save as saving
 import train.checkpoint.snapshot as snapshot
-from configs.errors import NoRoomError, StorageError
+from configs.errors import NoRoomError, OutOfMemoryError, StorageError
 from configs.schema.optim import AdamWConfig
 from configs.schema.outputs import BestBy, CheckpointConfig, OnFullDisk, SaveMode, Storage
 from tests.unit.checkpoint_kit import WORLD, MomentumConfig, NAdamConfig, all_tensors, engine, state, steps
@@ -169,6 +169,14 @@ def test_auto_waits_for_saves_where_memory_does_not_hold_the_copy_and_says_so_on
     last = saver(built, tmp_path / "last", mode=SaveMode.auto, every=0)
     last.save(state(3), {})
     assert last._writer is None, "no step could go on behind the only save, which is at the end"
+
+
+def test_a_copy_that_memory_does_not_hold_is_refused_before_the_kernel_kills(tmp_path, monkeypatch):
+    behind = saver(engine(), tmp_path, mode=SaveMode.asynchronous)
+    monkeypatch.setattr(checkpointer, "available_bytes", lambda: 100)
+    with pytest.raises(OutOfMemoryError, match=r"checkpoint\.mode=asynchronous: free host memory does not hold"):
+        behind.save(state(1), {})
+    assert names(tmp_path) == []
 
 
 def test_memory_is_that_of_all_ranks_of_a_machine():

@@ -85,6 +85,7 @@ class Checkpointer:
 
         Raises:
             StorageError: this or the former one could not be written; on every rank.
+            OutOfMemoryError: the host does not hold the copy of an asynchronous save; on every rank.
         """
         self._settle()
         share, tensors, answers = self._look()
@@ -170,7 +171,10 @@ class Checkpointer:
         return *found[0], answers
 
     def _asynchronous(self, answers: list[dict[str, Any]]) -> bool:
-        """The same on all ranks."""
+        """Whether to write behind the steps; the same on all ranks."""
+        if self.cfg.mode is SaveMode.asynchronous and not memory_holds(answers, share=1):
+            # Linux would grant it, and then kill a process without a word.
+            raise self._no_memory(sum(answer["copy"] for answer in answers), "the copies of all ranks")
         if self.cfg.mode is not SaveMode.auto:
             return self.cfg.mode is SaveMode.asynchronous
         if self.cfg.every == 0:  # one checkpoint, at the end: no step could go on meanwhile
@@ -192,14 +196,17 @@ class Checkpointer:
             except (RuntimeError, MemoryError) as error:
                 if not self.engine.device.is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(
-                    f"checkpoint.mode={self.cfg.mode.value}",
-                    f"host memory does not hold a copy of {in_gib(share.nbytes)} for rank {self.world.rank}",
-                    remedy="checkpoint.mode=synchronous",
-                ) from error
+                raise self._no_memory(share.nbytes, f"the copy of rank {self.world.rank}") from error
 
         together(self.world, self.folder, copied)
         return found[0]
+
+    def _no_memory(self, size: int, what: str) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"checkpoint.mode={self.cfg.mode.value}",
+            f"free host memory does not hold {what}, {in_gib(size)}",
+            remedy="checkpoint.mode=auto (asynchronous where it fits), or synchronous",
+        )
 
     def _write(self, world: World, moment: Moment, on_chunk: Callable[[], None]) -> Path:
         """Writes and then prunes; in the writer's thread, or in that of the steps."""

@@ -62,11 +62,12 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def memory_holds(answers: Sequence[dict[str, Any]]) -> bool:
+def memory_holds(answers: Sequence[dict[str, Any]], share: float = MEMORY_SHARE) -> bool:
     """Whether on every machine the memory that is free holds what its ranks would copy; the same on all ranks.
 
     Args:
         answers: of each rank: ``leads_node``, ``copy`` (bytes it would newly allocate), ``memory`` (bytes free).
+        share: of the free memory, what the copies may take.
     """
     machines: list[list[dict[str, Any]]] = []
     for answer in answers:  # the ranks of a machine follow one another
@@ -74,6 +75,5 @@ def memory_holds(answers: Sequence[dict[str, Any]]) -> bool:
             machines.append([])
         machines[-1].append(answer)
     return all(
-        sum(rank["copy"] for rank in ranks) <= MEMORY_SHARE * min(rank["memory"] for rank in ranks)
-        for ranks in machines
+        sum(rank["copy"] for rank in ranks) <= share * min(rank["memory"] for rank in ranks) for ranks in machines
     )
