@@ -12,6 +12,7 @@ from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig, Mi
 from configs.schema.device import AscendConfig, DeviceConfig
 from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
 from configs.schema.guard import GuardConfig
+from configs.schema.launch import ClusterConfig, LaunchConfig, LocalLauncherConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
@@ -33,6 +34,7 @@ ROOTS: dict[str, type[Any]] = {
     "doctor": DoctorConfig,
     "doctor_portability": PortabilityConfig,
     "doctor_ascend-standin": StandinConfig,
+    "launch": LaunchConfig,
     "prove_resume": ProveResumeConfig,
     "prove_reshard": ProveReshardConfig,
     "prove_layout": ProveLayoutConfig,
@@ -64,6 +66,8 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "checkpoint": {"checkpoint_schema": CheckpointConfig},
     "guard": {"guard_schema": GuardConfig},
     "export": {"export_schema": ExportConfig},
+    "launcher": {"local_schema": LocalLauncherConfig},
+    "cluster": {"cluster_schema": ClusterConfig},
 }
 
 

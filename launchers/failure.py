@@ -101,8 +101,17 @@ def last_words(error: CrosstuneError) -> None:
 
 def earliest_error(folder: Path) -> CrosstuneError | None:
     """In the parent: the fault that a worker wrote first; None if none did."""
-    left = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("rank*.json")]
-    return from_json(min(left, key=lambda content: float(content["time"]))) if left else None
+    left = earliest_fault(folder)
+    return from_json(left) if left else None
+
+
+def earliest_fault(folder: Path) -> dict[str, Any] | None:
+    """The same as it was written, with its ``time`` and ``rank``."""
+    left = [
+        {"rank": int(file.stem.removeprefix("rank")), **json.loads(file.read_text(encoding="utf-8"))}
+        for file in folder.glob("rank*.json")
+    ]
+    return min(left, key=lambda content: float(content["time"])) if left else None
 
 
 def from_json(content: dict[str, Any]) -> CrosstuneError:

@@ -23,7 +23,7 @@ from launchers.accelerator import check_processes, choose_accelerator, device_of
 from launchers.failure import last_words, traceback_kept_in, with_way_on
 from launchers.run_dir import alone_in, existing_run, fresh_folder, make_writable, new_run, with_run_dir
 from launchers.stages import Stages, is_first_rank
-from launchers.torchrun import EndedBySignal, run_workers
+from launchers.torchrun import EndedBySignal, new_attempt, run_workers
 
 if TYPE_CHECKING:
     from data_prep.prepare import Prepared
@@ -273,7 +273,7 @@ def _train(cfg: TrainConfig, folder: Path, stages: Stages, *, resume: bool) -> N
             run_workers(
                 cfg.nproc,
                 arguments,
-                folder / "logs",
+                new_attempt(folder / "logs"),
                 threads=cfg.device.threads,
                 grace_seconds=cfg.guard.grace_seconds,
             )

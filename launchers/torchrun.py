@@ -2,7 +2,7 @@
 
 Static rendezvous on the loopback address and no restarts inside torchrun: a failed run goes on from its checkpoint with
 `crosstune resume`. Rank 0 writes to our terminal, so its progress is seen live; the other ranks, and torchrun's own
-messages, go to files under ``RUN/logs/<attempt>/``. Does not cover several machines.
+messages, go to files under ``RUN/logs/<attempt>/``. Of a job of several machines this is one machine's part.
 """
 
 from __future__ import annotations
@@ -57,21 +57,44 @@ def hangups_are_ignored() -> bool:
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+@dataclass(frozen=True)
+class Group:
+    """A machine's place among those of a job."""
+
+    nodes: int = 1
+    node: int = 0
+    """Its number, from 0."""
+    address: str = "127.0.0.1"
+    """Of machine 0."""
+    port: int = 0
+    """0: a free one, for a job of one machine."""
+
+
+ALONE = Group()
+
+
 class EndedBySignal(SystemExit):
     """Exit code 128 + number, as a shell tells it."""
 
 
 def run_workers(
-    nproc: int, arguments: Sequence[str], logs: Path, *, threads: int = 0, grace_seconds: int = 120
+    nproc: int,
+    arguments: Sequence[str],
+    attempt: Path,
+    *,
+    threads: int = 0,
+    grace_seconds: int = 120,
+    group: Group = ALONE,
 ) -> None:
-    """Runs ``crosstune <arguments>`` in `nproc` processes and waits for them.
+    """Runs ``crosstune <arguments>`` in `nproc` processes of this machine and waits for them.
 
     Args:
         nproc: processes to start.
         arguments: of the `crosstune` command.
-        logs: folder of the run's logs; a subfolder is made for this attempt.
+        attempt: folder for the logs and faults of this attempt, such as `new_attempt` makes.
         threads: CPU threads per process; 0: the cores divided by `nproc`.
         grace_seconds: time that workers have to save and leave after a stop signal.
+        group: this machine's place in a job of several.
 
     Raises:
         CrosstuneError: the earliest fault of a worker, with its exit code; `StoppedError` if it saved and stopped.
@@ -79,9 +102,8 @@ def run_workers(
         KeyboardInterrupt: the user stopped the run before its first step, or at once.
         EndedBySignal: another signal did.
     """
-    attempt = new_attempt(logs)
-    command = torchrun_command(nproc, arguments, attempt, free_port(), grace_seconds)
-    environment = worker_environment(os.environ, attempt, nproc, threads)
+    command = torchrun_command(nproc, arguments, attempt, group, grace_seconds)
+    environment = worker_environment(os.environ, attempt, nproc, threads, alone=group.nodes == 1)
     with (attempt / "torchrun.log").open("wb") as log:
         # A session of its own: Ctrl-C reaches torchrun once, through us, and not each worker on its own.
         process = subprocess.Popen(
@@ -99,13 +121,14 @@ def run_workers(
 
 
 def torchrun_command(
-    nproc: int, arguments: Sequence[str], attempt: Path, port: int, grace_seconds: int = 120
+    nproc: int, arguments: Sequence[str], attempt: Path, group: Group, grace_seconds: int = 120
 ) -> list[str]:
     """The command line."""
+    port = group.port or free_port()
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(nproc), "--node-rank", "0"),
-        *("--master-addr", "127.0.0.1", "--master-port", str(port), "--max-restarts", "0"),
+        *("--nnodes", str(group.nodes), "--nproc-per-node", str(nproc), "--node-rank", str(group.node)),
+        *("--master-addr", group.address, "--master-port", str(port), "--max-restarts", "0"),
         *("--log-dir", str(attempt / "workers")),
         *("--shutdown-timeout", str(grace_seconds)),
         *("--signals-to-handle", ",".join(number.name for number in passed_on())),
@@ -113,15 +136,25 @@ def torchrun_command(
     ]
 
 
-def worker_environment(base: Mapping[str, str], attempt: Path, nproc: int, threads: int) -> dict[str, str]:
-    """What the workers see: our environment and a few variables of theirs. A user's own value wins."""
+def worker_environment(
+    base: Mapping[str, str], attempt: Path, nproc: int, threads: int, *, alone: bool = True
+) -> dict[str, str]:
+    """What the workers see: our environment and a few variables of theirs. A user's own value wins.
+
+    Args:
+        base: our environment.
+        attempt: folder of the attempt.
+        nproc: processes on this machine.
+        threads: per process; 0: the cores divided by `nproc`.
+        alone: no other machine takes part.
+    """
     from train.devices.base import usable_cores
     from train.guard.stop import STARTED
 
     environment = dict(base)
     environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, usable_cores() // nproc)))
-    # gloo would otherwise look up the host's name, which fails on a machine without a network.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    if alone:  # gloo would otherwise look up the host's name, which fails on a machine without a network
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # torchrun starts workers without -P: a file train.py in the working folder must not shadow ours.
     environment["PYTHONSAFEPATH"] = "1"
     environment[ERROR_DIR] = str((attempt / "errors").resolve())

@@ -18,6 +18,8 @@ ALLOWED = (
     "configs/schema/device.py",
     "configs/schema/doctor.py",
     "configs/doctor",
+    "configs/cluster/",
+    "configs/launcher/",
     "configs/groups.py",
 )
 NAMES = re.compile(

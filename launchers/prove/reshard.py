@@ -18,7 +18,7 @@ from launchers.prove.kills import ends_well
 from launchers.prove.proof import Part, Proof
 from launchers.prove.runs import Command
 from launchers.prove.setting import layout_name, layout_words, setting_of, under_layout
-from launchers.torchrun import run_workers
+from launchers.torchrun import new_attempt, run_workers
 from train.prove.comparison import Comparison, close_figure, equal_figure
 
 PROMISE = "a checkpoint of one engine on so many ranks is the same, bit by bit, to another on another number of ranks"
@@ -131,7 +131,7 @@ def reload(cfg: ProveReshardConfig, request: Path) -> dict[str, Any]:
         load_and_save(cfg, RunFolder(run_dir), run_dir / RELOADED)
     else:
         words = ["prove", "reshard", "--resume", "--resolved", str(request)]
-        run_workers(cfg.nproc, words, run_dir / "logs", threads=cfg.device.threads)
+        run_workers(cfg.nproc, words, new_attempt(run_dir / "logs"), threads=cfg.device.threads)
     return {"reloaded": str(run_dir / RELOADED)}
 
 

@@ -28,7 +28,7 @@ from configs.errors import (
 from configs.schema.roots import TrainConfig
 from data_prep.progress import PrepProgress
 from launchers import cli, environment, failure, prep, run_dir, stages
-from launchers.torchrun import new_attempt, torchrun_command, worker_environment
+from launchers.torchrun import Group, new_attempt, torchrun_command, worker_environment
 
 
 def test_help_answers_in_under_three_tenths_of_a_second_and_lists_every_command():
@@ -228,7 +228,7 @@ def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variabl
 )
 def test_the_torchrun_command_and_the_workers_environment(tmp_path, monkeypatch, nohup, handled):
     monkeypatch.setattr("launchers.torchrun.hangups_are_ignored", lambda: nohup)
-    command = torchrun_command(3, ["train", "--resolved", "r.yaml"], tmp_path, 29511)
+    command = torchrun_command(3, ["train", "--resolved", "r.yaml"], tmp_path, Group(port=29511))
     assert command == [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", "3", "--node-rank", "0"),

@@ -1,0 +1,136 @@
+"""What every launcher answers. One file per launcher beside this one, with its schema and its YAML."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import CrosstuneError
+from configs.schema.launch import ClusterConfig, LauncherConfig
+from launchers.job import Job, JobFolder, Report
+from launchers.spec import LaunchSpec
+
+LOOK_SECONDS = 0.5
+"""Between two looks at a log that is followed."""
+
+
+class Launcher(ABC):
+    """Starts jobs on one kind of cluster, and asks after them.
+
+    Args:
+        cfg: its settings.
+        cluster: what the machines have.
+    """
+
+    name: str
+    """The option of the `launcher` group."""
+    foreground: bool = False
+    """The job lives as long as the command that started it; else a scheduler keeps it."""
+
+    def __init__(self, cfg: LauncherConfig, cluster: ClusterConfig) -> None:
+        self.cfg, self.cluster = cfg, cluster
+
+    def faults(self, spec: LaunchSpec) -> Iterator[CrosstuneError]:
+        """What can be told to be wrong before anything is written; asks no network."""
+        yield from ()
+
+    @abstractmethod
+    def render(self, spec: LaunchSpec, attempt: int) -> dict[str, str]:
+        """The files that will be submitted, by name: pure, the same bytes for the same spec, nothing secret in them.
+
+        Args:
+            spec: the job.
+            attempt: number of its first attempt.
+        """
+
+    @abstractmethod
+    def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
+        """Hands the rendered files, which lie in `folder`, to the scheduler.
+
+        Returns:
+            What the scheduler calls the job: ``Job.handle``. Of a launcher in the foreground: {} once the job has ended
+            well; it starts further attempts itself (`launchers.supervise`).
+
+        Raises:
+            CrosstuneError: it was refused; nothing is left behind. In the foreground: how the job ended.
+        """
+
+    @abstractmethod
+    def report(self, job: Job, folder: JobFolder) -> Report:
+        """What the scheduler says of the job now.
+
+        Raises:
+            CrosstuneError: it cannot be asked.
+        """
+
+    @abstractmethod
+    def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
+        """Ends a job: with a save first, or at once. Returns when the scheduler has taken note.
+
+        Raises:
+            CrosstuneError: it cannot be asked.
+        """
+
+    def log(self, job: Job, folder: JobFolder, node: int, *, follow: bool) -> Iterator[str]:
+        """What a machine printed in the latest attempt, line by line; from the shared folder where it is one.
+
+        Args:
+            job: the job.
+            folder: of the job.
+            node: the machine's number.
+            follow: go on until the job has ended.
+        """
+        marks = folder.marks()
+        attempt = marks[0].attempt if marks else job.attempt
+        yield from tail(folder.output(attempt, node), lambda: follow and not self.is_over(job, folder))
+
+    def is_over(self, job: Job, folder: JobFolder) -> bool:
+        """Whether nothing more will come."""
+        from launchers.job import Word
+
+        return self.report(job, folder).word not in (Word.pending, Word.running)
+
+
+def tail(path: Path, more: Any) -> Iterator[str]:
+    """Lines of a file that may still grow, and may not be there yet.
+
+    Args:
+        path: the file.
+        more: called at its end; False: nothing more will come.
+    """
+    position, rest = 0, b""
+    while True:
+        going_on = bool(more())  # asked before the look: what is written until the end is still read
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(position)
+                content = rest + file.read()
+                position = file.tell()
+            *lines, rest = content.split(b"\n")
+            yield from (line.decode("utf-8", errors="replace") for line in lines)
+        if not going_on:
+            if rest:
+                yield rest.decode("utf-8", errors="replace")
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def node_command(python: str, job_file: str) -> list[str]:
+    """What a machine runs: the three variables of `launchers.spec` say which one it is."""
+    return [python, "-P", "-m", "launchers.node", job_file]
+
+
+def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
+    """A command behind shell scripts that must be sourced first; nothing of either is read by the shell twice."""
+    if not setup:
+        return list(command)
+    script = 'for file in "${@:2:$1}"; do . "$file" || exit 2; done; shift "$(($1 + 1))"; exec "$@"'
+    return ["bash", "-c", script, "crosstune", str(len(setup)), *setup, *command]
+
+
+def secret_values(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Values of the secrets, for a launcher to hand over; never to be written."""
+    return {name: environment[name] for name in names}
