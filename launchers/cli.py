@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +23,8 @@ COMPOSED = {
     "export": "checkpoint of a run -> adapter and merged model",
     "eval": "figures of a run, or of any model, on the held-out split",
     "run": "the whole road: prep, train, export, eval",
+    "launch train": "starts `crosstune train` on one machine or many: launcher=... nodes=... and its own words",
+    "launch run": "starts `crosstune run` likewise",
     "doctor": "what a device can do here, and what is missing",
     "doctor portability": "what a model asks of a device that the device lacks",
     "doctor ascend-standin": "builds a pretended Ascend machine, and runs a command on it: ... -- COMMAND",
@@ -35,10 +37,14 @@ SUBCOMMANDS = {
     "prep": ("inspect",),
     "doctor": ("portability", "ascend-standin"),
     "prove": ("resume", "reshard", "layout"),
+    "launch": ("train", "run"),
 }
 WITH_PATH = {
     "prep inspect": "samples of prepared data, what is learned in colour: crosstune prep inspect PATH",
-    "resume": "goes on with a run from its latest checkpoint: crosstune resume RUN",
+    "resume": "goes on with a run from its latest checkpoint, where it was launched: crosstune resume RUN",
+    "status": "of a launched run: its machines, how far it is, why it failed: crosstune status RUN",
+    "logs": "what a machine of a launched run prints: crosstune logs [-f] [--node K] RUN",
+    "cancel": "ends a launched run with a save, or at once: crosstune cancel [--hard] RUN",
     "report": "where an export came from, a checkpoint's state, or a run's report.html anew: crosstune report PATH",
 }
 """Commands that work on a folder."""
@@ -82,7 +88,12 @@ class Request:
     json: bool = False
     cfg: bool = False
     dry_run: bool = False
-    """Of `prep`."""
+    """Of `prep` and `launch`."""
+    follow: bool = False
+    """Of `logs`, as `node`."""
+    node: int = 0
+    hard: bool = False
+    """Of `cancel`."""
     program: list[str] = field(default_factory=list)
     """Of `doctor ascend-standin`: the command to run on it, after ``--``."""
     resume: bool = False
@@ -132,7 +143,11 @@ def parse(arguments: Sequence[str]) -> Request:
             request.dry_run = True
         elif word == "--resume":
             request.resume = True
-        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build"):
+        elif word in ("-f", "--follow"):
+            request.follow = True
+        elif word == "--hard":
+            request.hard = True
+        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build", "--node"):
             _set_option(request, word, rest)
         elif word.startswith("-"):
             options = ("--help", "--cfg", "--config-dir", "--resolved", "--json", "--dry-run")
@@ -148,8 +163,7 @@ def parse(arguments: Sequence[str]) -> Request:
             raise ConfigError(word, "unknown command", remedy=f"did you mean crosstune {request.command} {meant}?")
         else:
             request.words.append(word)
-    if request.dry_run and request.command != "prep":
-        raise ConfigError("--dry-run", "an option of `crosstune prep` alone", remedy="crosstune prep --dry-run ...")
+    _check_options(request)
     if request.program and request.command != "doctor ascend-standin":
         raise ConfigError("--", "a command to run", remedy="crosstune doctor ascend-standin ... -- COMMAND")
     if request.command not in COMMANDS and request.command and not request.help:
@@ -158,6 +172,20 @@ def parse(arguments: Sequence[str]) -> Request:
     if not request.command and not request.help:
         raise ConfigError("crosstune", "no command", allowed=", ".join(COMMANDS))
     return request
+
+
+def _check_options(request: Request) -> None:
+    """Refuses an option of another command."""
+    for option, given, commands in (
+        ("--dry-run", request.dry_run, ("prep", "launch train", "launch run")),
+        ("--follow", request.follow, ("logs",)),
+        ("--node", request.node != 0, ("logs",)),
+        ("--hard", request.hard, ("cancel",)),
+    ):
+        if given and request.command not in commands and not request.help:
+            raise ConfigError(
+                option, "no option of this command", remedy=f"crosstune {' or '.join(commands)} {option} ..."
+            )
 
 
 def _set_option(request: Request, word: str, rest: Any) -> None:
@@ -169,6 +197,10 @@ def _set_option(request: Request, word: str, rest: Any) -> None:
         request.cfg = True
     elif not value:
         raise ConfigError(option, "needs a value", remedy=f"{option} {'FILE' if option == '--resolved' else 'DIR'}")
+    elif option == "--node":
+        if not value.isdecimal():
+            raise ConfigError("--node", f"'{value}'", allowed="a machine's number, from 0")
+        request.node = int(value)
     elif option == "--build":
         request.words.append(f"build={value}")
     elif option == "--config-dir":
@@ -192,6 +224,8 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         return None
     if request.command in WITH_PATH:
         return _with_path(request)
+    if request.command.startswith("launch"):
+        return _launch(request)
     cfg = _config(request)
     if request.cfg:
         _print_config(cfg)
@@ -205,13 +239,16 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     if request.command.startswith("doctor"):
         return _doctor(request, cfg)
     from launchers import prep, steps
-    from launchers.failure import ERROR_DIR
+    from launchers.failure import ERROR_DIR, LAUNCHED
     from launchers.torchrun import join_terminal
 
     join_terminal()
 
     if request.command.startswith("prove"):
         return _prove(request, cfg)
+    if request.command in ("train", "run") and LAUNCHED in os.environ:
+        step = steps.train if request.command == "train" else steps.run
+        return step(cfg, resume=request.resume, launched=True)
     if request.command == "train":
         return steps.train(cfg, worker=ERROR_DIR in os.environ, resume=request.resume)
     commands: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -221,6 +258,22 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         "eval": steps.evaluate,
     }
     return commands[request.command](cfg)
+
+
+def _launch(request: Request) -> dict[str, Any] | None:
+    """Words of the launch are told from those of the step by their keys."""
+    from configs.compose import compose
+    from launchers.launch import launch, split_words
+
+    ours, theirs = split_words(request.words)
+    command = request.command.removeprefix("launch ")
+    options = compose("launch", ours, config_dir=request.config_dir)
+    cfg = _config(replace(request, command=command, words=theirs))
+    if request.cfg:
+        _print_config(options)
+        _print_config(cfg)
+        return None
+    return launch(command, cfg, options, dry_run=request.dry_run)
 
 
 def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
@@ -257,6 +310,8 @@ def _with_path(request: Request) -> dict[str, Any] | None:
         if request.cfg:
             raise ConfigError("--cfg", f"`crosstune {request.command}` has no config", remedy="leave it out")
         _prepare_process(None)
+    if request.command in ("status", "logs", "cancel"):
+        return _of_job(request, path, overrides)
     if request.command == "prep inspect":
         from launchers.prep import inspect
 
@@ -273,8 +328,24 @@ def _with_path(request: Request) -> dict[str, Any] | None:
     if request.cfg:
         _print_config(cfg)
         return None
+    from launchers import launch
+
+    if launch.was_launched(path):
+        return launch.relaunch(cfg)
     _prepare_process(cfg)
     return steps.resume(cfg)
+
+
+def _of_job(request: Request, path: Path, rest: list[str]) -> dict[str, Any]:
+    from launchers import launch
+
+    if rest:
+        raise ConfigError(rest[0], f"`crosstune {request.command}` takes one folder")
+    if request.command == "status":
+        return launch.status(path)
+    if request.command == "logs":
+        return launch.logs(path, node=request.node, follow=request.follow)
+    return launch.cancel(path, hard=request.hard)
 
 
 def _config(request: Request) -> Any:
@@ -339,7 +410,8 @@ def _print_help(request: Request) -> None:
     else:
         from launchers.help import command_help
 
-        command = request.command.replace(" ", "_")
+        # The words of the step are those of its own help.
+        command = "launch" if request.command.startswith("launch") else request.command.replace(" ", "_")
         print(command_help(command, COMPOSED[request.command], request.config_dir))
 
 

@@ -29,6 +29,8 @@ from configs.errors import (
 
 ERROR_DIR = "CROSSTUNE_ERROR_DIR"
 """Folder in which a worker leaves its fault; set by the process that starts workers."""
+LAUNCHED = "CROSSTUNE_LAUNCHED"
+"""Set for the ranks of a job: no process of theirs has made the run's folder, or speaks for them."""
 DEBUG = "CROSSTUNE_DEBUG"
 """Set to 1 to see tracebacks on the terminal."""
 
@@ -138,7 +140,7 @@ def with_way_on(error: RunFailedError, folder: Path) -> RunFailedError:
         folder: of the run.
     """
     saved = sorted(path.parent.name for path in folder.glob("checkpoints/step-*[0-9]/COMPLETE"))
-    done = _last_step(folder / "metrics.jsonl")
+    done = last_step(folder / "metrics.jsonl")
     if saved:
         step = int(saved[-1].removeprefix("step-"))
         way_on = f"crosstune resume {shlex.quote(str(folder))} goes on after step {step}"
@@ -157,7 +159,7 @@ def _when(last_step: int) -> str:
     return f"after step {last_step}" if last_step else "before the first step was done"
 
 
-def _last_step(metrics: Path) -> int:
+def last_step(metrics: Path) -> int:
     """Of metrics.jsonl, written by rank 0 after each step; 0 where there is none. A torn last line is left out."""
     steps = [0]
     if metrics.is_file():

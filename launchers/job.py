@@ -1,7 +1,8 @@
 """A job's folder ``RUN/launch`` and what is known of the job from it.
 
     RUN/launch/
-        job.json             the spec, the launcher with its settings, and what the scheduler calls the job
+        job.json             the spec, and what the scheduler calls the job
+        launch.yaml          where and how: the config of `crosstune launch`
         request.yaml         the config that every rank reads
         <rendered files>     what the launcher submitted, as it was
         attempts/000/node-0.json   what each machine did: host, begin, end, exit code, fault
@@ -88,9 +89,6 @@ class Job:
     """What was submitted."""
 
     spec: LaunchSpec
-    launcher: dict[str, Any]
-    """Settings of the launcher, with ``_target_``."""
-    cluster: dict[str, Any]
     submitted: float
     handle: dict[str, Any] = field(default_factory=dict)
     """What the scheduler calls the job; empty for a launcher that stays in the foreground."""
@@ -124,6 +122,11 @@ class JobFolder:
     def request(self) -> Path:
         """The config that every rank reads."""
         return self.path / "request.yaml"
+
+    @property
+    def options(self) -> Path:
+        """The config of the launch."""
+        return self.path / "launch.yaml"
 
     def logs(self, attempt: int, node: int) -> Path:
         """Folder of a machine's logs."""

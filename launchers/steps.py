@@ -40,32 +40,33 @@ ALSO_WITH_LORA = "model.precision"
 """Adapters may be carried to another precision of their base: see `RunRecord.precision_from_here`."""
 
 
-def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False) -> Result:
+def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False, launched: bool = False) -> Result:
     """`crosstune train`: records or prepared data -> checkpoints.
 
     Args:
         cfg: the whole config.
         worker: this process is one of several that we started ourselves; their parent has made the folder and talks.
         resume: go on from the latest checkpoint.
+        launched: this process is a rank of a job, which goes on where it can and else begins again.
     """
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
-    with resumable(folder, worker=worker), traceback_kept_in(folder / "logs"):
+    with resumable(folder, worker=worker or launched), traceback_kept_in(folder / "logs"):
         with nullcontext() if worker else alone_in(folder) if resume else new_run(folder):
-            _train(cfg, folder, stages, resume=resume)
+            _train(cfg, folder, stages, resume=resume and not (launched and _has_nothing(folder)))
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder)}
 
 
-def run(cfg: RunConfig, *, resume: bool = False) -> Result:
-    """`crosstune run`: records -> checkpoints -> exported model and figures."""
+def run(cfg: RunConfig, *, resume: bool = False, launched: bool = False) -> Result:
+    """`crosstune run`: records -> checkpoints -> exported model and figures. See `train`."""
     cfg = with_run_dir(cfg)
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
-    with resumable(folder), traceback_kept_in(folder / "logs"):
+    with resumable(folder, worker=launched), traceback_kept_in(folder / "logs"):
         with alone_in(folder) if resume else new_run(folder):
-            _train(cfg, folder, stages, resume=resume)
+            _train(cfg, folder, stages, resume=resume and not (launched and _has_nothing(folder)))
             if not is_first_rank():  # under an outer torchrun the other ranks are done here
                 return {"run_dir": str(folder)}
             job = ExportJobConfig(str(folder), overwrite=resume, export=cfg.export)
@@ -285,6 +286,11 @@ def _same_data(record: RunRecord, prepared: Path) -> bool:
 
     manifest = prepared / "manifest.json"
     return manifest.is_file() and sha256_of(manifest) == record.manifest_sha256
+
+
+def _has_nothing(folder: Path) -> bool:
+    """Whether a run that was begun has nothing to go on from."""
+    return not any(folder.glob("checkpoints/step-*[0-9]/COMPLETE"))
 
 
 def _latest_checkpoint(folder: Path) -> Path:

@@ -12,6 +12,9 @@ from configs.errors import CheckpointError, ConfigError, ModelError
 from configs.files import write_whole
 from configs.schema.model import Precision
 
+STOP_FILE = "PREEMPT"
+"""In the run's folder: whoever makes it stops the run."""
+
 
 @dataclass(frozen=True)
 class RunRecord:

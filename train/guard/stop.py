@@ -25,9 +25,8 @@ from configs.errors import EXIT_RESUMABLE, CrosstuneError, StoppedError
 from configs.schema.guard import GuardConfig
 from train.checkpoint.layout import checkpoints, step_of
 from train.engine.base import World
+from train.run_folder import STOP_FILE
 
-STOP_FILE = "PREEMPT"
-"""In the run's folder: whoever makes it stops the run."""
 STARTED = "CROSSTUNE_STARTED"
 """For workers: `time.time` at which the command began that started them."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

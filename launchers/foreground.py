@@ -1,0 +1,100 @@
+"""Launchers whose job lives as long as the command that started it, which is asked for by its process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from abc import abstractmethod
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from configs.errors import EXIT_DONE, CheckpointError
+from launchers.base import Launcher
+from launchers.job import Job, JobFolder, Report, Word
+from launchers.supervise import Note, StopSignals, failed, supervise
+from train.run_folder import STOP_FILE
+
+SAME_PROCESS_SECONDS = 1.0
+"""By so much the begin of a process may differ between two looks at it; numbers of processes are given out again."""
+
+
+def say(text: str) -> None:
+    """A line for the user, at once."""
+    print(text, flush=True)
+
+
+class ForegroundLauncher(Launcher):
+    """See the module. The command that launched is the supervisor: what ends it ends the job."""
+
+    foreground = True
+    note: Note = staticmethod(say)
+
+    @abstractmethod
+    def start(self, job: Job, folder: JobFolder, attempt: int, stops: StopSignals) -> int:
+        """Runs one attempt on all machines to its end; nothing of it is left running anywhere.
+
+        Args:
+            job: what runs.
+            folder: of the job.
+            attempt: its number.
+            stops: signals that this command gets; the first is passed on, so that the run saves, a second ends all.
+
+        Returns:
+            The worst exit code: 2 before 3 before 128 + n before 75 before 0.
+        """
+
+    def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
+        """See `Launcher.submit`.
+
+        Raises:
+            RunFailedError: the job did not end well, with the exit code that it ended with.
+        """
+        with StopSignals() as stops:
+            code = supervise(lambda attempt: self.start(job, folder, attempt, stops), job, folder, stops, self.note)
+        if code != EXIT_DONE:
+            raise failed(folder, code)
+        return {}
+
+    def handle(self) -> dict[str, Any]:
+        """Names this process, for commands in other terminals."""
+        return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
+
+    def report(self, job: Job, folder: JobFolder) -> Report:
+        """Whether the supervisor lives; from another machine, what the marks say."""
+        where = f"process {job.handle['pid']} on {job.handle['host']}"
+        if job.handle["host"] == socket.gethostname():
+            return Report(Word.running, where) if _supervisor(job) else Report(Word.ended, f"{where} has ended")
+        marks = folder.marks()
+        if marks and all(mark.ended is not None for mark in marks):
+            return Report(Word.ended, f"{where}, as its machines say")
+        return Report(Word.running, f"{where}, which cannot be asked from {socket.gethostname()}")
+
+    def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
+        """Softly by the run's own stop file, which any machine can make; hard by signals to the supervisor.
+
+        Raises:
+            CheckpointError: hard, and the supervisor is on another machine.
+        """
+        if not hard:
+            (folder.run_dir / STOP_FILE).touch()
+            return
+        if job.handle["host"] != socket.gethostname():
+            raise CheckpointError(
+                str(folder.run_dir),
+                f"is supervised on {job.handle['host']}, which cannot be signalled from {socket.gethostname()}",
+                remedy=f"crosstune cancel --hard there, or kill {job.handle['pid']}",
+            )
+        if (supervisor := _supervisor(job)) is not None:
+            with suppress(psutil.NoSuchProcess):
+                supervisor.kill()  # its machines end with it
+
+
+def _supervisor(job: Job) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(job.handle["pid"])
+        same = abs(process.create_time() - job.handle["began"]) < SAME_PROCESS_SECONDS
+        if same and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None

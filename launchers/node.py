@@ -1,0 +1,232 @@
+"""What every machine of a job runs: ``python -P -m launchers.node RUN/launch/job.json``.
+
+All launchers end here, so that a rank has the same arguments and environment whoever started it. Three variables tell a
+machine which one it is (see `launchers.spec`); all else is in job.json. torchrun starts the ranks, its rendezvous is
+static and it restarts nothing: whoever started the machines starts all of them again, from the last checkpoint.
+
+Exit codes: 0 done, 2 something to mend in what was asked, 3 failed, 75 saved and stopped, 128 + n ended by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs.errors import EXIT_DONE, ConfigError, CrosstuneError
+from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
+from launchers.job import Job, JobFolder, Mark, make_folder
+from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash
+from launchers.steps import resumable
+from launchers.torchrun import EndedBySignal, Group, run_workers
+
+AUTO = "auto"
+"""For `ATTEMPT`, where a scheduler does not say which one it is: one more than the last that left a mark."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str]) -> int:
+    """Runs this machine's part; returns the exit code."""
+    try:
+        [file] = arguments
+    except ValueError:
+        print("usage: python -P -m launchers.node RUN/launch/job.json", file=sys.stderr)
+        return 2
+    folder = JobFolder(Path(file).parent)
+    try:
+        job = folder.read()
+        node, master, attempt = place(job.spec, os.environ, folder)
+    except CrosstuneError as error:
+        print(error.render(), file=sys.stderr)
+        return error.exit_code
+    return run_node(job, folder, node, master, attempt)
+
+
+def place(spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder) -> tuple[int, str, int]:
+    """This machine's number, the address of machine 0 and the number of the attempt.
+
+    Raises:
+        ConfigError: the launcher did not say them, or says what cannot be.
+    """
+    values = [environment.get(name, "") for name in (NODE, MASTER, ATTEMPT)]
+    for name, value in zip((NODE, MASTER, ATTEMPT), values, strict=True):
+        if not value:
+            raise ConfigError(name, "not set: whoever starts launchers.node must say it")
+    node, master, attempt = values
+    if not node.isdecimal() or int(node) >= spec.nodes:
+        raise ConfigError(NODE, f"'{node}'", allowed=f"0 to {spec.nodes - 1}: the job has {spec.nodes} machines")
+    if attempt == AUTO:
+        return int(node), master, _next_attempt(folder, int(node))
+    if not attempt.isdecimal():
+        raise ConfigError(ATTEMPT, f"'{attempt}'", allowed=f"0 or more, or {AUTO}")
+    return int(node), master, int(attempt)
+
+
+def _next_attempt(folder: JobFolder, node: int) -> int:
+    """By this machine's own marks: those of the others may be of the attempt that is beginning now."""
+    numbers = [int(file.parent.name) for file in (folder.path / "attempts").glob(f"[0-9]*/node-{node}.json")]
+    return max(numbers, default=-1) + 1
+
+
+def run_node(job: Job, folder: JobFolder, node: int, master: str, attempt: int) -> int:
+    """Runs the ranks of one machine and leaves its mark.
+
+    Args:
+        job: what was submitted.
+        folder: of the job.
+        node: this machine's number.
+        master: address of machine 0.
+        attempt: number of the attempt.
+    """
+    spec, logs = job.spec, folder.logs(attempt, node)
+    # All that is said from here on is in a file, too, except that nothing can be written.
+    try:
+        make_folder(logs)
+        mark = Mark(node, attempt, socket.gethostname(), os.getpid(), time.time(), "")
+        with copied_to(folder.output(attempt, node)):
+            try:
+                prepare(spec, os.environ, master)
+                mark = replace(mark, environment=environment_hash(what_ranks_see(spec, os.environ)))
+                folder.mark(mark)
+                code, fault = _work(spec, logs, node, master, attempt)
+            except CrosstuneError as error:
+                code, fault = error.exit_code, {"rank": None, "time": time.time(), **as_json(error)}
+                print(error.render(), file=sys.stderr)
+            folder.mark(replace(mark, ended=time.time(), exit_code=code, fault=fault))
+        return code
+    except CrosstuneError as error:
+        print(error.render(), file=sys.stderr)
+        return error.exit_code
+
+
+def _work(spec: LaunchSpec, logs: Path, node: int, master: str, attempt: int) -> tuple[int, dict[str, Any] | None]:
+    group = Group(spec.nodes, node, master, spec.port(attempt))
+    try:
+        with resumable(Path(spec.run_dir)), traceback_kept_in(logs):
+            run_workers(
+                spec.nproc,
+                spec.arguments(attempt),
+                logs,
+                threads=spec.threads,
+                grace_seconds=spec.grace_seconds,
+                group=group,
+            )
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED, None
+    except EndedBySignal as ending:
+        return int(ending.code or 1), None
+    except CrosstuneError as error:
+        print(error.render(), file=sys.stderr)
+        told = earliest_fault(logs / "errors") or {"rank": None, "time": time.time()}
+        return error.exit_code, {**told, **as_json(error)}
+    return EXIT_DONE, None
+
+
+def prepare(spec: LaunchSpec, environment: MutableMapping[str, str], master: str) -> None:
+    """Puts into the environment, and the working folder, what the ranks find there.
+
+    Raises:
+        ConfigError: the working folder or a network interface is not there.
+    """
+    environment.update(spec.environment)
+    environment[LAUNCHED] = "1"
+    try:
+        os.chdir(spec.working_dir)
+    except OSError as error:
+        raise ConfigError(
+            "working folder",
+            f"'{spec.working_dir}', from which the job was launched, on {socket.gethostname()}: {error.strerror}",
+            remedy="launch from a folder that all machines have",
+        ) from None
+    if spec.nodes > 1:
+        interface = spec.interface or interface_to(master)
+        for name in INTERFACES:
+            environment.setdefault(name, interface)
+
+
+def interface_to(host: str) -> str:
+    """Name of the network interface whose address this machine has towards another one.
+
+    Raises:
+        ConfigError: the other one's name has no address, or no way leads there.
+    """
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing: only the routing table is asked
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(
+            "machine 0",
+            f"'{host}' cannot be reached from {socket.gethostname()}: {error.strerror or error}",
+            remedy="crosstune doctor nodes",
+        ) from None
+    found = [name for name, infos in psutil.net_if_addrs().items() if any(info.address == own for info in infos)]
+    if not found:
+        raise ConfigError("cluster.interface", f"none has the address {own} on this machine", remedy="name it")
+    # Machine 0 itself may be known by an address of its loopback interface (Debian's 127.0.1.1), which no other sees.
+    return found[0]
+
+
+NOT_SHARED = re.compile(
+    r"(SLURM|PBS|LSB|KUBERNETES|VC|PET|TORCHELASTIC|XDG|SSH|LESS|LC)_.*|.*_(SERVICE|PORT)(_.*)?|"
+    r"(PWD|OLDPWD|HOME|HOSTNAME|SHLVL|_|TERM|TMPDIR|USER|LOGNAME|MAIL|SHELL|LANG|LS_COLORS|PS1)"
+)
+"""Variables in which machines of one job rightly differ."""
+
+
+def what_ranks_see(spec: LaunchSpec, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables in which machines must not differ; of secrets only that they are there."""
+    own = (NODE, MASTER, ATTEMPT)
+    kept = {name: value for name, value in environment.items() if not NOT_SHARED.fullmatch(name) and name not in own}
+    return kept | {name: "set" for name in spec.secrets if name in environment}
+
+
+@contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """What this process and its children print goes to a file as well."""
+    read, write = os.pipe()
+    before = [os.dup(1), os.dup(2)]
+    with path.open("ab", buffering=0) as file:
+        thread = threading.Thread(target=_copy, args=(read, before[0], file.fileno()), name="output", daemon=True)
+        thread.start()
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            os.close(write)
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, original in zip((1, 2), before, strict=True):
+                os.dup2(original, number)
+            # A child that outlives us would hold the pipe open: it is not waited for.
+            thread.join(timeout=5)
+    for original in before:
+        os.close(original)
+
+
+def _copy(source: int, *targets: int) -> None:
+    while data := os.read(source, 65536):
+        for target in targets:
+            try:
+                os.write(target, data)
+            except OSError:  # whoever listened has gone; the file goes on
+                continue
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Attempt after attempt, for launchers that stay in the foreground; schedulers do this themselves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from configs.errors import EXIT_DONE, EXIT_USER_FAULT, RunFailedError
+from launchers.job import Job, JobFolder, root_cause
+from launchers.torchrun import passed_on
+
+Note = Callable[[str], None]
+
+
+class StopSignals:
+    """The stop signals that this command gets: a context manager of the main thread.
+
+    Whoever runs an attempt passes them on.
+    """
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+        """Numbers, in order."""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._hear) for number in passed_on()}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard.append(number)
+
+
+def supervise(start: Callable[[int], int], job: Job, folder: JobFolder, stops: StopSignals, note: Note) -> int:
+    """Starts a job, and again from its last checkpoint while it does not come to its end.
+
+    Not again: after a fault of the user's (exit code 2), after a stop that this command was asked for, where the job
+    was cancelled, and where two attempts in a row got no further.
+
+    Args:
+        start: runs one attempt, by its number, to its end on all machines and gives the worst exit code.
+        job: what runs.
+        folder: of the job.
+        stops: signals heard so far; `start` passes them on.
+        note: takes lines for the user.
+
+    Returns:
+        The exit code of the last attempt.
+    """
+    steps, last = newest_step(folder), job.attempt + job.spec.restarts
+    for attempt in range(job.attempt, last + 1):
+        code = start(attempt)
+        if code in (EXIT_DONE, EXIT_USER_FAULT) or stops.heard or folder.cancelled:
+            break
+        ended = f"attempt {attempt} ended with exit code {code}"
+        before, steps = steps, newest_step(folder)
+        if attempt == last:
+            note(f"{ended}: no restart is left (restarts={job.spec.restarts})")
+        elif attempt > job.attempt and steps == before:
+            note(f"{ended} and got no further than the one before: no restart")
+            break
+        else:
+            where = f"from step {steps}" if steps >= 0 else "from the beginning: there is no checkpoint"
+            note(f"{ended}: starting again {where}, {last - attempt} restart(s) left")
+    return code
+
+
+def newest_step(folder: JobFolder) -> int:
+    """Of the run's newest complete checkpoint; -1 where there is none."""
+    saved = sorted(folder.run_dir.glob("checkpoints/step-*[0-9]/COMPLETE"))
+    return int(saved[-1].parent.name.removeprefix("step-")) if saved else -1
+
+
+def failed(folder: JobFolder, code: int) -> RunFailedError:
+    """What a job that did not end well is told as: its earliest fault, with the machine it befell.
+
+    Args:
+        folder: of the job.
+        code: exit code of its last attempt, which the error takes on.
+    """
+    cause = root_cause(folder.marks())
+    if cause is None:
+        error = RunFailedError(str(folder.run_dir), f"ended with exit code {code} on a machine that left no word")
+    else:
+        mark, fault = cause
+        rank = (mark.fault or {}).get("rank")
+        who = f"rank {rank} on {mark.host}" if rank is not None else mark.host
+        error = RunFailedError(fault.where, f"{fault.found} ({who})", allowed=fault.allowed, remedy=fault.remedy)
+    error.exit_code = code
+    return error
