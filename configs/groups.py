@@ -11,6 +11,7 @@ from configs.schema.clean import CleanConfig, DedupConfig, HereConfig, LocalConf
 from configs.schema.dataset import FilesDatasetConfig, LicensesDatasetConfig, MixDatasetConfig
 from configs.schema.device import AscendConfig, DeviceConfig
 from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
+from configs.schema.doctor_nodes import DoctorNodesConfig
 from configs.schema.guard import GuardConfig
 from configs.schema.launch import ClusterConfig, LaunchConfig, LocalLauncherConfig
 from configs.schema.model import ModelConfig
@@ -33,6 +34,7 @@ ROOTS: dict[str, type[Any]] = {
     "eval": EvalJobConfig,
     "doctor": DoctorConfig,
     "doctor_portability": PortabilityConfig,
+    "doctor_nodes": DoctorNodesConfig,
     "doctor_ascend-standin": StandinConfig,
     "launch": LaunchConfig,
     "prove_resume": ProveResumeConfig,

@@ -26,6 +26,7 @@ COMPOSED = {
     "launch train": "starts `crosstune train` on one machine or many: launcher=... nodes=... and its own words",
     "launch run": "starts `crosstune run` likewise",
     "doctor": "what a device can do here, and what is missing",
+    "doctor nodes": "what would break a run over several machines: a line per node, and the remedies",
     "doctor portability": "what a model asks of a device that the device lacks",
     "doctor ascend-standin": "builds a pretended Ascend machine, and runs a command on it: ... -- COMMAND",
     "prove resume": "kills a run at random moments, resumes it, and compares every bit with a run in peace",
@@ -35,7 +36,7 @@ COMPOSED = {
 """Commands with a config of their own."""
 SUBCOMMANDS = {
     "prep": ("inspect",),
-    "doctor": ("portability", "ascend-standin"),
+    "doctor": ("nodes", "portability", "ascend-standin"),
     "prove": ("resume", "reshard", "layout"),
     "launch": ("train", "run"),
 }
@@ -277,6 +278,10 @@ def _launch(request: Request) -> dict[str, Any] | None:
 
 
 def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
+    if request.command == "doctor nodes":
+        from launchers.doctor.nodes.command import doctor_nodes
+
+        return doctor_nodes(cfg)
     if request.command == "doctor portability":
         from launchers.doctor.portability import portability
 

@@ -20,7 +20,7 @@ from typing import Any
 from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT
 from configs.schema.doctor import DoctorConfig
-from launchers.doctor.findings import AUTO, PACKAGES, of_ascend, of_fault, of_look, of_packages
+from launchers.doctor.findings import AUTO, PACKAGES, Finding, of_ascend, of_fault, of_look, of_packages
 from launchers.environment import ascend_config
 from train.devices.ascend_environment import Plan, plan
 from train.versions import versions_of
@@ -31,6 +31,15 @@ PATIENCE_SECONDS = 120
 
 def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     """`crosstune doctor`: prints what was found; the result is the same as data, with the exit code."""
+    report = examine(cfg)
+    from launchers.doctor.page import show
+
+    show(report)
+    return report
+
+
+def examine(cfg: DoctorConfig) -> dict[str, Any]:
+    """What the device answered, versions, settings and findings, with the exit code they mean."""
     ascend = ascend_config(cfg.device)
     settings = plan(ascend, os.environ) if ascend else None
     records = look(cfg, environment_for(settings))
@@ -41,7 +50,7 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
         # device=auto settles an Ascend's variables before it knows whether it takes one.
         more = of_ascend(settings, cfg) if chosen["name"] == "ascend" else map(of_fault, settings.faults)
         findings += [each for each in more if each not in findings]
-    report = {
+    return {
         "device": chosen["name"],
         "answers": chosen,
         "passed_over": passed_over,
@@ -50,10 +59,19 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
         "findings": [vars(finding) for finding in findings],
         "exit_code": EXIT_USER_FAULT if any(each.level == "missing" for each in findings) else EXIT_DONE,
     }
-    from launchers.doctor.page import show
 
-    show(report)
-    return report
+
+def findings_of_settings(cfg: DoctorConfig) -> list[Finding]:
+    """The part of the findings that needs no torch: packages, and the variables of the device that was named."""
+    ascend = ascend_config(cfg.device)
+    if ascend is None:
+        return [*of_packages(versions_of(PACKAGES))]
+    settings = plan(ascend, os.environ)
+    named = cfg.device._target_ != AUTO
+    return [
+        *of_packages(versions_of(PACKAGES)),
+        *(of_ascend(settings, cfg) if named else map(of_fault, settings.faults)),
+    ]
 
 
 def settings_of(chosen: Mapping[str, Any], settings: Plan | None) -> list[dict[str, str]]:

@@ -1,0 +1,210 @@
+"""A short all-reduce over all processes that a run would have, with a time of its own.
+
+In a process of its own: ``python -P -m launchers.doctor.nodes.allreduce CONFIG BYTES SECONDS OUT``, with torchrun's
+variables. A collective whose peer does not come may wait for ever in the driver, so the starting process ends it.
+
+**Bandwidth** is what nccl-tests calls bus bandwidth: ``bytes / seconds * 2 (n - 1) / n`` for n ranks, which for a ring
+is what goes through each rank's link, whatever n is. GB are 10^9 bytes. The best of `ROUNDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launchers.doctor.nodes.network import INTERFACES
+from launchers.doctor.nodes.request import Request
+from launchers.torchrun import end_with_parent
+
+ROUNDS = 5
+KILL_SECONDS = 5.0
+"""Beyond its time, for a process to say itself what went wrong."""
+LAST_SECONDS = 3.0
+"""For the others' last signs of life after a fault."""
+
+
+def probe(request: Request, interface: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Runs this machine's processes of the probe.
+
+    Args:
+        request: what was asked.
+        interface: for the collectives, where no variable chooses one; None: their own choice.
+        environment: of the processes.
+
+    Returns:
+        ``{"gb_per_s", "silent": [ranks], "failed": why | None}``: the slowest of this machine's ranks, the ranks that
+        gave no sign, and the first fault.
+    """
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(request.config, encoding="utf-8")
+        limit = request.allreduce_seconds
+        words = [sys.executable, "-P", "-m", __name__, str(config), str(request.allreduce_bytes), str(limit)]
+        outs = [Path(folder) / f"{local}.json" for local in range(request.nproc)]
+        deadline = time.monotonic() + limit + KILL_SECONDS
+        running = [
+            subprocess.Popen(
+                [*words, str(out)],
+                env={**environment, **rank_variables(request, local, interface, environment)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=end_with_parent,
+            )
+            for local, out in enumerate(outs)
+        ]
+        first = request.node * request.nproc
+        results = [
+            _result(each, out, first + i, deadline) for i, (each, out) in enumerate(zip(running, outs, strict=True))
+        ]
+    speeds = [each["gb_per_s"] for each in results]
+    return {
+        "gb_per_s": min(speeds) if all(speed is not None for speed in speeds) else None,
+        "silent": sorted({rank for each in results for rank in each["silent"]}),
+        "failed": next((each["failed"] for each in results if each["failed"]), None),
+    }
+
+
+def rank_variables(
+    request: Request, local: int, interface: str | None, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """What torchrun would set."""
+    names = {
+        "RANK": request.node * request.nproc + local,
+        "LOCAL_RANK": local,
+        "WORLD_SIZE": request.nodes * request.nproc,
+        "LOCAL_WORLD_SIZE": request.nproc,
+        "MASTER_ADDR": request.master or "127.0.0.1",
+        "MASTER_PORT": request.master_port,
+    }
+    found = {name: str(value) for name, value in names.items()}
+    if interface:
+        found |= {name: interface for name in INTERFACES if not environment.get(name)}
+    return found
+
+
+def _result(process: subprocess.Popen[str], out: Path, rank: int, deadline: float) -> dict[str, Any]:
+    """What a process wrote, or how it ended."""
+    try:
+        _, said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"gb_per_s": None, "silent": [rank], "failed": "it did not end in time"}
+    with suppress(OSError, ValueError):
+        result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return result
+    last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    return {"gb_per_s": None, "silent": [], "failed": last}
+
+
+def main() -> None:
+    """One rank; its result goes into the file."""
+    config, size, seconds, out = sys.argv[1:]
+    result = take_part(Path(config), int(size), float(seconds))
+    Path(out).write_text(json.dumps(result), encoding="utf-8")
+    # Threads of a collective that hangs would keep the process.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
+    """Meets the other ranks in a store first, so that one who does not come has a number."""
+    from torch import distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    deadline = time.monotonic() + seconds
+    left = timedelta(seconds=seconds)
+    try:
+        master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torch's stubs do not list it among what the module exports, its documentation does.
+        store = dist.TCPStore(master, port, world, rank == 0, left, wait_for_workers=False)  # type: ignore[attr-defined]
+    except (RuntimeError, dist.DistError) as error:
+        return _failure(error, silent=[0] if rank else [])
+    roll = Roll(store, rank, world)
+    try:
+        missing = roll.call("came", deadline - time.monotonic())
+        if missing:
+            return {"gb_per_s": None, "silent": missing, "failed": "not all ranks came"}
+        speed = measure(config, store, size, max(1.0, deadline - time.monotonic()))
+    except Exception as error:  # of any backend, in any way
+        with suppress(RuntimeError, dist.DistError):
+            return _failure(error, silent=roll.call("over", LAST_SECONDS))
+        return _failure(error, silent=[0] if rank else [])
+    with suppress(RuntimeError, dist.DistError):  # the figure stands, even where the store has gone
+        roll.call("over", LAST_SECONDS)
+    return {"gb_per_s": speed, "silent": [], "failed": None}
+
+
+class Roll:
+    """Who has come so far, kept in the store of rank 0."""
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = store, rank, world
+
+    def call(self, stage: str, seconds: float) -> list[int]:
+        """Signs in, and waits for all; the ranks that had not by then.
+
+        Raises:
+            RuntimeError: the store does not answer.
+        """
+        self.store.set(f"{stage}/{self.rank}", "1")
+        deadline = time.monotonic() + seconds
+        while True:
+            silent = [rank for rank in range(self.world) if not self.store.check([f"{stage}/{rank}"])]
+            if not silent or time.monotonic() >= deadline:
+                return silent
+            time.sleep(0.05)
+
+
+def measure(config: Path, store: Any, size: int, seconds: float) -> float:
+    """Bus bandwidth of an all-reduce of `size` bytes, in GB/s.
+
+    Raises:
+        RuntimeError: a peer was lost, or a sum came out wrong.
+        CrosstuneError: the device cannot be used.
+    """
+    import torch
+    from torch import distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from configs.compose import build, load_resolved
+    from train.devices.base import Device
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = build(load_resolved(config).device, Device)
+    device.activate(int(os.environ["LOCAL_RANK"]))
+    prefixed = PrefixStore("probe", store)
+    dist.init_process_group(
+        device.backend, store=prefixed, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
+    )
+    buffer = torch.ones(max(1, size // 4), dtype=torch.float32, device=device.torch_device)
+    best = float("inf")
+    for number in range(ROUNDS + 1):  # the first one connects
+        buffer.fill_(1.0)
+        device.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(buffer)
+        device.synchronize()
+        best = min(best, time.perf_counter() - began) if number else best
+        if not bool((buffer == world).all()):
+            raise RuntimeError(f"the sum of {world} ones came out as {buffer.min().item()} to {buffer.max().item()}")
+    return buffer.numel() * 4 / best * 2 * (world - 1) / world / 1e9
+
+
+def _failure(error: Exception, silent: list[int]) -> dict[str, Any]:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return {"gb_per_s": None, "silent": silent, "failed": first[:300]}
+
+
+if __name__ == "__main__":
+    main()

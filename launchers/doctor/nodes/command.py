@@ -1,0 +1,160 @@
+"""`crosstune doctor nodes`: asks every node through the launcher of the run, judges the answers, prints the page."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from configs.compose import to_yaml
+from configs.errors import EXIT_DONE, EXIT_USER_FAULT, ConfigError, CrosstuneError
+from configs.schema.doctor import DoctorConfig
+from configs.schema.doctor_nodes import DoctorNodesConfig
+from launchers.doctor.nodes.findings import FAULT, Answer, Finding
+from launchers.doctor.nodes.judge import judge
+from launchers.doctor.nodes.look import look
+from launchers.doctor.nodes.request import Request, report_in
+
+COMMAND = ("-P", "-m", "launchers.doctor.nodes.look")
+"""What Python runs on a node, with the request on standard input or in a file that is named as its argument."""
+
+Heard = tuple[int, "Iterable[str] | CrosstuneError"]
+"""A node's number, and the lines that it printed, or why it was not asked."""
+
+
+@runtime_checkable
+class AsksNodes(Protocol):
+    """A launcher that can run a short program on its nodes, all at the same time."""
+
+    def node_names(self, nodes: int) -> Sequence[str]:
+        """How the nodes call each other, by number; empty where only the scheduler knows."""
+
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+        """Runs `COMMAND` with each request on its node; gives what each printed as it ends, in any order.
+
+        Args:
+            requests: by node number.
+            seconds: after which nodes that have not ended are given up.
+        """
+
+
+def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[str, Any]:
+    """`crosstune doctor nodes`: prints what was found; the result is the same as data, with the exit code.
+
+    Args:
+        cfg: what is meant to run.
+        asks: who carries the questions; None: the configured launcher.
+
+    Raises:
+        ConfigError: the launcher starts nothing on so many nodes.
+    """
+    asks = asks or _launcher(cfg)
+    requests = requests_of(cfg, asks.node_names(cfg.nodes))
+    answers = ask(requests, asks)
+    findings = judge(requests[0], answers)
+
+    from rich.console import Console
+
+    from launchers.doctor.nodes.page import name_of, show
+
+    show(requests[0], answers, findings, Console())
+    names = [name_of(answer.node, requests[0], answers) for answer in answers]
+    return {
+        "nodes": [
+            {"node": answer.node, "name": name, "report": answer.report, "error": answer.error and answer.error.found}
+            for answer, name in zip(answers, names, strict=True)
+        ],
+        "findings": [{**vars(each), "nodes": [names[node] for node in each.nodes]} for each in findings],
+        "exit_code": EXIT_USER_FAULT if any(each.level == FAULT for each in findings) else EXIT_DONE,
+    }
+
+
+def quick_look(cfg: DoctorNodesConfig) -> list[Finding]:
+    """The part that needs no other machine and no torch, here: what `submit` looks at on the submitting host."""
+    [request] = requests_of(replace(cfg, nodes=1, quick=True), ())
+    asked_at = time.time()
+    return judge(request, [Answer(0, look(request), None, asked_at, time.time())])
+
+
+def requests_of(cfg: DoctorNodesConfig, names: Sequence[str]) -> list[Request]:
+    """The question to each node."""
+    doctor = DoctorConfig(nproc=cfg.nproc, model=cfg.model, device=cfg.device)
+    first = Request(
+        session=secrets.token_hex(16),
+        nodes=cfg.nodes,
+        names=tuple(names),
+        master=names[0] if names else "",
+        master_port=cfg.master_port,
+        nproc=cfg.nproc,
+        run_dir=None if cfg.run_dir is None else os.path.abspath(Path(cfg.run_dir).expanduser()),
+        shared=cfg.shared,
+        needed_bytes=int(cfg.needed_gib * 2**30),
+        interface=cfg.cluster.interface,
+        compare=tuple(cfg.compare),
+        patience_seconds=float(cfg.patience_seconds),
+        quick=cfg.quick,
+        rendezvous=True,
+        allreduce_bytes=cfg.allreduce_mib * 2**20,
+        allreduce_seconds=float(cfg.allreduce_seconds),
+        config=to_yaml(doctor),
+        asked_at=time.time(),
+    )
+    return [replace(first, node=node) for node in range(cfg.nodes)]
+
+
+def ask(requests: Sequence[Request], asks: AsksNodes) -> list[Answer]:
+    """One answer per node, by number; of a node that did not answer why."""
+    seconds = requests[0].total_seconds
+    answers: dict[int, Answer] = {}
+    for node, heard in asks.run_on_each(requests, seconds):
+        heard_at = time.time()
+        report = None if isinstance(heard, CrosstuneError) else report_in(lines := list(heard))
+        error = heard if isinstance(heard, CrosstuneError) else None
+        if report is None and error is None:
+            said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+            error = CrosstuneError(f"node {node}", f"it ended without one; it said last: {said[:200]}")
+        answers[node] = Answer(node, report, error, requests[node].asked_at, heard_at)
+    late = CrosstuneError("time", f"nothing came within {seconds:.0f} s")
+    now = time.time()
+    return [answers.get(each.node) or Answer(each.node, None, late, each.asked_at, now) for each in requests]
+
+
+class ThisMachine:
+    """Asks this machine alone, in a process of its own."""
+
+    def node_names(self, nodes: int) -> Sequence[str]:
+        """This machine needs no name."""
+        return ()
+
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+        """See `AsksNodes`."""
+        [request] = requests
+        command = [sys.executable, *COMMAND]
+        try:
+            done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            yield 0, CrosstuneError("this machine", f"it did not end within {seconds:.0f} s")
+            return
+        yield 0, [*done.stderr.splitlines(), *done.stdout.splitlines()]
+
+
+def _launcher(cfg: DoctorNodesConfig) -> AsksNodes:
+    from launchers.launch import launcher_of
+
+    launcher = launcher_of(cfg.launcher, cfg.cluster)
+    if isinstance(launcher, AsksNodes):
+        return launcher
+    if cfg.nodes > 1:
+        raise ConfigError(
+            "nodes",
+            f"{cfg.nodes}, but launcher={launcher.name} cannot ask its nodes",
+            allowed="1: this machine",
+            remedy="crosstune doctor nodes on each of them",
+        )
+    return ThisMachine()

@@ -1,0 +1,187 @@
+"""One machine's part: ``python -P -m launchers.doctor.nodes.look [FILE]``, the request in FILE or on standard input.
+
+A launcher says by its variables which machine this is (`launchers.spec`). The report is one line of standard output,
+`request.MARK` and JSON; standard error has what libraries print. Needs the standard library and psutil; torch is
+imported in processes of its own.
+
+    {"node", "name", "host", "machine", "began_at", "answered_at", "facts": {check: {...}}}
+
+A check that raised or did not end has ``{"failed": why}`` for its facts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launchers.doctor.nodes import machine, network
+from launchers.doctor.nodes.allreduce import probe
+from launchers.doctor.nodes.machine import TOKEN_SECONDS
+from launchers.doctor.nodes.rendezvous import Guest, Host
+from launchers.doctor.nodes.request import DEVICE_SECONDS, MARK, Request
+from launchers.doctor.nodes.threads import in_threads
+
+CHECK_SECONDS = 20.0
+"""For what only asks this machine: a file system that does not answer is a finding."""
+
+
+def main() -> None:
+    """Answers a request."""
+    channel = os.dup(1)
+    os.dup2(2, 1)
+    text = Path(sys.argv[1]).read_text(encoding="utf-8") if sys.argv[1:] else sys.stdin.read()
+    report = look(Request.from_json(text).on_this_machine())
+    line = f"{MARK}{json.dumps(report)}\n".encode()
+    while line:
+        line = line[os.write(channel, line) :]
+    # A thread that hangs in a dead file system must not keep the process.
+    os._exit(0)
+
+
+def look(request: Request) -> dict[str, Any]:
+    """The report on this machine."""
+    began = time.time()
+    checks, seconds = local_checks(request), CHECK_SECONDS
+    meeting = Meeting(request) if request.meets else None
+    if meeting is not None:
+        checks["meeting"] = meeting.meet
+        seconds += request.patience_seconds + TOKEN_SECONDS
+    facts = in_threads(checks, seconds)
+    if not request.quick:
+        facts |= in_threads({"device": lambda: look_at_device(request)}, DEVICE_SECONDS)
+    if meeting is not None:
+        facts["agreed"] = meeting.agree(unable(facts) if request.probes else "none was asked for")
+    if request.probes and (facts["agreed"]["go"] if meeting is not None else unable(facts) is None):
+        facts["allreduce"] = probe(request, interface_to_take(request, facts["network"]))
+    who = {"node": request.node, "name": request.name or machine.identity()["host"], **machine.identity()}
+    return {**who, "began_at": began, "answered_at": time.time(), "facts": facts}
+
+
+def local_checks(request: Request) -> dict[str, Callable[[], Any]]:
+    """What needs no other machine and no device, by name."""
+    # Machine 0 is its own master: what leads to the others is its route to any of them.
+    peer = request.master if request.node else next(iter(request.names[1:]), "")
+    checks: dict[str, Callable[[], Any]] = {
+        "names": lambda: network.names([*request.names, *([request.master] if request.master else [])]),
+        "network": lambda: network.interfaces(peer if request.rendezvous else ""),
+        "limits": machine.limits,
+        "shm": machine.shared_memory,
+        "tmp": lambda: machine.disk(machine.temporary_folder()),
+        "versions": machine.versions,
+        "environment": lambda: machine.environment(request.session, request.compare),
+    }
+    if request.run_dir is not None:
+        run_dir = request.run_dir
+        checks["run_dir"] = lambda: machine.disk(run_dir)
+    if request.quick:
+        checks["device"] = lambda: settings_of_device(request)
+    return checks
+
+
+class Meeting:
+    """This machine's part in finding each other, and in seeing one folder."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.host: Host | None = None
+        self.guest: Guest | None = None
+        self.token: Path | None = None
+
+    def meet(self) -> dict[str, Any]:
+        """What `Host.meet` or `Guest.meet` found, and of the folder ``token``: see `_leave` and `_find`."""
+        if self.request.node == 0:
+            left = self._leave()
+            self.host = Host(self.request, token=left is True)
+            return {**self.host.meet(), "token": left}
+        guest = Guest(self.request)
+        facts = guest.meet()
+        self.guest = guest
+        wanted = bool(facts.pop("token", False))
+        return {**facts, "token": self._find(wanted)}
+
+    def agree(self, unable: str | None) -> dict[str, Any]:
+        """Whether all begin the all-reduce, with who is missing and who cannot; takes the token away."""
+        try:
+            if self.host is not None:
+                return self.host.agree(unable)
+            if self.guest is not None and self.guest.talk is not None:
+                return self.guest.agree(unable)
+            return {"go": False, "missing": [], "unable": {}}
+        finally:
+            if self.token is not None:
+                with suppress(OSError):
+                    self.token.unlink()
+
+    def _leave(self) -> bool | str | None:
+        """Writes the token: True, why it cannot be written, or None where none is wanted."""
+        if self.request.run_dir is None:
+            return None
+        self.token = machine.token_file(self.request)
+        try:
+            self.token.write_text(self.request.session, encoding="ascii")
+        except OSError as error:
+            return error.strerror or str(error)
+        return True
+
+    def _find(self, wanted: bool) -> bool | str | None:
+        """Whether the token is seen, why it cannot be looked for, or None where nobody said that there is one."""
+        if self.request.run_dir is None or not wanted:
+            return None
+        seen = in_threads({"token": lambda: machine.sees_token(self.request, TOKEN_SECONDS)}, TOKEN_SECONDS + 2)[
+            "token"
+        ]
+        return seen if isinstance(seen, bool) else str(seen["failed"])
+
+
+def settings_of_device(request: Request) -> dict[str, Any]:
+    """Findings of `crosstune doctor` on the variables of a device, as far as they need no torch."""
+    from launchers.doctor.device import findings_of_settings
+
+    return {"findings": [vars(finding) for finding in findings_of_settings(config_of(request))]}
+
+
+def look_at_device(request: Request) -> dict[str, Any]:
+    """The report of `crosstune doctor` on this machine."""
+    from launchers.doctor.device import examine
+    from launchers.environment import prepare_environment
+
+    cfg = config_of(request)
+    prepare_environment(cfg)
+    return examine(cfg)
+
+
+def config_of(request: Request) -> Any:
+    """The request's `DoctorConfig`."""
+    from configs.compose import load_resolved
+
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(request.config, encoding="utf-8")
+        return load_resolved(file)
+
+
+def unable(facts: Mapping[str, Any]) -> str | None:
+    """Why this machine cannot take part in an all-reduce."""
+    device = facts.get("device", {"failed": "was not looked at"})
+    if "failed" in device:
+        return f"its devices: {device['failed']}"
+    return "its devices cannot be used as asked" if device["exit_code"] else None
+
+
+def interface_to_take(request: Request, facts: Mapping[str, Any]) -> str | None:
+    """Where collectives go unless their own variables say so: as a launcher sets it."""
+    if request.nodes == 1:
+        return "lo" if sys.platform == "linux" else "lo0"
+    route: str | None = facts.get("route", {}).get("interface")
+    return request.interface or route
+
+
+if __name__ == "__main__":
+    main()

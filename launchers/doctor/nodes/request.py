@@ -1,0 +1,125 @@
+"""What each machine is asked, and the line in which it answers. Plain values, so that any launcher can carry them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launchers.spec import MASTER, NODE
+
+MARK = "CROSSTUNE-NODE-REPORT "
+"""Begins the line of the report: a scheduler's log holds other lines, too."""
+DEVICE_SECONDS = 150.0
+"""For a look at the devices, which imports torch. A driver that hangs is a finding."""
+LATE_SECONDS = 45.0
+"""Beyond its patience: for the checks, the conversation with machine 0, and for its report to arrive."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to all machines; `node` says whose copy it is."""
+
+    session: str
+    """Random: tells this question's connections and files from everything else."""
+    nodes: int
+    names: tuple[str, ...]
+    """Of the machines, by number; empty where only the scheduler knows them."""
+    master: str
+    """Name or address of machine 0; empty: the launcher's variable has it."""
+    master_port: int
+    nproc: int
+    """Processes that a run would start per machine."""
+    run_dir: str | None
+    """Absolute; None: none is looked at."""
+    shared: bool
+    """Whether `run_dir` must be one folder for all machines."""
+    needed_bytes: int
+    """That must be free in `run_dir`."""
+    interface: str | None
+    """Where rendezvous and collectives are to go; None: where the route to machine 0 leads."""
+    compare: tuple[str, ...]
+    """Names of further environment variables whose values must be equal; they are told by hash only."""
+    patience_seconds: float
+    """By so much one machine may come later than another."""
+    quick: bool
+    """No look at devices, no all-reduce."""
+    rendezvous: bool
+    """Off for a host that is none of the machines, such as the one a job is submitted from."""
+    allreduce_bytes: int
+    """Of the buffer of the probe; 0: none is run."""
+    allreduce_seconds: float
+    """For the probe, from its first process to its last figure."""
+    config: str
+    """`DoctorConfig` as YAML: device, precision, processes."""
+    asked_at: float
+    """`time.time` of the asking host."""
+    node: int = 0
+
+    @property
+    def name(self) -> str:
+        """This machine's, as the others know it; empty where only it knows."""
+        return self.names[self.node] if self.names else ""
+
+    @property
+    def meets(self) -> bool:
+        """Whether machines must find each other."""
+        return self.rendezvous and self.nodes > 1
+
+    @property
+    def probes(self) -> bool:
+        """Whether an all-reduce is run."""
+        return not self.quick and self.rendezvous and self.allreduce_bytes > 0 and self.nodes * self.nproc > 1
+
+    @property
+    def total_seconds(self) -> float:
+        """After which a machine that has not answered will not."""
+        more = 0.0 if self.quick else DEVICE_SECONDS + (self.allreduce_seconds if self.probes else 0.0)
+        return self.patience_seconds + LATE_SECONDS + more
+
+    def to_json(self) -> str:
+        """One line; what `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Request:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: it is no JSON.
+            TypeError: a field is missing or unknown.
+        """
+        content: dict[str, Any] = json.loads(text)
+        return Request(**content | {key: tuple(content[key]) for key in ("names", "compare")})
+
+    def on_this_machine(self, environment: Mapping[str, str] = os.environ) -> Request:
+        """The copy for the machine whose number and master a launcher's variables say, where they are set."""
+        return replace(
+            self,
+            node=int(environment.get(NODE, self.node)),
+            master=environment.get(MASTER) or self.master,
+        )
+
+
+def report_in(lines: Iterable[str]) -> dict[str, Any] | None:
+    """The last report among the lines of a machine's output, behind whatever a launcher puts before it."""
+    found = None
+    for line in lines:
+        _, mark, content = line.partition(MARK)
+        if mark:
+            try:
+                found = json.loads(content)
+            except ValueError:  # cut off: the machine ended while it wrote
+                continue
+    return found if isinstance(found, dict) else None
+
+
+def existing_part(path: str) -> Path:
+    """The path, or the nearest folder above it that exists: a run makes the rest."""
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
