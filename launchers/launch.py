@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.compose import build, compose, load_resolved, save_resolved
-from configs.errors import ConfigError, CrosstuneError, ErrorGroup
+from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, ErrorGroup
 from configs.files import write_whole
 from configs.schema.device import DeviceConfig
 from configs.schema.launch import ClusterConfig, LaunchConfig, LauncherConfig
@@ -83,8 +83,10 @@ def _submit(launcher: Launcher, job: Job, folder: JobFolder, files: dict[str, st
         job = replace(job, handle=launcher.handle())
         folder.write(job)
         print(f"job {job.spec.name}: {_where(job)}; run: {folder.run_dir}", flush=True)
-        launcher.submit(job, folder)
-        print(f"done; run: {folder.run_dir}")
+        code = int(launcher.submit(job, folder)["exit_code"])
+        if code == EXIT_DONE:
+            print(f"done; run: {folder.run_dir}")
+        return {"run_dir": str(folder.run_dir), "handle": job.handle, "exit_code": code}
     else:
         folder.write(job)
         job = replace(job, handle=launcher.submit(job, folder))

@@ -1,0 +1,264 @@
+"""What all launchers share: words, the spec, the job's folder and state, the supervisor, a machine's part."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.compose import compose
+from configs.errors import CheckpointError, ConfigError, ErrorGroup
+from configs.schema.launch import LaunchConfig
+from launchers import launch, node
+from launchers.base import tail, with_setup
+from launchers.cli import parse
+from launchers.failure import from_json
+from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
+from launchers.node import AUTO, copied_to, place, what_ranks_see
+from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash, make_spec
+from launchers.supervise import StopSignals, supervise
+
+NASTY = "a b'c\"d$(touch /tmp/never)`x`\n\\e;&é"
+
+
+def options(*words: str) -> LaunchConfig:
+    found: LaunchConfig = compose("launch", list(words))
+    return found
+
+
+def spec(run_dir: Path = Path("/runs/r"), **changes: Any) -> LaunchSpec:
+    cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={run_dir}", "nproc=2", "name='My Job: 1'"])
+    made = make_spec("train", cfg, options("nodes=2"), run_dir / "launch" / "request.yaml", "20260101-000000")
+    return replace(made, **changes)
+
+
+def mark(at: int, code: int | None = None, *, fault: Mapping[str, Any] | None = None, attempt: int = 0) -> Mark:
+    ended = None if code is None else 20.0
+    return Mark(at, attempt, f"n{at}", 1, 10.0, "e", ended, code, dict(fault) if fault else None)
+
+
+def fault(kind: str, time: float, rank: int | None = 0) -> dict[str, Any]:
+    error = {"kind": kind, "where": "w", "found": f"{kind} of rank {rank}", "allowed": None, "remedy": None}
+    return {"exit_code": 3, "errors": [error], "time": time, "rank": rank}
+
+
+def test_words_of_the_launch_are_told_from_those_of_the_step() -> None:
+    words = ["nodes=2", "launcher.x=1", "cluster=ascend", "model.path=m", "+environment.A=1", "nproc=8", "~secrets"]
+    assert launch.split_words(words) == (
+        ["nodes=2", "launcher.x=1", "cluster=ascend", "+environment.A=1", "~secrets"],
+        ["model.path=m", "nproc=8"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["nodes=0"], "nodes"),
+        (["environment.RANK=1"], "environment.RANK"),
+        (["environment.PET_NNODES=1"], "environment.PET_NNODES"),
+        (["secrets=[TOKEN=abc]"], "secrets"),
+        (["master_port=80"], "master_port"),
+        (["+cluster.environment={1A: x}"], "cluster.environment"),
+    ],
+)
+def test_what_a_launch_cannot_have_is_named(words: list[str], where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        options(*words)
+    assert caught.value.where == where
+
+
+def test_options_of_one_command_are_refused_by_others() -> None:
+    assert parse(["logs", "-f", "--node", "3", "RUN"]).node == 3
+    for words in (
+        ["status", "--hard", "RUN"],
+        ["train", "--dry-run"],
+        ["cancel", "-f", "RUN"],
+        ["logs", "--node", "x"],
+    ):
+        with pytest.raises(ConfigError):
+            parse(words)
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = JobFolder.of_run(tmp_path / NASTY.replace("/", "_"))
+    job = Job(spec(environment={"A": NASTY}, setup=(NASTY,), secrets=("T",)), 1.0, {"id": "7"}, attempt=3)
+    folder.write(job)
+    assert folder.read() == job and job.spec.name == "my-job-1-20260101-000000"
+    assert job.spec.arguments(0)[-1] != "--resume" == job.spec.arguments(1)[-1]
+    content = json.loads(folder.file.read_text())
+    for broken in ("", "{", "[]", json.dumps({**content, "format": 9}), json.dumps({**content, "more": 1})):
+        folder.file.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"job\.json"):
+            folder.read()
+    with pytest.raises(CheckpointError, match="was not launched"):
+        JobFolder.of_run(tmp_path).read()
+
+
+@pytest.mark.parametrize(
+    ("word", "codes", "cancelled", "expected"),
+    [
+        (Word.pending, [], False, State.pending),
+        (Word.pending, [75, 75], False, State.preempted),
+        (Word.running, [0, None], False, State.running),
+        (Word.ended, [0, 0], False, State.succeeded),
+        (Word.unknown, [0, 0], True, State.succeeded),
+        (Word.ended, [0], False, State.lost),
+        (Word.ended, [0, None], False, State.lost),
+        (Word.ended, [3, None], False, State.failed),
+        (Word.failed, [0, None], False, State.failed),
+        (Word.ended, [75, 75], False, State.preempted),
+        (Word.ended, [75, 75], True, State.cancelled),
+        (Word.cancelled, [143, 143], False, State.cancelled),
+        (Word.unknown, [], False, State.lost),
+    ],
+)
+def test_a_state_is_the_schedulers_word_and_the_marks(
+    word: Word, codes: list[int | None], cancelled: bool, expected: State
+) -> None:
+    marks = [mark(at, code) for at, code in enumerate(codes)]
+    assert state_of(Report(word), marks, 2, cancelled=cancelled) is expected
+
+
+def test_the_root_cause_is_the_first_fault_and_not_what_followed() -> None:
+    late = mark(1, 3, fault=fault("DataError", 12.0, rank=3))
+    follows = mark(0, 3, fault=fault("UnexpectedError", 11.0))  # "connection closed by peer", told sooner
+    found = root_cause([follows, mark(2, 3), late])
+    assert found is not None and found[0] is late and "DataError of rank 3" in str(found[1])
+    assert root_cause([follows, mark(1, 3, fault=fault("UnexpectedError", 10.5, rank=2))])[0].node == 1  # type: ignore[index]
+    assert root_cause([mark(0, 3)]) is None
+    assert isinstance(from_json(fault("NoSuchKind", 1.0)), Exception)
+
+
+def test_a_machine_knows_its_place_or_says_what_is_missing(tmp_path: Path) -> None:
+    folder, job = JobFolder.of_run(tmp_path), spec()
+    told = {NODE: "1", MASTER: "n0", ATTEMPT: "4"}
+    assert place(job, told, folder) == (1, "n0", 4)
+    assert place(job, told | {ATTEMPT: AUTO}, folder) == (1, "n0", 0)
+    folder.mark(mark(1, 75, attempt=2))
+    folder.mark(mark(0, attempt=3))  # machine 0 has begun the next one already
+    assert place(job, told | {ATTEMPT: AUTO}, folder) == (1, "n0", 3)
+    for wrong in ({NODE: "2"}, {NODE: "-1"}, {NODE: ""}, {MASTER: ""}, {ATTEMPT: "x"}):
+        with pytest.raises(ConfigError):
+            place(job, told | wrong, folder)
+
+
+def test_what_machines_compare_leaves_out_what_rightly_differs_and_every_secret() -> None:
+    job = spec(secrets=("TOKEN",))
+    one = {"A": "1", "SLURM_NODEID": "0", "HOSTNAME": "a", "TOKEN": "x", NODE: "0", "X_PORT_80_TCP": "1"}
+    other = {"A": "1", "SLURM_NODEID": "1", "HOSTNAME": "b", "TOKEN": "y", NODE: "1"}
+    seen = [environment_hash(what_ranks_see(job, each)) for each in (one, other, other | {"A": "2"}, {"A": "1"})]
+    assert seen[0] == seen[1] and len(set(seen)) == 3
+    assert "x" not in what_ranks_see(job, one).values()
+
+
+def test_output_of_children_is_on_the_terminal_and_in_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with copied_to(tmp_path / "log"):
+        os.write(1, b"ours\n")
+        script = "import sys; print('child'); print('fault', file=sys.stderr)"
+        subprocess.run([sys.executable, "-c", script], check=True)
+    os.write(1, b"after\n")
+    assert (tmp_path / "log").read_text() == "ours\nchild\nfault\n"
+    assert capfd.readouterr().out == "ours\nchild\nfault\nafter\n"
+
+
+def test_setup_scripts_come_first_and_no_word_is_read_twice(tmp_path: Path) -> None:
+    script = tmp_path / NASTY.replace("/", "_")
+    script.write_text("export A=$((1+1))\n")
+    show = [sys.executable, "-c", "import os, sys; print(os.environ['A'], sys.argv[1:])"]
+    words = with_setup([*show, NASTY, "$A"], [str(script), str(script)])
+    assert subprocess.run(words, capture_output=True, text=True).stdout == f"2 {[NASTY, '$A']}\n"
+    missing = subprocess.run(with_setup(show, [str(tmp_path / "none")]), capture_output=True)
+    assert missing.returncode != 0, "a setup script that is not there must not be passed over"
+
+
+def test_a_log_is_followed_to_its_last_line(tmp_path: Path) -> None:
+    log, looks = tmp_path / "log", iter([True, True, True, False])
+
+    def more() -> bool:
+        with log.open("a") as file:
+            file.write("half ")
+            file.write(f"line {log.stat().st_size}\nrest")
+        return next(looks)
+
+    lines = list(tail(log, more))
+    assert len(lines) == 5 and lines[0].startswith("half line") and lines[-1] == "rest"
+
+
+# ---- the supervisor
+
+
+def supervised(
+    tmp_path: Path, outcomes: list[tuple[int, int]], *, restarts: int = 3
+) -> tuple[int, list[int], list[str]]:
+    """Exit code, attempts and notes of a job whose attempts end with (exit code, newest step)."""
+    folder, notes, attempts = JobFolder.of_run(tmp_path), [], []
+
+    def start(attempt: int) -> int:
+        attempts.append(attempt)
+        code, step = outcomes[len(attempts) - 1]
+        if step:
+            saved = tmp_path / "checkpoints" / f"step-{step:08d}"
+            saved.mkdir(parents=True, exist_ok=True)
+            (saved / "COMPLETE").touch()
+        return code
+
+    job = Job(spec(tmp_path, restarts=restarts), 0.0, attempt=5)
+    return supervise(start, job, folder, StopSignals(), notes.append), attempts, notes
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "restarts", "code", "count"),
+    [
+        ([(0, 4)], 3, 0, 1),
+        ([(75, 4), (3, 8), (0, 12)], 3, 0, 3),
+        ([(2, 4)], 3, 2, 1),
+        ([(3, 4), (3, 8)], 1, 3, 2),
+        ([(3, 0), (3, 0)], 3, 3, 2),  # twice without an advance: a third time would not help
+        ([(3, 4)], 0, 3, 1),
+    ],
+)
+def test_a_job_is_started_again_while_that_helps(
+    tmp_path: Path, outcomes: list[tuple[int, int]], restarts: int, code: int, count: int
+) -> None:
+    ended, attempts, _ = supervised(tmp_path, outcomes, restarts=restarts)
+    assert (ended, attempts) == (code, list(range(5, 5 + count)))
+
+
+def test_nobody_starts_again_what_was_to_end(tmp_path: Path) -> None:
+    folder = JobFolder.of_run(tmp_path)
+    folder.path.mkdir()
+    job = Job(spec(tmp_path), 0.0)
+    with StopSignals() as stops:
+        assert supervise(lambda attempt: os.kill(os.getpid(), signal.SIGTERM) or 75, job, folder, stops, print) == 75
+        assert stops.heard == [signal.SIGTERM]
+    folder.ask_to_cancel()
+    assert supervise(lambda attempt: 75, job, folder, StopSignals(), print) == 75
+
+
+# ---- before anything is written
+
+
+def test_what_step_and_machines_say_against_each_other_is_told_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TOKEN", "x")
+    cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={tmp_path / 'r'}", "nproc=9", "device=cpu"])
+    words = ["cluster=ascend", "cluster.devices_per_node=8", "secrets=[TOKEN]", "environment.TOKEN=y", "nodes=2"]
+    with pytest.raises(ErrorGroup) as caught:
+        launch.launch("train", cfg, options(*words))
+    assert [error.where for error in caught.value.errors] == ["device", "nproc", "secrets", "nodes"]
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(ConfigError, match="not set in this environment: NOT_THERE"):
+        launch.launch("train", cfg, options("secrets=[NOT_THERE]"))
+
+
+def test_a_way_to_the_first_machine_has_an_interface() -> None:
+    assert node.interface_to("127.0.0.1").startswith("lo")
+    with pytest.raises(ConfigError, match="no-such-host.invalid"):
+        node.interface_to("no-such-host.invalid")
