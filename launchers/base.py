@@ -51,8 +51,8 @@ class Launcher(ABC):
         """Hands the rendered files, which lie in `folder`, to the scheduler.
 
         Returns:
-            What the scheduler calls the job: ``Job.handle``. Of a launcher in the foreground: {} once the job has ended
-            well; it starts further attempts itself (`launchers.supervise`).
+            What the scheduler calls the job: ``Job.handle``. A launcher in the foreground starts further attempts
+            itself (`launchers.supervise`) and gives the job's ``exit_code``.
 
         Raises:
             CrosstuneError: it was refused; nothing is left behind. In the foreground: how the job ended.
