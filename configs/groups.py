@@ -14,6 +14,12 @@ from configs.schema.doctor import DoctorConfig, PortabilityConfig, StandinConfig
 from configs.schema.doctor_nodes import DoctorNodesConfig
 from configs.schema.guard import GuardConfig
 from configs.schema.launch import ClusterConfig, LaunchConfig, LocalLauncherConfig
+from configs.schema.launcher_kubernetes import (
+    AscendJobLauncherConfig,
+    PyTorchJobLauncherConfig,
+    TrainJobLauncherConfig,
+    VolcanoLauncherConfig,
+)
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
@@ -68,7 +74,13 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "checkpoint": {"checkpoint_schema": CheckpointConfig},
     "guard": {"guard_schema": GuardConfig},
     "export": {"export_schema": ExportConfig},
-    "launcher": {"local_schema": LocalLauncherConfig},
+    "launcher": {
+        "local_schema": LocalLauncherConfig,
+        "volcano_schema": VolcanoLauncherConfig,
+        "trainjob_schema": TrainJobLauncherConfig,
+        "pytorchjob_schema": PyTorchJobLauncherConfig,
+        "ascendjob_schema": AscendJobLauncherConfig,
+    },
     "cluster": {"cluster_schema": ClusterConfig},
 }
 

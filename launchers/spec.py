@@ -105,7 +105,7 @@ def make_spec(command: str, cfg: TrainConfig, launch: LaunchConfig, request: Pat
     Raises:
         ConfigError: a secret has no value here.
     """
-    missing = [name for name in launch.secrets if name not in os.environ]
+    missing = [n for n in launch.secrets if n not in os.environ and not launch.launcher.keeps_secret(n)]
     if missing:
         raise ConfigError("secrets", f"not set in this environment: {', '.join(missing)}", remedy="export them first")
     word = NAME.sub("-", cfg.name.lower()).strip("-")[:NAME_LENGTH].strip("-") or "job"

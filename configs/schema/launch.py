@@ -35,7 +35,12 @@ class ClusterConfig:
     node_selector: dict[str, str] = field(default_factory=dict)
     """Kubernetes: labels of the nodes that will do."""
     labels: dict[str, str] = field(default_factory=dict)
-    """Kubernetes: of the pods."""
+    """Kubernetes: of the job and its pods."""
+    pod_fields: dict[str, str] = field(default_factory=dict)
+    """Kubernetes: variables that take the value of a field of the pod, such as ``status.hostIP``."""
+    assigned_fields: dict[str, str] = field(default_factory=dict)
+    """Kubernetes: the same, where the scheduler writes the devices of a pod into an annotation of it: only with
+    launcher.scheduler_assigns_devices=true."""
 
     def __post_init__(self) -> None:
         if self.devices_per_node < 0:
@@ -51,6 +56,10 @@ class LauncherConfig:
 
     _target_: str = MISSING
     """A subclass of ``launchers.base.Launcher``."""
+
+    def keeps_secret(self, name: str) -> bool:
+        """Whether the cluster itself keeps the value of a secret, so that none has to be in our environment."""
+        return False
 
 
 @dataclass
