@@ -46,15 +46,17 @@ def main(arguments: list[str]) -> int:
     folder = JobFolder(Path(file).parent)
     try:
         job = folder.read()
-        node, master, attempt = place(job.spec, os.environ, folder)
+        node, master, attempt = place(job.spec, os.environ, folder, job.attempt)
     except CrosstuneError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
     return run_node(job, folder, node, master, attempt)
 
 
-def place(spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder) -> tuple[int, str, int]:
-    """This machine's number, the address of machine 0 and the number of the attempt.
+def place(
+    spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder, first: int = 0
+) -> tuple[int, str, int]:
+    """This machine's number, the address of machine 0 and the number of the attempt, which is `first` or later.
 
     Raises:
         ConfigError: the launcher did not say them, or says what cannot be.
@@ -67,16 +69,17 @@ def place(spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder) -
     if not node.isdecimal() or int(node) >= spec.nodes:
         raise ConfigError(NODE, f"'{node}'", allowed=f"0 to {spec.nodes - 1}: the job has {spec.nodes} machines")
     if attempt == AUTO:
-        return int(node), master, _next_attempt(folder, int(node))
+        return int(node), master, _next_attempt(folder, int(node), first)
     if not attempt.isdecimal():
         raise ConfigError(ATTEMPT, f"'{attempt}'", allowed=f"0 or more, or {AUTO}")
     return int(node), master, int(attempt)
 
 
-def _next_attempt(folder: JobFolder, node: int) -> int:
-    """By this machine's own marks: those of the others may be of the attempt that is beginning now."""
-    numbers = [int(file.parent.name) for file in (folder.path / "attempts").glob(f"[0-9]*/node-{node}.json")]
-    return max(numbers, default=-1) + 1
+def _next_attempt(folder: JobFolder, node: int, first: int) -> int:
+    """One more than this machine's last. The others' last may be the one that is beginning now, or one it missed."""
+    marks = [(int(file.parent.name), file.stem) for file in (folder.path / "attempts").glob("[0-9]*/node-*.json")]
+    own = [attempt for attempt, machine in marks if machine == f"node-{node}"]
+    return max(first, max(own, default=-1) + 1, *(attempt for attempt, _ in marks))
 
 
 def run_node(job: Job, folder: JobFolder, node: int, master: str, attempt: int) -> int:
@@ -180,7 +183,8 @@ def interface_to(host: str) -> str:
 
 
 NOT_SHARED = re.compile(
-    r"(SLURM|PBS|LSB|KUBERNETES|VC|PET|TORCHELASTIC|XDG|SSH|LESS|LC)_.*|.*_(SERVICE|PORT)(_.*)?|"
+    r"(SLURM|PBS|LSB|KUBERNETES|VC|VK|PET|CROSSTUNE|TORCHELASTIC|XDG|SSH|LESS|LC)_.*|.*_(SERVICE|PORT)(_.*)?|"
+    r".*_VISIBLE_DEVICES|XDL_IP|JOB_COMPLETION_INDEX|"
     r"(PWD|OLDPWD|HOME|HOSTNAME|SHLVL|_|TERM|TMPDIR|USER|LOGNAME|MAIL|SHELL|LANG|LS_COLORS|PS1)"
 )
 """Variables in which machines of one job rightly differ."""
