@@ -25,10 +25,9 @@ from tests.distributed.forks import Ranks
 from tests.tiny import samples_of, save_tiny_model, write_prepared
 from train.checkpoint.layout import checkpoints
 from train.guard.stop import StopRequests
-from train.run_folder import STOP_FILE
 from train.observe.metrics import MetricsHook
 from train.run import train
-from train.run_folder import RunFolder
+from train.run_folder import STOP_FILE, RunFolder
 
 pytestmark = pytest.mark.distributed
 ENDLESS = 100_000
