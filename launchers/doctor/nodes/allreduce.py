@@ -41,7 +41,7 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         environment: of the processes.
 
     Returns:
-        ``{"gb_per_s", "silent": [ranks], "failed": why | None}``: the slowest of this machine's ranks, the ranks that
+        ``{"gb_per_s", "silent": [ranks], "error": why | None}``: the slowest of this machine's ranks, the ranks that
         gave no sign, and the first fault.
     """
     with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
@@ -70,7 +70,7 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
     return {
         "gb_per_s": min(speeds) if all(speed is not None for speed in speeds) else None,
         "silent": sorted({rank for each in results for rank in each["silent"]}),
-        "failed": next((each["failed"] for each in results if each["failed"]), None),
+        "error": next((each["error"] for each in results if each["error"]), None),
     }
 
 
@@ -99,12 +99,12 @@ def _result(process: subprocess.Popen[str], out: Path, rank: int, deadline: floa
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return {"gb_per_s": None, "silent": [rank], "failed": "it did not end in time"}
+        return {"gb_per_s": None, "silent": [rank], "error": "it did not end in time"}
     with suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
     last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    return {"gb_per_s": None, "silent": [], "failed": last}
+    return {"gb_per_s": None, "silent": [], "error": last}
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
     try:
         missing = roll.call("came", deadline - time.monotonic())
         if missing:
-            return {"gb_per_s": None, "silent": missing, "failed": "not all ranks came"}
+            return {"gb_per_s": None, "silent": missing, "error": "not all ranks came"}
         speed = measure(config, store, size, max(1.0, deadline - time.monotonic()))
     except Exception as error:  # of any backend, in any way
         with suppress(RuntimeError, dist.DistError):
@@ -142,7 +142,7 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
         return _failure(error, silent=[0] if rank else [])
     with suppress(RuntimeError, dist.DistError):  # the figure stands, even where the store has gone
         roll.call("over", LAST_SECONDS)
-    return {"gb_per_s": speed, "silent": [], "failed": None}
+    return {"gb_per_s": speed, "silent": [], "error": None}
 
 
 class Roll:
@@ -203,7 +203,7 @@ def measure(config: Path, store: Any, size: int, seconds: float) -> float:
 
 def _failure(error: Exception, silent: list[int]) -> dict[str, Any]:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return {"gb_per_s": None, "silent": silent, "failed": first[:300]}
+    return {"gb_per_s": None, "silent": silent, "error": first[:300]}
 
 
 if __name__ == "__main__":

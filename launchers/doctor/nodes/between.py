@@ -80,7 +80,7 @@ def of_versions(answers: Sequence[Answer]) -> Iterator[Finding]:
             named = [name for name in other if (name in MAY_DIFFER) == (level == WARNING)]
             if named:
                 shown = ", ".join(f"{CODE if name == 'code' else name} {own[name]} ({usual[name]})" for name in named)
-                packages = " ".join(f"{name}=={usual[name]}" for name in named if name != "code")
+                packages = " ".join(f"{name}=={usual[name].partition('+')[0]}" for name in named if name != "code")
                 remedy = "the same environment, or the same image, on every node"
                 if packages and not set(named) - set(PIP):
                     remedy = f"pip install {packages}, or {remedy}"

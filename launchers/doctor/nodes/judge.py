@@ -11,7 +11,7 @@ from typing import Any
 from launchers.doctor.nodes.between import of_clocks, of_environments, of_machines, of_versions
 from launchers.doctor.nodes.findings import FAULT, WARNING, Answer, Finding, merged
 from launchers.doctor.nodes.meeting import of_collectives, of_folder, of_meeting, of_names
-from launchers.doctor.nodes.network import is_loopback
+from launchers.doctor.nodes.network import is_local, is_loopback
 from launchers.doctor.nodes.request import Request
 from train.units import in_gib
 
@@ -118,12 +118,11 @@ def of_interfaces(request: Request, answer: Answer) -> Iterator[Finding]:
 
 def reachable(interface: Mapping[str, Any]) -> bool:
     """Whether others can reach this node through it."""
-    addresses = [each for each in interface["addresses"] if not each.startswith("fe80:")]
-    return bool(interface["up"] and addresses and not is_loopback(addresses[0]))
+    return interface["up"] and not all(is_local(each) for each in interface["addresses"])
 
 
 def _is_loopback(interface: Mapping[str, Any]) -> bool:
-    return bool(interface["addresses"]) and is_loopback(interface["addresses"][0])
+    return any(is_loopback(each) for each in interface["addresses"])
 
 
 def of_limits(request: Request, answer: Answer) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launchers.doctor.nodes.findings import FAULT, WARNING, Answer, Finding
-from launchers.doctor.nodes.network import is_loopback
+from launchers.doctor.nodes.network import is_local, is_loopback
 from launchers.doctor.nodes.request import Request
 
 FIREWALL = "open TCP between the nodes, the rendezvous port and those from 1024 up: firewall, security group, routes"
@@ -16,71 +16,64 @@ def of_names(request: Request, answers: Sequence[Answer]) -> Iterator[Finding]:
     """Names that mean nothing on a node, or the wrong machine. The first node's is what every rank needs."""
     if not request.meets:
         return
+    numbers = {name: number for number, name in reversed(list(enumerate(request.names)))}
+    if request.master:
+        numbers.setdefault(request.master, 0)
     owned = {answer.node: _own_addresses(answer) for answer in answers}
     for answer in answers:
-        known = answer.fact("names").get("known", {})
-        for name in dict.fromkeys([*request.names, *filter(None, [request.master])]):
-            node = request.names.index(name) if name in request.names else 0
-            matters = node in (0, answer.node) or answer.node == 0
-            level = FAULT if matters else WARNING
-            entry = known.get(name)
-            if entry is None:
-                continue
-            if "failed" in entry:
+        for name, number in numbers.items():
+            level = FAULT if number in (0, answer.node) or answer.node == 0 else WARNING
+            what = _wrong(name, number, answer, answers, owned[number])
+            if what:
                 remedy = f"DNS, or a line for {name} in /etc/hosts of this node"
-                yield Finding(level, "names", (answer.node,), f"'{name}' does not resolve: {entry['failed']}", remedy)
-                continue
-            wrong = _wrong(entry["addresses"], node == answer.node, owned.get(node, set()))
-            if wrong and (node != answer.node) and _is_right_elsewhere(name, node, answers, owned):
-                right = ", ".join(sorted(owned[node])) or "another address"
-                what = f"'{name}' is {wrong} here, and that machine has {right}"
-                yield Finding(level, "names", (answer.node,), what, f"DNS, or {name} in /etc/hosts of this node")
+                yield Finding(level, "names", (answer.node,), f"'{name}' {what}", remedy)
         yield from _own_name(request, answer)
 
 
 def _own_addresses(answer: Answer) -> set[str]:
-    here = answer.fact("network").get("here", {})
-    return {
-        each
-        for interface in here.values()
-        for each in interface["addresses"]
-        if not each.startswith(("fe80:", "127.", "::1"))
-    }
+    """At which other nodes may reach it."""
+    here = answer.fact("network").get("here", {}).values()
+    return {each for interface in here for each in interface["addresses"] if not is_local(each)}
 
 
-def _wrong(addresses: Sequence[str], own: bool, owned: set[str]) -> str | None:
-    """The address that cannot be another machine's, where all are such; None where one is right, or none is known."""
-    if own or not addresses:
+def _wrong(name: str, number: int, answer: Answer, answers: Sequence[Answer], owned: set[str]) -> str | None:
+    """What is wrong with the meaning of a name on a node; None where nothing is known to be.
+
+    An address that the machine does not know may still lead to it, behind a network that translates addresses: it is
+    wrong only where another node has the right one.
+    """
+    entry = _meaning(name, answer)
+    if "failed" in entry:
+        return f"does not resolve: {entry['failed']}"
+    addresses = entry.get("addresses")
+    if not addresses or number == answer.node:
         return None
     if all(is_loopback(each) for each in addresses):
-        return addresses[0]
-    return addresses[0] if owned and not owned & set(addresses) else None
+        return f"is {addresses[0]} here, this node itself"
+    if not owned & set(addresses) and any(owned & set(_meaning(name, each).get("addresses", ())) for each in answers):
+        return f"is {addresses[0]} here, and that machine has {', '.join(sorted(owned))}"
+    return None
 
 
-def _is_right_elsewhere(name: str, node: int, answers: Sequence[Answer], owned: dict[int, set[str]]) -> bool:
-    """Whether the name means the machine's own address on some node: behind a translating network it does on none.
-
-    A loopback address is wrong in any case.
-    """
-    entries = [answer.fact("names").get("known", {}).get(name, {}).get("addresses", []) for answer in answers]
-    loopback = any(entry and all(is_loopback(each) for each in entry) for entry in entries)
-    return loopback or any(owned[node] & set(entry) for entry in entries)
+def _meaning(name: str, answer: Answer) -> dict[str, Any]:
+    entry: dict[str, Any] = answer.fact("names").get("known", {}).get(name, {})
+    return entry
 
 
 def _own_name(request: Request, answer: Answer) -> Iterator[Finding]:
-    """The node's own host name at its loopback address: what binds by host name then offers that to the others."""
-    names = answer.fact("names")
-    own = names.get("own")
-    entry = names.get("known", {}).get(own, {})
-    addresses = entry.get("addresses", [])
-    if "GLOO_SOCKET_IFNAME" in answer.fact("network").get("chosen", {}) or request.interface:
+    """The node's own host name at a loopback address: what binds by host name then offers that to the others.
+
+    Of the first node, whose name tells every rank's interface there, this breaks a run.
+    """
+    own = answer.fact("names").get("own", "")
+    addresses = _meaning(own, answer).get("addresses", [])
+    if answer.fact("network").get("chosen") or request.interface or not addresses:
         return
-    if addresses and all(is_loopback(each) for each in addresses):
-        what = (
-            f"its own name '{own}' is {addresses[0]} here, which libraries that bind by host name offer to the others"
-        )
-        remedy = f"take {own} out of the line of {addresses[0]} in /etc/hosts, or set cluster.interface"
-        yield Finding(WARNING, "names", (answer.node,), what, remedy)
+    if all(is_loopback(each) for each in addresses):
+        level = FAULT if answer.node == 0 and own == request.master else WARNING
+        what = f"its own name '{own}' is {addresses[0]} here, which what binds by host name offers to the others"
+        remedy = f"take {own} out of the line of {addresses[0]} in /etc/hosts, or cluster.interface=..."
+        yield Finding(level, "names", (answer.node,), what, remedy)
 
 
 def of_meeting(request: Request, answers: Sequence[Answer], misnamed: set[int]) -> Iterator[Finding]:
@@ -99,7 +92,7 @@ def of_meeting(request: Request, answers: Sequence[Answer], misnamed: set[int]) 
         what = f"port {request.master_port} is taken{holder}: {host['text']}"
         yield Finding(FAULT, "rendezvous", (0,), what, "master_port=..., a port that is free")
         return
-    where = f"{request.master or answers[0].report and answers[0].report['name']}:{request.master_port}"
+    where = f"{request.master or 'the first node'}:{request.master_port}"
     for answer in answers[1:]:
         guest = answer.fact("meeting")
         if guest and not guest["reached"] and answer.node not in misnamed:
@@ -126,14 +119,15 @@ def of_folder(request: Request, answers: Sequence[Answer]) -> Iterator[Finding]:
     if not request.meets or not request.shared or left is not True:
         return  # that it cannot be written is the disk's finding
     folder = answers[0].fact("run_dir").get("folder", request.run_dir)
+    first = request.names[0] if request.names else "the first node"
     remedy = "mount the shared file system here, or name a run_dir that every node sees"
     for answer in answers[1:]:
         seen = answer.fact("meeting").get("token")
         if seen is False:
-            yield Finding(FAULT, "folder", (answer.node,), f"does not see what node 0 writes to {folder}", remedy)
+            yield Finding(FAULT, "folder", (answer.node,), f"does not see what {first} writes to {folder}", remedy)
         elif isinstance(seen, str):
             yield Finding(
-                FAULT, "folder", (answer.node,), f"cannot read what node 0 writes to {folder}: {seen}", remedy
+                FAULT, "folder", (answer.node,), f"cannot read what {first} writes to {folder}: {seen}", remedy
             )
 
 
@@ -149,5 +143,5 @@ def of_collectives(request: Request, answers: Sequence[Answer]) -> Iterator[Find
         what = f"{which} gave no sign in the all-reduce within {request.allreduce_seconds:g} s"
         yield Finding(FAULT, "allreduce", (node,), what, "is the device's network up there? see the driver's own logs")
     for node, each in found.items():
-        if each["failed"] and not silent:
-            yield Finding(FAULT, "allreduce", (node,), f"the all-reduce failed: {each['failed']}", FIREWALL)
+        if each["error"] and not silent:
+            yield Finding(FAULT, "allreduce", (node,), f"the all-reduce failed: {each['error']}", FIREWALL)

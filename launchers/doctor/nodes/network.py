@@ -46,6 +46,11 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
+def is_local(address: str) -> bool:
+    """Whether it leads nowhere beyond this machine, or beyond its own link."""
+    return is_loopback(address) or ipaddress.ip_address(address).is_link_local
+
+
 def interfaces(peer: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The interfaces of this machine, which of them the variables name, and which leads to `peer`.
 

@@ -1,0 +1,255 @@
+"""`crosstune doctor nodes` on machines that are network namespaces, each with a fault that was planted for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.compose import compose
+from configs.errors import CrosstuneError
+from launchers.doctor.nodes.command import COMMAND, Heard, doctor_nodes
+from launchers.doctor.nodes.request import Request
+from tests.netlab import NetLab, netlab
+from tests.standin import StandinKit
+
+FAST_CLOCK = "import time\n_true = time.time\ntime.time = lambda: _true() + 90.0\n"
+
+
+@dataclass
+class Plant:
+    """One fault: what is done to a machine, and how the doctor names it."""
+
+    check: str
+    says: str
+    before: str = "true"
+    """The shell's, in the machine's own mounts and network."""
+    environment: dict[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    hosts: dict[str, str] = field(default_factory=dict)
+    """Lines of its /etc/hosts that are wrong."""
+    on_first: str = ""
+    """What is done in the first machine's network instead."""
+
+
+def plants(folder: Path, run_dir: Path) -> dict[str, Plant]:
+    """All faults but too few devices, by name."""
+    older = folder / "older/torch-2.12.0.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n")
+    clock = folder / "clock"
+    clock.mkdir()
+    (clock / "sitecustomize.py").write_text(FAST_CLOCK)
+    rule = "ip rule add pref 100 to {address} ipproto tcp sport 29500 blackhole"
+    tmpfs = "mount -t tmpfs -o size=1m none"
+    return {
+        "wrong host name": Plant("names", "'n0' is 10.78.0.99 here", hosts={"n0": "10.78.0.99"}),
+        "blocked port": Plant("rendezvous", "cannot reach n0:29500: no answer", on_first=rule),
+        "full disk": Plant("disk", "needed", before=f"{tmpfs} /mnt", environment={"TMPDIR": "/mnt"}),
+        "version mismatch": Plant("versions", "torch 2.12.0 (2.13.0", environment={"PYTHONPATH": str(older.parent)}),
+        "tiny shm": Plant("shm", "/dev/shm has 1.0 MiB free", before=f"{tmpfs} /dev/shm"),
+        "clock skew": Plant("clock", "s fast against this host's", environment={"PYTHONPATH": str(clock)}),
+        "no shared folder": Plant("folder", "does not see what n0 writes", before=f"mount -t tmpfs none {run_dir}"),
+        "misspelt HCCL variable": Plant(
+            "device", "HCCL_CONECT_TIMEOUT: no such variable", environment={"HCCL_CONECT_TIMEOUT": "600"}
+        ),
+        "CANN not sourced": Plant("device", "CANN's environment is not set", unset=("ASCEND_HOME_PATH",)),
+    }
+
+
+class Lab:
+    """A launcher over a lab: asks all machines at once, with a fault planted on some."""
+
+    def __init__(self, lab: NetLab, planted: dict[str, Plant], environment: dict[str, str]) -> None:
+        self.lab, self.planted, self.environment = lab, planted, environment
+
+    def node_names(self, nodes: int) -> Sequence[str]:
+        return self.lab.names[:nodes]
+
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+        deadline = time.monotonic() + seconds
+        running = [self._start(request) for request in requests]
+        for request, process in zip(requests, running, strict=True):
+            try:
+                said, _ = process.communicate(timeout=deadline - time.monotonic())
+                yield request.node, said.splitlines()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                yield request.node, CrosstuneError(request.name, "it did not answer")
+
+    def _start(self, request: Request) -> subprocess.Popen[str]:
+        plant = self.planted.get(request.name, Plant("", ""))
+        environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"} | self.environment
+        path = [plant.environment.get("PYTHONPATH", ""), environment["PYTHONPATH"], *sys.path]
+        environment |= plant.environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        for name in plant.unset:
+            del environment[name]
+        command = self.lab.command(request.name, [sys.executable, *COMMAND], plant.before)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(request.to_json())
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+
+def diagnosis(lab: NetLab, planted: dict[str, Plant], environment: dict[str, str], *words: str) -> dict[str, Any]:
+    """The doctor's report on a lab with these faults."""
+    for name, plant in planted.items():
+        lab.write_hosts(name, {each: lab.address(each) for each in lab.names} | plant.hosts)
+        if plant.on_first:
+            rule = plant.on_first.format(address=lab.address(name)).split()
+            subprocess.run(["ip", "netns", "exec", lab.space("n0"), *rule], check=True)
+    cfg = compose("doctor_nodes", [f"nodes={len(lab.names)}", *words])
+    return doctor_nodes(cfg, Lab(lab, planted, environment))
+
+
+def faults_by_node(report: dict[str, Any], level: str = "") -> dict[str, list[tuple[str, str]]]:
+    """Check and text of each finding (of a level), by node."""
+    found: dict[str, list[tuple[str, str]]] = {node["name"]: [] for node in report["nodes"]}
+    for finding in (each for each in report["findings"] if each["level"].startswith(level)):
+        for name in finding["nodes"]:
+            found[name].append((finding["check"], finding["what"]))
+            assert finding["remedy"], f"no remedy: {finding}"
+    return found
+
+
+@pytest.fixture
+def cann(tmp_path: Path) -> dict[str, str]:
+    """The environment in which CANN is sourced, as far as can be told without loading anything."""
+    (tmp_path / "cann/lib64").mkdir(parents=True)
+    return {"ASCEND_HOME_PATH": str(tmp_path / "cann")}
+
+
+def test_planted_faults_on_one_cluster_are_each_found_on_their_node_and_nothing_else(tmp_path, cann, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    each = plants(tmp_path, run_dir) | {
+        "way back blocked": Plant(
+            "rendezvous",
+            "reaches n0:29500, but is not reached from there: no answer",
+            before="ip rule add pref 90 ipproto tcp dport 29500 lookup main"
+            " && ip rule add pref 100 to 10.78.0.10 ipproto tcp blackhole",
+        ),
+        "dead node": Plant("answer", "it said last: n12 burns", before="echo n12 burns && exit 3"),
+    }
+    with netlab(len(each) + 2) as lab:
+        planted = dict(zip(lab.names[2:], each.values(), strict=True))
+        words = [f"run_dir={run_dir}", "device=ascend", "quick=true", "patience_seconds=10", "needed_gib=0.01"]
+        report = diagnosis(lab, planted, cann, *words)
+    print(capsys.readouterr().out)
+    found = faults_by_node(report)
+    assert report["exit_code"] == 2
+    assert found["n0"] == found["n1"] == []
+    for name, plant in planted.items():
+        assert [check for check, _ in found[name]] == [plant.check], f"{name}: {found[name]}"
+        assert plant.says in found[name][0][1]
+    assert [path.name for path in run_dir.iterdir()] == [], "the doctor leaves nothing behind"
+
+
+def test_too_few_devices_are_found_on_the_standin(standin: StandinKit, tmp_path):
+    words = ["doctor", "nodes", "device=ascend", "nproc=2", f"run_dir={tmp_path}", "--json"]
+    report = json.loads(standin.crosstune(*words, "allreduce_mib=0", code=2, devices=1).splitlines()[-1])
+    (fault,) = (each for each in report["findings"] if each["level"] == "fault")
+    assert fault["check"] == "device" and fault["what"].startswith("nproc: 2 processes") and fault["remedy"]
+    assert report["nodes"][0]["report"]["facts"]["device"]["device"] == "ascend"
+
+
+def test_a_healthy_pair_runs_an_all_reduce(tmp_path, capsys):
+    """Each gloo listens on the address of its own machine: neither has the other's loopback."""
+    with netlab(2) as lab:
+        words = ["device=cpu", f"run_dir={tmp_path}", "allreduce_mib=1", "allreduce_seconds=120", "needed_gib=0.01"]
+        report = diagnosis(lab, {}, {}, *words)
+    print(out := capsys.readouterr().out)
+    assert report["findings"] == [] and report["exit_code"] == 0
+    assert all(node["report"]["facts"]["allreduce"]["gb_per_s"] > 0 for node in report["nodes"])
+    assert out.startswith("2 nodes  a run can start\n") and out.count("GB/s") == 2 and "listens" in out
+
+
+FAULTS = (
+    *("wrong host name", "blocked port", "full disk", "version mismatch", "too few devices", "tiny shm"),
+    *("clock skew", "no shared folder", "misspelt HCCL variable", "CANN not sourced"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_each_of_ten_faults_alone_on_three_machines_of_the_standin(standin: StandinKit, tmp_path, capsys, fault):
+    """The whole look: devices of the stand-in, and an all-reduce by its HCCL where no fault is in the way."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    environment = standin.environment(devices=2)
+    known = plants(tmp_path, run_dir)
+    known["too few devices"] = Plant("device", "nproc: 2 processes", environment={"ASCEND_RT_VISIBLE_DEVICES": "0"})
+    with netlab(3) as lab:
+        planted = {"n2": known[fault]} if fault else {}
+        words = ["device=ascend", "nproc=2", f"run_dir={run_dir}", "needed_gib=0.01", "allreduce_mib=1"]
+        report = diagnosis(lab, planted, environment, *words, "patience_seconds=30", "allreduce_seconds=240")
+    print(capsys.readouterr().out)
+    found = {name: each for name, each in faults_by_node(report, level="fault").items() if each}
+    if fault is None:
+        assert found == {} and report["exit_code"] == 0
+        assert all(node["report"]["facts"]["allreduce"]["gb_per_s"] > 0 for node in report["nodes"])
+    else:
+        assert found.keys() == {"n2"} and report["exit_code"] == 2
+        assert {check for check, _ in found["n2"]} == {known[fault].check}
+        assert known[fault].says in "\n".join(what for _, what in found["n2"])
+
+
+HANGS = """
+import os, sys, time
+if os.environ.get("RANK") == "1":
+    from torch import distributed
+    distributed.init_process_group = lambda *a, **k: time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_an_all_reduce_that_hangs_names_the_rank_and_ends(tmp_path, capsys):
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang/sitecustomize.py").write_text(HANGS)
+    with netlab(3) as lab:
+        planted = {"n1": Plant("allreduce", "rank 1 gave no sign", environment={"PYTHONPATH": str(tmp_path / "hang")})}
+        began = time.monotonic()
+        words = ["device=cpu", f"run_dir={tmp_path}", "allreduce_mib=1", "allreduce_seconds=40", "needed_gib=0.01"]
+        report = diagnosis(lab, planted, {}, *words)
+        assert time.monotonic() - began < 150
+    print(capsys.readouterr().out)
+    assert [(each["check"], each["nodes"]) for each in report["findings"]] == [("allreduce", ["n1"])]
+    assert "rank 1 gave no sign" in report["findings"][0]["what"]
+
+
+def test_a_full_run_dir_and_a_taken_port_are_of_all_nodes_and_of_the_first(tmp_path, capsys):
+    with netlab(2) as lab:
+        full = Plant("disk", "needed", before=f"mount -t tmpfs -o size=1m none {tmp_path}")
+        holder = ["ip", "netns", "exec", lab.space("n0"), sys.executable, "-c", HOLD]
+        with subprocess.Popen(holder, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            words = ["device=cpu", "quick=true", f"run_dir={tmp_path}", "patience_seconds=3"]
+            report = diagnosis(lab, dict.fromkeys(lab.names, full), {}, *words)
+            process.kill()
+    print(capsys.readouterr().out)
+    found = faults_by_node(report)
+    assert [check for check, _ in found["n0"]] == ["disk", "rendezvous"] and "is taken by python" in found["n0"][1][1]
+    assert [check for check, _ in found["n1"]] == ["disk"], "that it does not get through is the first node's fault"
+
+
+HOLD = """
+import socket
+server = socket.create_server(("", 29500))
+print("holds", flush=True)
+server.accept()[0].recv(1)
+server.accept()[0].recv(1)
+"""
