@@ -20,6 +20,7 @@ from configs.schema.launcher_kubernetes import (
     TrainJobLauncherConfig,
     VolcanoLauncherConfig,
 )
+from configs.schema.launcher_ssh import SshLauncherConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
@@ -76,6 +77,7 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "export": {"export_schema": ExportConfig},
     "launcher": {
         "local_schema": LocalLauncherConfig,
+        "ssh_schema": SshLauncherConfig,
         "volcano_schema": VolcanoLauncherConfig,
         "trainjob_schema": TrainJobLauncherConfig,
         "pytorchjob_schema": PyTorchJobLauncherConfig,

@@ -6,6 +6,7 @@ import os
 import socket
 from abc import abstractmethod
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psutil
@@ -13,7 +14,7 @@ import psutil
 from configs.errors import EXIT_DONE, CheckpointError
 from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Report, Word
-from launchers.supervise import Note, StopSignals, failed, supervise
+from launchers.supervise import Note, StopSignals, failed, newest_step, supervise
 from train.run_folder import STOP_FILE
 
 SAME_PROCESS_SECONDS = 1.0
@@ -52,10 +53,15 @@ class ForegroundLauncher(Launcher):
             RunFailedError: a job of several machines did not end well; it has the exit code that this ended with.
         """
         with StopSignals() as stops:
-            code = supervise(lambda attempt: self.start(job, folder, attempt, stops), job, folder, stops, self.note)
+            start = partial(self.start, job, folder, stops=stops)
+            code = supervise(start, job, folder, stops, self.note, self.newest_step)
         if code != EXIT_DONE and job.spec.nodes > 1:
             raise failed(folder, code)
         return {"exit_code": code}  # a single machine has told its fault already, on this terminal
+
+    def newest_step(self, folder: JobFolder) -> int:
+        """Of the newest checkpoint of the run that is known here; -1 where there is none."""
+        return newest_step(folder)
 
     def handle(self) -> dict[str, Any]:
         """Names this process, for commands in other terminals."""
@@ -80,15 +86,24 @@ class ForegroundLauncher(Launcher):
         if not hard:
             (folder.run_dir / STOP_FILE).touch()
             return
-        if job.handle["host"] != socket.gethostname():
-            raise CheckpointError(
-                str(folder.run_dir),
-                f"is supervised on {job.handle['host']}, which cannot be signalled from {socket.gethostname()}",
-                remedy=f"crosstune cancel --hard there, or kill {job.handle['pid']}",
-            )
-        if (supervisor := _supervisor(job)) is not None:
+        if (supervisor := supervisor_here(job, folder)) is not None:
             with suppress(psutil.NoSuchProcess):
                 supervisor.kill()  # its machines end with it
+
+
+def supervisor_here(job: Job, folder: JobFolder) -> psutil.Process | None:
+    """The process of the command that launched a job; None: it has ended.
+
+    Raises:
+        CheckpointError: it is on another machine.
+    """
+    if job.handle["host"] != socket.gethostname():
+        raise CheckpointError(
+            str(folder.run_dir),
+            f"is supervised on {job.handle['host']}, which cannot be signalled from {socket.gethostname()}",
+            remedy=f"crosstune cancel --hard there, or kill {job.handle['pid']}",
+        )
+    return _supervisor(job)
 
 
 def _supervisor(job: Job) -> psutil.Process | None:

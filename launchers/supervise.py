@@ -35,7 +35,14 @@ class StopSignals:
         self.heard.append(number)
 
 
-def supervise(start: Callable[[int], int], job: Job, folder: JobFolder, stops: StopSignals, note: Note) -> int:
+def supervise(
+    start: Callable[[int], int],
+    job: Job,
+    folder: JobFolder,
+    stops: StopSignals,
+    note: Note,
+    newest: Callable[[JobFolder], int] | None = None,
+) -> int:
     """Starts a job, and again from its last checkpoint while it does not come to its end.
 
     Not again: after a fault of the user's (exit code 2), after a stop that this command was asked for, where the job
@@ -47,17 +54,19 @@ def supervise(start: Callable[[int], int], job: Job, folder: JobFolder, stops: S
         folder: of the job.
         stops: signals heard so far; `start` passes them on.
         note: takes lines for the user.
+        newest: step of the newest checkpoint, where others than those in this machine's folder count; None: `newest_step`.
 
     Returns:
         The exit code of the last attempt.
     """
-    steps, last = newest_step(folder), job.attempt + job.spec.restarts
+    newest = newest or newest_step
+    steps, last = newest(folder), job.attempt + job.spec.restarts
     for attempt in range(job.attempt, last + 1):
         code = start(attempt)
         if code in (EXIT_DONE, EXIT_USER_FAULT) or stops.heard or folder.cancelled:
             break
         ended = f"attempt {attempt} ended with exit code {code}"
-        before, steps = steps, newest_step(folder)
+        before, steps = steps, newest(folder)
         if attempt == last:
             note(f"{ended}: no restart is left (restarts={job.spec.restarts})")
         elif attempt > job.attempt and steps == before:

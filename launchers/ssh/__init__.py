@@ -1,0 +1,5 @@
+"""launcher=ssh: this command holds a connection to an agent (`launchers.agent`) on each machine.
+
+`launcher` is the seam; `hosts` says which machines; `connection` is ssh to one of them; `gather` connects to all and
+has each look whether it can take part; `attempt` runs one attempt on them to its end.
+"""
