@@ -1,6 +1,6 @@
 """What the container of each pod runs: ``python -P -m launchers.kubernetes.entry RUN/launch/job.json``.
 
-Each kind of job tells its pods in another way which one they are, and starts them again by other rules. Here this becomes
+Each kind of job has its own way to tell a pod which one it is, and its own rules to start it again. Here this becomes
 what `launchers.node` asks for. The manifest says how, in variables:
 
     CROSSTUNE_MASTER       name of pod 0, which is waited for: it is known on the network only after its pod has started

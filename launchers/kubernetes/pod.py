@@ -1,7 +1,7 @@
 """The pod of one machine, as plain values: the same for every kind of job, which adds the names that it asks for.
 
 Nothing of the user's goes through a shell. What stands in a command is escaped, since Kubernetes replaces ``$(NAME)``
-there. Variables of the run are not in the manifest at all, but in job.json; of secrets only where the cluster keeps them.
+there. Variables of the run are in job.json and not in the manifest; of secrets it says where the cluster keeps them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_kubernetes import TOLERATION, KubernetesLauncherConfig
 from launchers.base import with_setup
 from launchers.job import JobFolder
+from launchers.kubernetes import Manifest
 from launchers.kubernetes.entry import NODE_FROM, RESTARTS, RETRY_CODE
 from launchers.spec import MASTER, LaunchSpec
-
-Manifest = dict[str, Any]
 
 JOB_LABEL = "crosstune/job"
 """On every pod: the name of its job."""
@@ -151,7 +150,7 @@ class PodTemplate:
         return found
 
     def resources(self) -> Manifest | None:
-        """Of a machine. Devices and memory have one bound for both; more CPU than asked for may be used if it is free."""
+        """Of a machine. Devices and memory have one bound for both; more CPU than asked for may be used."""
         spec = self.spec
         limits: Manifest = {}
         if spec.memory_gib:

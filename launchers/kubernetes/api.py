@@ -1,0 +1,340 @@
+"""The API server through the official client: plain values in and out, refusals in its own words, lost connections.
+
+A request that got no answer is sent again, for a bounded time. That a POST of which the answer was lost is not carried
+out twice follows from the object's name, which is ours to choose: the second one meets the first one's object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, CrosstuneError, RunFailedError
+from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
+from launchers.kubernetes import Manifest
+
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT = (5, 30)
+"""Seconds to connect, and to wait for an answer."""
+STREAM_TIMEOUT = (5, 300)
+"""The same of a stream, which may be silent for long."""
+TRY_AGAIN = (429, 500, 502, 503, 504)
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 10.0
+WORDS = 1200
+"""Of the server, at most, in a message."""
+
+
+class LostError(RunFailedError):
+    """The API server did not answer for too long."""
+
+
+class NotThereError(ConfigError):
+    """It knows no such object, or no such kind of object."""
+
+
+class ExistsError(ConfigError):
+    """There is an object of this name already."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object."""
+
+    group: str
+    """Empty for the core group."""
+    version: str
+    plural: str
+    kind: str
+
+    @property
+    def path(self) -> str:
+        """Of the collection, with the namespace open."""
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        return f"{root}/namespaces/{{namespace}}/{self.plural}"
+
+
+PODS, SERVICES, EVENTS = (
+    Resource("", "v1", plural, kind) for plural, kind in (("pods", "Pod"), ("services", "Service"), ("events", "Event"))
+)
+
+
+class Api:
+    """One cluster, one namespace.
+
+    Args:
+        cfg: how it is reached.
+        namespace: null: that of the config's context.
+
+    Raises:
+        ConfigError: the client is not installed, or nothing says where the cluster is.
+    """
+
+    def __init__(self, cfg: KubernetesLauncherConfig, namespace: str | None = None) -> None:
+        self.patience, (self.client, default) = cfg.patience_seconds, connect(cfg)
+        self.namespace = namespace or cfg.namespace or default
+
+    def create(self, kind: Resource, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+        """Makes an object, or with `dry_run` has it checked by the server; fields that it does not know are refused.
+
+        Raises:
+            ExistsError: there is one of this name, and it is not ours.
+            CrosstuneError: it was refused.
+        """
+        query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        name, lost = manifest["metadata"]["name"], 0
+
+        def note() -> None:
+            nonlocal lost
+            lost += 1
+
+        try:
+            made = self._ask("POST", kind, query=query, body=manifest, on_lost=note, where=f"{kind.kind} {name}")
+        except ExistsError:
+            there = self.get(kind, name) if lost else None
+            if there is None or not _same(there, manifest):
+                raise
+            return there  # by the request whose answer was lost
+        except NotThereError as error:
+            raise ConfigError(
+                "launcher",
+                f"the cluster does not know {kind.kind} of {kind.group or 'the core'}/{kind.version} in namespace "
+                f"{self.namespace}: {error.found}",
+                remedy="another launcher=..., or have its controller installed",
+            ) from None
+        return dict(made)
+
+    def get(self, kind: Resource, name: str) -> Manifest | None:
+        """An object; None: there is none."""
+        try:
+            return dict(self._ask("GET", kind, name))
+        except NotThereError:
+            return None
+
+    def patch(self, kind: Resource, name: str, change: Manifest) -> None:
+        """Changes an object: keys that are named get new values (RFC 7396)."""
+        self._ask("PATCH", kind, name, body=change)
+
+    def delete(self, kind: Resource, name: str, *, at_once: bool = False) -> None:
+        """Deletes an object with what belongs to it; one that is gone is no fault.
+
+        Args:
+            kind: of the object.
+            name: its name.
+            at_once: without the time that its pods have to end.
+        """
+        body: Manifest = {"kind": "DeleteOptions", "apiVersion": "v1"}
+        body |= {"gracePeriodSeconds": 0, "propagationPolicy": "Background"} if at_once else {}
+        try:
+            self._ask("DELETE", kind, name, body=body if at_once else {**body, "propagationPolicy": "Foreground"})
+        except NotThereError:
+            pass
+
+    def select(self, kind: Resource, **selectors: str) -> tuple[list[Manifest], str]:
+        """Objects, and the state of the collection that they are of."""
+        found = self._ask("GET", kind, query=selectors)
+        return list(found.get("items") or []), found["metadata"].get("resourceVersion", "")
+
+    def wait_for_pods(self, label: str, test: Callable[[list[Manifest]], bool], seconds: float) -> list[Manifest]:
+        """Pods with a label once they pass a test, or as they are after a time. Watches; lists anew after a loss."""
+        last = time.monotonic() + seconds
+        while True:
+            pods, version = self.select(PODS, labelSelector=label)
+            now = {pod["metadata"]["uid"]: pod for pod in pods}
+            left = last - time.monotonic()
+            if test(pods) or left <= 0:
+                return pods
+            for event in self._watch(PODS, label, version, left):
+                pod = event["object"]
+                if event["type"] == "DELETED":
+                    now.pop(pod["metadata"]["uid"], None)
+                else:
+                    now[pod["metadata"]["uid"]] = pod
+                if test(list(now.values())):
+                    return list(now.values())
+
+    def _watch(self, kind: Resource, label: str, version: str, seconds: float) -> Iterator[Manifest]:
+        """Changes since a state, until the time is over or the server, or the connection, ends it."""
+        query = {
+            "watch": "true",
+            "labelSelector": label,
+            "resourceVersion": version,
+            "timeoutSeconds": str(max(1, int(seconds))),
+        }
+        try:
+            for line in _lines(self._stream(kind, "", query)):
+                event = json.loads(line)
+                if event.get("type") == "ERROR":
+                    return  # 410: the state is too old for the server; the caller lists anew
+                if event.get("type") != "BOOKMARK":
+                    yield event
+        except (ConnectionError, json.JSONDecodeError, NotThereError):
+            time.sleep(FIRST_PAUSE_SECONDS)
+
+    def log(self, pod: str, container: str, *, follow: bool, since_seconds: int | None) -> Iterator[str]:
+        """Lines that a container printed, each behind the time when it did.
+
+        Raises:
+            ConnectionError: the connection was lost before the end.
+            CrosstuneError: the server refused.
+        """
+        query = {"container": container, "timestamps": "true", "follow": str(follow).lower()}
+        if since_seconds is not None:
+            query["sinceSeconds"] = str(since_seconds)
+        yield from _lines(self._stream(PODS, f"{pod}/log", query))
+
+    def _stream(self, kind: Resource, name: str, query: Mapping[str, str]) -> Iterator[bytes]:
+        import urllib3
+        from kubernetes.client import ApiException
+
+        response = None
+        try:
+            response = self._send("GET", kind, name, query, None, STREAM_TIMEOUT)
+            if response.status >= 400:
+                raise _refused(ApiException(http_resp=response), f"{kind.kind} {name}")
+            yield from response.stream(amt=None, decode_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionError(str(error)) from None
+        finally:
+            if response is not None:
+                response.close()
+
+    def _ask(
+        self,
+        method: str,
+        kind: Resource,
+        name: str = "",
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        on_lost: Callable[[], None] = lambda: None,
+        where: str = "",
+    ) -> Manifest:
+        """The answer to a request, which is sent again while none comes and patience lasts."""
+        import urllib3
+        from kubernetes.client import ApiException
+
+        pause, last = FIRST_PAUSE_SECONDS, time.monotonic() + self.patience
+        where = where or f"{kind.kind} {name}".strip()
+        while True:
+            try:
+                response = self._send(method, kind, name, query or {}, body, TIMEOUT)
+                data = response.data
+                if response.status < 400:
+                    return dict(json.loads(data))
+                refusal = ApiException(http_resp=response)
+                if response.status not in TRY_AGAIN:
+                    raise _refused(refusal, where)
+                reason, wait = f"{response.status} {_words(refusal)}", response.headers.get("Retry-After", "")
+                wait_seconds = float(wait) if wait.isdecimal() else 0.0
+            except (urllib3.exceptions.HTTPError, json.JSONDecodeError) as error:
+                reason, wait_seconds = str(error), 0.0
+            on_lost()
+            if time.monotonic() + max(pause, wait_seconds) > last:
+                raise LostError(
+                    f"Kubernetes at {self.client.configuration.host}",
+                    f"no answer to {method} {where} for {self.patience} s: {reason}",
+                    remedy="kubectl cluster-info; launcher.patience_seconds=... waits longer",
+                )
+            time.sleep(max(pause, wait_seconds))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _send(
+        self,
+        method: str,
+        kind: Resource,
+        name: str,
+        query: Mapping[str, str],
+        body: Manifest | None,
+        timeout: tuple[int, int],
+    ) -> Any:
+        """The response, unread: of urllib3, whose own retries are off."""
+        from kubernetes.client import ApiException
+
+        content = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        request = self.client.param_serialize(
+            method,
+            kind.path + (f"/{name}" if name else ""),
+            path_params={"namespace": self.namespace},
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": content},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            return self.client.call_api(*request, _request_timeout=timeout).response
+        except ApiException as error:  # how the client tells a certificate that does not fit
+            raise ConfigError(self.client.configuration.host, str(error.reason), remedy="see the kubeconfig") from None
+
+
+def connect(cfg: KubernetesLauncherConfig) -> tuple[Any, str]:
+    """The official client, and the namespace that its config names.
+
+    Raises:
+        ConfigError: it is not installed, or there is no usable config.
+    """
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise ConfigError(
+            "launcher", "the client of Kubernetes is not installed here", remedy="pip install 'crosstune[k8s]'"
+        ) from None
+    settings = client.Configuration()
+    file = os.path.expanduser(cfg.kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config")
+    try:
+        if cfg.kubeconfig or any(os.path.exists(part) for part in file.split(os.pathsep)):
+            config.load_kube_config(file, context=cfg.context, client_configuration=settings)
+            contexts, active = config.list_kube_config_contexts(file)
+            chosen = next((each for each in contexts if each["name"] == cfg.context), active)
+            namespace = chosen["context"].get("namespace") or "default"
+        else:
+            config.load_incluster_config(client_configuration=settings)
+            namespace = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+    except (config.ConfigException, OSError) as error:
+        raise ConfigError(
+            "launcher.kubeconfig", f"{file}: {error}", remedy="launcher.kubeconfig=FILE, launcher.context=NAME"
+        ) from None
+    settings.retries = False  # ours know which requests may be sent again
+    return client.ApiClient(settings), namespace
+
+
+def _refused(error: Any, where: str) -> CrosstuneError:
+    """A refusal in the server's own words."""
+    status, words = error.status, _words(error)
+    if status == 404:
+        return NotThereError(where, words)
+    if status == 409:
+        return ExistsError(where, words, remedy="is the job there already? crosstune status RUN")
+    if status in (401, 403):
+        return ConfigError(where, f"not allowed: {words}", remedy="kubectl auth can-i --list, launcher.namespace=...")
+    return ConfigError(where, f"refused by the server ({status}): {words}")
+
+
+def _words(error: Any) -> str:
+    """What the server says, without what it wraps it in."""
+    body = error.body or ""
+    try:
+        text = str(json.loads(body).get("message") or error.reason)
+    except (json.JSONDecodeError, AttributeError):
+        text = body.strip() or str(error.reason)
+    return text if len(text) <= WORDS else f"{text[:WORDS]} ..."
+
+
+def _same(there: Manifest, ours: Manifest) -> bool:
+    """Whether an object is the one that we asked for."""
+    notes = [each["metadata"].get("annotations") or {} for each in (there, ours)]
+    return all(notes[0].get(key) == value for key, value in notes[1].items())
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Lines of a stream; the last one may lack its end."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode("utf-8", errors="replace") for line in lines)
+    if rest:
+        yield rest.decode("utf-8", errors="replace")

@@ -1,0 +1,281 @@
+"""What the kinds of job have in common: how a job is submitted, asked after, read and ended."""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from configs.errors import ConfigError, CrosstuneError
+from configs.schema.launch import ClusterConfig
+from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
+from launchers.base import Launcher, tail
+from launchers.job import Job, JobFolder, Report, Word
+from launchers.kubernetes import Manifest
+from launchers.kubernetes import pods as told
+from launchers.kubernetes.api import EVENTS, PODS, Api, LostError, Resource
+from launchers.kubernetes.pod import JOB_LABEL, PodTemplate, object_name
+from launchers.spec import LaunchSpec
+
+NEXT_POD_SECONDS = 3.0
+"""So long is a pod's successor watched for before the job is asked whether there will be one."""
+OVERLAP_SECONDS = 5
+"""By so much a log that is read on begins before where it was lost: clocks differ."""
+REPLICA_TYPE, REPLICA_INDEX = "training.kubeflow.org/replica-type", "training.kubeflow.org/replica-index"
+FRACTION = re.compile(r"\.(\d+)")
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes what is used twice twice: two pods' templates are read one by one."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class KubernetesLauncher(Launcher):
+    """A job object and its pods, one per machine.
+
+    Args:
+        cfg: settings.
+        cluster: what the machines have.
+    """
+
+    resource: Resource
+    """Of the job object, which `objects` gives last."""
+    others: dict[str, Resource] = {}
+    """Kinds of the objects that it needs beside, by name of kind."""
+    container: str
+    """Its name in the pods."""
+
+    def __init__(self, cfg: KubernetesLauncherConfig, cluster: ClusterConfig) -> None:
+        super().__init__(cfg, cluster)
+        self.cfg: KubernetesLauncherConfig = cfg
+
+    @abstractmethod
+    def objects(self, spec: LaunchSpec, pod: PodTemplate) -> dict[str, Manifest]:
+        """The objects by file name, in the order in which they are made.
+
+        Args:
+            spec: the job.
+            pod: builds the template of its pods, and knows the job's name.
+        """
+
+    @abstractmethod
+    def word(self, job: Manifest) -> tuple[Word, str]:
+        """What a job object says of itself: `Word.failed` where its controller gave it up, whyever."""
+
+    @abstractmethod
+    def node_of(self, pod: Manifest) -> int | None:
+        """The number of a pod."""
+
+    def faults(self, spec: LaunchSpec) -> Iterator[CrosstuneError]:
+        """Folders that the pods do not have, secrets that the cluster does not know, bounds that cannot hold."""
+        paths = {"run_dir": spec.run_dir, "the request": spec.request, "the working folder": spec.working_dir}
+        for what, path in paths.items():
+            if not any(PurePosixPath(path).is_relative_to(mount) for mount in self.cfg.claims):
+                mounts = ", ".join(sorted(self.cfg.claims)) or "there is none"
+                remedy = "launcher.claims={/shared: CLAIM}, and launch from below it with run_dir below it"
+                found = f"'{path}' is in no shared folder of the pods"
+                yield ConfigError(what, found, allowed=f"below launcher.claims: {mounts}", remedy=remedy)
+        for name in spec.secrets:
+            if name not in self.cfg.secret_refs:
+                remedy = f"launcher.secret_refs.{name}=SECRET/KEY, made by kubectl create secret generic SECRET ..."
+                yield ConfigError("secrets", f"{name}: the cluster is not told where its value is", remedy=remedy)
+        if 0 < spec.memory_gib <= self.cfg.shm_gib:
+            found = f"{self.cfg.shm_gib}, but memory_gib={spec.memory_gib}, and /dev/shm counts as memory"
+            yield ConfigError("launcher.shm_gib", found)
+
+    def render(self, spec: LaunchSpec, attempt: int) -> dict[str, str]:
+        """See `Launcher.render`: one manifest per file."""
+        pod = PodTemplate(spec, self.cfg, self.cluster, object_name(spec, attempt))
+        objects = self.objects(spec, pod)
+        return {name: yaml.dump(each, Dumper=_Plain, sort_keys=False, width=120) for name, each in objects.items()}
+
+    def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
+        """See `Launcher.submit`. Each object is checked by the server before it is made."""
+        made: list[tuple[Resource, str]] = []
+        try:
+            for name in self.render(job.spec, job.attempt):
+                manifest = yaml.safe_load((folder.path / name).read_text(encoding="utf-8"))
+                kind = self.others.get(manifest["kind"], self.resource)
+                self._try(kind, manifest)
+                created = self.api.create(kind, manifest)
+                made.append((kind, manifest["metadata"]["name"]))
+            owner = self._as_owner(created)
+            for kind, each in made[:-1]:
+                self.api.patch(kind, each, {"metadata": {"ownerReferences": [owner]}})
+        except CrosstuneError:
+            for kind, each in reversed(made):
+                self.api.delete(kind, each)
+            raise
+        return {"kind": self.resource.kind, "namespace": self.api.namespace, "name": made[-1][1]}
+
+    def _try(self, kind: Resource, manifest: Manifest) -> None:
+        try:
+            self.api.create(kind, manifest, dry_run=True)
+        except ConfigError as error:
+            if "does not support dry run" not in error.found:  # a webhook of the cluster: it will look in earnest
+                raise
+
+    def _as_owner(self, created: Manifest) -> Manifest:
+        """What deletes the objects beside a job together with it."""
+        return {
+            "apiVersion": f"{self.resource.group}/{self.resource.version}",
+            "kind": self.resource.kind,
+            "name": created["metadata"]["name"],
+            "uid": created["metadata"]["uid"],
+        }
+
+    @cached_property
+    def api(self) -> Api:
+        """Of the cluster, in the namespace of the config."""
+        return Api(self.cfg)
+
+    def of_job(self, job: Job) -> Api:
+        """The same, in the namespace in which a job was submitted: the context may name another one by now."""
+        namespace = job.handle.get("namespace")
+        return self.api if namespace in (None, self.api.namespace) else Api(self.cfg, namespace)
+
+    def report(self, job: Job, folder: JobFolder) -> Report:
+        """See `Launcher.report`: the job's own conditions, with what its pods complain of."""
+        if not job.handle:
+            return Report(Word.unknown, "it was not submitted")
+        api, name = self.of_job(job), job.handle["name"]
+        found = api.get(self.resource, name)
+        if found is None:
+            return Report(Word.unknown, f"there is no {self.resource.kind} {name} in namespace {api.namespace}")
+        pods, _ = api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")
+        word, detail = self.word(found)
+        troubles = told.all_troubles([(self.node_of(pod), pod) for pod in pods])
+        if found["metadata"].get("deletionTimestamp"):
+            word, detail = Word.running, "it is being ended"
+        elif word is Word.pending and any(told.phase(pod) == "Running" for pod in pods):
+            word = Word.running if all(told.phase(pod) != "Pending" for pod in pods) else word
+        elif word is Word.pending and not pods:
+            troubles = self._event(api, name)
+        elif word is Word.failed and self._run_said(pods, folder):
+            word = Word.ended
+        return Report(word, "; ".join(part for part in (detail, troubles) if part))
+
+    def _run_said(self, pods: list[Manifest], folder: JobFolder) -> bool:
+        """Whether the run itself tells how it ended: then what its controller made of it says nothing more."""
+        codes = [told.exit_code(pod) for pod in pods] + [mark.exit_code for mark in folder.marks()]
+        return any(code in told.OURS for code in codes)
+
+    def _event(self, api: Api, name: str) -> str:
+        """The last warning about a job that has no pods yet."""
+        try:
+            events, _ = api.select(EVENTS, fieldSelector=f"involvedObject.name={name},type=Warning")
+        except ConfigError:  # not everybody may read events
+            return ""
+        lasts = sorted(events, key=lambda event: str(event.get("lastTimestamp") or ""))
+        return "; ".join(f"{event.get('reason', '')}: {event.get('message', '')}" for event in lasts[-1:])
+
+    def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
+        """See `Launcher.cancel`: the job is deleted, its pods get their time to save, or none."""
+        api, name = self.of_job(job), job.handle["name"]
+        api.delete(self.resource, name, at_once=hard)
+        if hard:
+            for pod in api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")[0]:
+                api.delete(PODS, pod["metadata"]["name"], at_once=True)
+
+    def log(self, job: Job, folder: JobFolder, node: int, *, follow: bool) -> Iterator[str]:
+        """See `Launcher.log`: what the node's pod printed, and its successors'; else the run's own file."""
+        read = False
+        try:
+            for line in self._pod_lines(self.of_job(job), job, folder, node, follow):
+                read = True
+                yield line
+        except (LostError, ConfigError):
+            if read or not self._own_file(job, folder, node).is_file():
+                raise
+        if not read:
+            yield from tail(self._own_file(job, folder, node), lambda: False)
+
+    def _own_file(self, job: Job, folder: JobFolder, node: int) -> Any:
+        marks = folder.marks()
+        return folder.output(marks[0].attempt if marks else job.attempt, node)
+
+    def _pod_lines(self, api: Api, job: Job, folder: JobFolder, node: int, follow: bool) -> Iterator[str]:
+        label, done = f"{JOB_LABEL}={job.handle['name']}", set[str]()
+
+        def fresh(pods: list[Manifest]) -> list[Manifest]:
+            mine = [pod for pod in pods if self.node_of(pod) == node and told.started(pod)]
+            new = [pod for pod in mine if pod["metadata"]["uid"] not in done]
+            return sorted(new, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))[-1:]
+
+        while True:
+            pods = api.wait_for_pods(label, lambda all_: bool(fresh(all_)), NEXT_POD_SECONDS if follow else 0)
+            for pod in fresh(pods):
+                done.add(pod["metadata"]["uid"])
+                yield from self._lines_of(api, pod, follow)
+            if not follow or (not fresh(pods) and self.is_over(job, folder)):
+                return
+
+    def _lines_of(self, api: Api, pod: Manifest, follow: bool) -> Iterator[str]:
+        """Of a pod to its end, each line once, wherever the connection is lost."""
+        name, uid, last, since = pod["metadata"]["name"], pod["metadata"]["uid"], "", None
+        while True:
+            try:
+                for line in api.log(name, self.container, follow=follow, since_seconds=since):
+                    when, _, text = line.partition(" ")
+                    if (now := _moment(when)) > last:
+                        last = now
+                        yield text
+            except ConnectionError:
+                time.sleep(1.0)
+            now_there = api.get(PODS, name)
+            if now_there is None or now_there["metadata"]["uid"] != uid or told.phase(now_there) != "Running":
+                if since is None or not follow or now_there is None or now_there["metadata"]["uid"] != uid:
+                    return
+                follow = False  # one last look, for what came between the loss and the end
+            elif not follow:
+                return
+            since = _age(last) if last else None
+
+
+def _moment(text: str) -> str:
+    """A time of a log line, so that later ones sort behind: Kubernetes leaves out trailing zeros."""
+    return FRACTION.sub(lambda match: f".{match[1]:0<9}", text) if "." in text else text.replace("Z", ".000000000Z")
+
+
+def _age(moment: str) -> int:
+    began = datetime.fromisoformat(FRACTION.sub(lambda match: f".{match[1][:6]}", moment).replace("Z", "+00:00"))
+    return max(1, int(time.time() - began.timestamp()) + OVERLAP_SECONDS)
+
+
+def replica_number(pod: Manifest) -> int | None:
+    """Of a pod of a job with one master and its workers."""
+    labels = pod["metadata"].get("labels") or {}
+    index = str(labels.get(REPLICA_INDEX, labels.get("replica-index", "")))
+    if not index.isdecimal():
+        return None
+    role = labels.get(REPLICA_TYPE, labels.get("replica-type", ""))
+    return int(index) + (1 if role == "worker" else 0)
+
+
+def index_number(pod: Manifest, key: str) -> int | None:
+    """Of a pod whose index is in a label, or an annotation of older controllers."""
+    place = {**(pod["metadata"].get("annotations") or {}), **(pod["metadata"].get("labels") or {})}
+    index = str(place.get(key, ""))
+    return int(index) if index.isdecimal() else None
+
+
+def by_conditions(job: Manifest) -> tuple[Word, str]:
+    """What the conditions of a job of Kubeflow's kinds say; they are kept, true or not, one per type."""
+    words = {"Succeeded": Word.ended, "Complete": Word.ended, "Failed": Word.failed}
+    words |= {"Suspended": Word.pending, "Restarting": Word.pending, "Running": Word.running}
+    conditions = job.get("status", {}).get("conditions") or []
+    true = {each["type"]: each for each in conditions if each.get("status") == "True"}
+    for kind, word in words.items():
+        if kind in true:
+            each = true[kind]
+            return word, "" if word is Word.running else f"{kind}: {each.get('message') or each.get('reason') or ''}"
+    return Word.pending, ""

@@ -1,0 +1,80 @@
+"""What pods tell of themselves: why one does not start, how one ended. Of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, EXIT_USER_FAULT, first_line
+from launchers.kubernetes import Manifest
+
+OURS = (EXIT_DONE, EXIT_USER_FAULT, EXIT_RUN_FAILED, EXIT_RESUMABLE)
+"""Exit codes by which a run itself tells how it ended."""
+USUAL_WAITS = ("ContainerCreating", "PodInitializing")
+OUTSIDE = ("OOMKilled", "ContainerCannotRun", "StartError", "DeadlineExceeded")
+"""Reasons of a container's end that are not the run's own."""
+LONGEST = 300
+
+
+def phase(pod: Manifest) -> str:
+    """Pending, Running, Succeeded, Failed or Unknown."""
+    return str(pod.get("status", {}).get("phase", "Pending"))
+
+
+def started(pod: Manifest) -> bool:
+    """Whether its container has run, so that there is a log."""
+    states = [each.get("state", {}) for each in pod.get("status", {}).get("containerStatuses") or []]
+    return any("running" in state or "terminated" in state for state in states)
+
+
+def trouble(pod: Manifest) -> str | None:
+    """What keeps a pod from running, or ended it; None: nothing does."""
+    return next(_troubles(pod), None)
+
+
+def _troubles(pod: Manifest) -> Iterator[str]:
+    status = pod.get("status", {})
+    if status.get("reason"):  # Evicted, NodeLost, DeadlineExceeded, Preempting
+        yield _told(status["reason"], status.get("message"))
+    for each in status.get("conditions") or []:
+        if each.get("type") == "DisruptionTarget" and each.get("status") == "True":
+            yield _told(each.get("reason", "DisruptionTarget"), each.get("message"))
+        if each.get("type") == "PodScheduled" and each.get("status") == "False":
+            yield _told(each.get("reason", "not scheduled"), each.get("message"))
+        if each.get("type") == "Ready" and each.get("reason") in ("NodeLost", "NodeStatusUnknown"):
+            yield _told(each["reason"], f"node {pod.get('spec', {}).get('nodeName', '?')} does not answer")
+    statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    for state in (each.get("state", {}) for each in statuses):
+        waiting, ended = state.get("waiting", {}), state.get("terminated", {})
+        if waiting.get("reason") and waiting["reason"] not in USUAL_WAITS:
+            yield _told(waiting["reason"], waiting.get("message"))
+        if ended.get("exitCode"):
+            yield _told(f"{ended.get('reason', 'Error')}, exit code {ended['exitCode']}", ended.get("message"))
+
+
+def exit_code(pod: Manifest) -> int | None:
+    """Of its container; None: it has not ended, or was ended from outside."""
+    for each in pod.get("status", {}).get("containerStatuses") or []:
+        ended = each.get("state", {}).get("terminated")
+        if ended and ended.get("reason") not in OUTSIDE:
+            return int(ended.get("exitCode", 0))
+    return None
+
+
+def all_troubles(pods: Sequence[tuple[int | None, Manifest]]) -> str:
+    """One line of what is wrong with pods; of many with the same trouble one is told."""
+    told: dict[str, list[str]] = {}
+    for node, pod in pods:
+        if text := trouble(pod):
+            told.setdefault(text, []).append("?" if node is None else str(node))
+    lines = [f"{_nodes(nodes)}: {text}" for text, nodes in told.items()]
+    return "; ".join(lines)
+
+
+def _nodes(nodes: Sequence[str]) -> str:
+    shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
+    return f"node {shown}" if len(nodes) == 1 else f"nodes {shown}"
+
+
+def _told(reason: str, message: str | None) -> str:
+    text = f"{reason}: {first_line(message)}" if message else reason
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
