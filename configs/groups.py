@@ -20,6 +20,7 @@ from configs.schema.launcher_kubernetes import (
     TrainJobLauncherConfig,
     VolcanoLauncherConfig,
 )
+from configs.schema.launcher_slurm import SlurmLauncherConfig
 from configs.schema.launcher_ssh import SshLauncherConfig
 from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
@@ -78,6 +79,7 @@ SCHEMAS: dict[str, dict[str, type[Any]]] = {
     "launcher": {
         "local_schema": LocalLauncherConfig,
         "ssh_schema": SshLauncherConfig,
+        "slurm_schema": SlurmLauncherConfig,
         "volcano_schema": VolcanoLauncherConfig,
         "trainjob_schema": TrainJobLauncherConfig,
         "pytorchjob_schema": PyTorchJobLauncherConfig,
