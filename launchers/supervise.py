@@ -54,7 +54,7 @@ def supervise(
         folder: of the job.
         stops: signals heard so far; `start` passes them on.
         note: takes lines for the user.
-        newest: step of the newest checkpoint, where others than those in this machine's folder count; None: `newest_step`.
+        newest: step of the newest checkpoint, where not only this machine's folder counts; None: `newest_step`.
 
     Returns:
         The exit code of the last attempt.

@@ -91,8 +91,8 @@ class Attempt:
         self._silence, self._grace, self._show = silence_seconds, grace_seconds, show
         self.machines = {each.node: _Machine(each, bool(answers[each.node]["shared"])) for each in connections}
         self._passed, self._cancelled, self._looked = 0, False, time.monotonic()
-        self._plan: deque[tuple[float, Callable[[_Machine], None]]] = deque()
-        """What is still done to machines that do not end, and when."""
+        self._plan: deque[tuple[float, str]] = deque()
+        """What machines that do not end are still told, and when."""
         self._told_environment = False
         self._width = len(str(len(self.machines) - 1))
 
@@ -197,11 +197,7 @@ class Attempt:
         begin = time.monotonic() + patience
         if not all(machine.over for machine in self.machines.values()) and patience == SETTLE_SECONDS:
             self._show(f"{why}: the other machines end, too")
-        self._plan.append((begin, lambda machine: machine.connection.send("stop", signal=signal.SIGTERM)))
-        self._plan.append(
-            (begin + STEP_SECONDS, lambda machine: machine.connection.send("stop", signal=signal.SIGTERM))
-        )
-        self._plan.append((begin + 2 * STEP_SECONDS, lambda machine: machine.connection.send("kill")))
+        self._plan += [(begin, "stop"), (begin + STEP_SECONDS, "stop"), (begin + 2 * STEP_SECONDS, "kill")]
 
     def _look_around(self) -> None:
         now = time.monotonic()
@@ -217,9 +213,9 @@ class Attempt:
                 for _, machine in running:
                     machine.connection.send("stop", signal=signal.SIGTERM)
         while self._plan and now > self._plan[0][0]:
-            _, act = self._plan.popleft()
+            _, word = self._plan.popleft()
             for _, machine in running:
-                act(machine)
+                machine.connection.send(word, signal=signal.SIGTERM)
         for node, machine in running:
             if now - machine.heard > self._silence:
                 self._lose(node, machine, f"no sign of it for {now - machine.heard:.0f} s")

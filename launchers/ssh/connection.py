@@ -163,7 +163,7 @@ COMPLAINTS: tuple[tuple[str, str, str | None], ...] = (
     (
         r"Permission denied",
         "refuses the user or the key",
-        "launcher.user=NAME, launcher.options=[IdentityFile=FILE], or ~/.ssh/config; `ssh {host} true` must ask nothing",
+        "launcher.user=NAME, launcher.options=[IdentityFile=FILE] or ~/.ssh/config: `ssh {host} true` must ask nothing",
     ),
     (r"Could not resolve hostname", "no machine of this name is known here", None),
     (r"Bad configuration option|no argument after keyword|Can't open user config", "{last}", None),
@@ -188,8 +188,8 @@ def ssh_fault(host: str, code: int, complaints: str) -> ConfigError:
         return ConfigError(host, "has no Python: neither the job's nor a python3", remedy=remedy)
     if code != SSH_FAILED:
         return ConfigError(host, f"ended with code {code} before it could begin: {last}")
-    for pattern, found, remedy in COMPLAINTS:
+    for pattern, found, helps in COMPLAINTS:
         if re.search(pattern, complaints):
-            filled = remedy and remedy.format(host=shlex.quote(host))
-            return ConfigError(host, found.format(last=last), remedy=filled)
+            remedy = helps.format(host=shlex.quote(host)) if helps else ""
+            return ConfigError(host, found.format(last=last), remedy=remedy or None)
     return Unreachable(host, f"cannot be reached: {re.sub(r'^ssh: ', '', last)}")

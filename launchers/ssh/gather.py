@@ -158,7 +158,7 @@ class Gathering:
 
 def version_faults(gathered: Gathered, hosts: Mapping[int, str], python: str) -> dict[int, list[CrosstuneError]]:
     """Machines whose crosstune is not this one: ranks of different code would compute different things."""
-    ours, faults = agent.installed(), {}
+    ours, faults = agent.installed(), dict[int, list[CrosstuneError]]()
     for node, answer in gathered.answers.items():
         theirs = answer["installed"]
         if not theirs["sources"]:
