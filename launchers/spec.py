@@ -14,11 +14,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
-from configs.schema.launch import LaunchConfig
-from configs.schema.roots import TrainConfig
+
+if TYPE_CHECKING:  # what looks at a machine on which something is broken reads the names below without omegaconf
+    from configs.schema.launch import LaunchConfig
+    from configs.schema.roots import TrainConfig
 
 NODE, ATTEMPT, MASTER = "CROSSTUNE_NODE", "CROSSTUNE_ATTEMPT", "CROSSTUNE_MASTER"
 """Variables by which a launcher tells `launchers.node` the machine's number from 0, the attempt's number from 0, and

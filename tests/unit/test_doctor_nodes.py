@@ -7,6 +7,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -163,7 +165,7 @@ MISSING = {"level": "missing", "what": "nproc: 9 processes", "remedy": "lower np
         (put(2, "run_dir/free_bytes", 2**20), "fault", "disk", (2,), "/shared has 1.0 MiB free, 1.00 GiB needed"),
         (put(2, "run_dir/refused", "Read-only file system"), "fault", "disk", (2,), "write in /shared: Read-only"),
         (put(2, "run_dir/free_files", 0), "fault", "disk", (2,), "no inode left"),
-        (put(2, "run_dir", {"failed": "no answer within 20 s"}), "fault", "run_dir", (2,), "could not be looked at"),
+        (put(2, "run_dir", {"failed": "no answer within 20 s"}), "fault", "disk", (2,), "could not be looked at"),
         (put(2, "tmp/free_bytes", 2**29), "warning", "disk", (2,), "tmp: /tmp has only 512.0 MiB free"),
         (put(2, "meeting/token", False), "fault", "folder", (2,), "does not see what n0 writes to /shared"),
         (put(2, "meeting/token", "Stale file handle"), "fault", "folder", (2,), "cannot read what n0 writes"),
@@ -324,6 +326,15 @@ def test_the_quick_look_needs_no_other_machine(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     assert all(each.check == "disk" for each in quick_look(cfg))
+
+
+def test_a_node_looks_at_itself_with_the_standard_library_and_psutil():
+    """What else is broken there is a finding."""
+    code = (
+        "import sys, launchers.doctor.nodes.look; print({'torch', 'numpy', 'hydra', 'omegaconf'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_checks_that_raise_or_hang_do_not_stop_the_others():

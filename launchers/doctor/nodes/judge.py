@@ -27,17 +27,18 @@ MEMLOCK_SENSIBLE = 2**30
 LEVELS = {"missing": FAULT, "note": WARNING}
 """Of `crosstune doctor`'s findings."""
 CHECKS = {
-    "names": "name resolution",
-    "network": "network interfaces",
-    "limits": "limits",
-    "shm": "/dev/shm",
-    "tmp": "the folder for temporary files",
-    "run_dir": "run_dir",
-    "versions": "versions",
-    "environment": "environment variables",
-    "meeting": "rendezvous",
-    "device": "devices",
+    "names": ("names", "name resolution", WARNING),
+    "network": ("interface", "network interfaces", WARNING),
+    "limits": ("limits", "limits", WARNING),
+    "shm": ("shm", "/dev/shm", WARNING),
+    "tmp": ("disk", "the folder for temporary files", WARNING),
+    "run_dir": ("disk", "run_dir", FAULT),
+    "versions": ("versions", "versions", WARNING),
+    "environment": ("environment", "environment variables", WARNING),
+    "meeting": ("rendezvous", "the rendezvous", FAULT),
+    "device": ("device", "devices", FAULT),
 }
+"""Of each check of `look`: its word in findings, what it looks at, and what it means that it could not."""
 
 
 def judge(request: Request, answers: Sequence[Answer]) -> list[Finding]:
@@ -80,12 +81,12 @@ def silent(answer: Answer) -> Finding:
 
 
 def of_failures(answer: Answer) -> Iterator[Finding]:
-    """Checks that raised or did not end. A dead file system under `run_dir`, or a dead driver, would stop a run."""
-    for check, about in CHECKS.items():
-        why = (answer.facts.get(check) or {}).get("failed")
+    """Checks that raised or did not end, as where a file system or a driver is dead."""
+    for name, (check, about, level) in CHECKS.items():
+        why = (answer.facts.get(name) or {}).get("failed")
         if why:
-            level = FAULT if check in ("run_dir", "meeting", "device") else WARNING
-            yield Finding(level, check, (answer.node,), f"{about} could not be looked at: {why}")
+            remedy = "crosstune doctor nodes on that node; the kernel's log (dmesg) knows of dead disks and drivers"
+            yield Finding(level, check, (answer.node,), f"{about} could not be looked at: {why}", remedy)
 
 
 def of_interfaces(request: Request, answer: Answer) -> Iterator[Finding]:
@@ -107,9 +108,8 @@ def of_interfaces(request: Request, answer: Answer) -> Iterator[Finding]:
         if not named:
             what = f"{name}: no interface '{each['value']}' here"
         elif not any(reachable(here[one]) for one in named):
-            state = (
-                "is loopback: no other node reaches it" if _is_loopback(here[named[0]]) else "is down or has no address"
-            )
+            loopback = any(is_loopback(address) for address in here[named[0]]["addresses"])
+            state = "is loopback: no other node reaches it" if loopback else "is down or has no address"
             what = f"{name}={each['value']}: {named[0]} {state}"
         else:
             continue
@@ -119,10 +119,6 @@ def of_interfaces(request: Request, answer: Answer) -> Iterator[Finding]:
 def reachable(interface: Mapping[str, Any]) -> bool:
     """Whether others can reach this node through it."""
     return interface["up"] and not all(is_local(each) for each in interface["addresses"])
-
-
-def _is_loopback(interface: Mapping[str, Any]) -> bool:
-    return any(is_loopback(each) for each in interface["addresses"])
 
 
 def of_limits(request: Request, answer: Answer) -> Iterator[Finding]:
@@ -157,7 +153,7 @@ def of_room(request: Request, answer: Answer) -> Iterator[Finding]:
     elif shm and shm["free_bytes"] < SHM_SENSIBLE:
         what = f"/dev/shm has only {in_gib(shm['free_bytes'])} free"
         yield Finding(WARNING, "shm", (answer.node,), what, "1 GiB or more; in a container --shm-size=16g")
-    yield from _disk(answer, "run_dir", request.needed_bytes, request.needed_bytes, "needed_gib, or another run_dir")
+    yield from _disk(answer, "run_dir", request.needed_bytes, request.needed_bytes, "name another run_dir")
     yield from _disk(answer, "tmp", TMP_NEEDED, TMP_SENSIBLE, "export TMPDIR=...")
 
 

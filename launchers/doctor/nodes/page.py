@@ -44,6 +44,8 @@ def show(request: Request, answers: Sequence[Answer], findings: Sequence[Finding
     for number, row in enumerate(rows):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         console.print(f"  {line}", style="dim" if number == 0 else "", markup=False, highlight=False, soft_wrap=True)
+    for reason in reasons_against_probe(request, answers):
+        page.row("", f"no all-reduce was run: {reason}", style="dim", indent=2)
     if not findings:
         return
     page.head("\nfindings")
@@ -52,6 +54,17 @@ def show(request: Request, answers: Sequence[Answer], findings: Sequence[Finding
         page.row(finding.level, f"{names}: {finding.what}", label_style=STYLES[finding.level])
         if finding.remedy:
             page.row("", f"-> {finding.remedy}", style="bold" if finding.level == FAULT else "")
+
+
+def reasons_against_probe(request: Request, answers: Sequence[Answer]) -> Iterator[str]:
+    """Why the nodes agreed to leave the all-reduce out."""
+    agreed = answers[0].fact("agreed")
+    if not request.probes or not agreed or agreed["go"]:
+        return
+    if agreed["missing"]:
+        yield f"{named(agreed['missing'], request, answers)} did not come to the first node"
+    for node, why in agreed["unable"].items():
+        yield f"{name_of(int(node), request, answers)}: {why}"
 
 
 def name_of(node: int, request: Request, answers: Sequence[Answer]) -> str:

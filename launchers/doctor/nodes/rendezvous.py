@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 from launchers.doctor.nodes.network import addresses_of
-from launchers.doctor.nodes.request import DEVICE_SECONDS, Request
+from launchers.doctor.nodes.request import Request
 
 PINGS = 3
 CONNECT_SECONDS = 3.0
@@ -140,7 +140,7 @@ class Host:
             return {"go": False, "missing": [], "unable": {}}
         with self.changed:
             self.words[0] = unable
-            self.changed.wait_for(lambda: self.guests.keys() <= self.words.keys(), DEVICE_SECONDS)
+            self.changed.wait_for(lambda: self.guests.keys() <= self.words.keys(), self.request.agree_seconds)
             said = {n: self.words.get(n, "it did not say whether it is ready") for n in (0, *self.guests)}
             reasons = {number: reason for number, reason in said.items() if reason}
             missing = [number for number in range(1, self.request.nodes) if number not in self.guests]
@@ -179,11 +179,11 @@ class Host:
             with self.changed:
                 self.guests[number] = {"name": hello["name"], "address": address, "back": back}
                 self.changed.notify_all()
-            word = talk.hear(DEVICE_SECONDS)["unable"]
+            word = talk.hear(self.request.agree_seconds + STEP_SECONDS)["unable"]
             with self.changed:
                 self.words[number] = word
                 self.changed.notify_all()
-                self.changed.wait_for(lambda: self.decision is not None, DEVICE_SECONDS)
+                self.changed.wait_for(lambda: self.decision is not None, self.request.agree_seconds)
             talk.say(**self.decision or {})
         except (OSError, ValueError, KeyError):  # it has gone, or was none of ours
             if number is not None:
@@ -247,7 +247,7 @@ class Guest:
         assert self.talk is not None
         try:
             self.talk.say(unable=unable)
-            decision = self.talk.hear(DEVICE_SECONDS)
+            decision = self.talk.hear(self.request.agree_seconds + STEP_SECONDS)
             return {key: decision[key] for key in ("go", "missing", "unable")}
         except (OSError, ValueError, KeyError):
             return {"go": False, "missing": [0], "unable": {}}

@@ -75,10 +75,16 @@ class Request:
         return not self.quick and self.rendezvous and self.allreduce_bytes > 0 and self.nodes * self.nproc > 1
 
     @property
+    def agree_seconds(self) -> float:
+        """After the machines have met, for the slowest one's look at its devices."""
+        return self.patience_seconds + (0.0 if self.quick else DEVICE_SECONDS)
+
+    @property
     def total_seconds(self) -> float:
         """After which a machine that has not answered will not."""
-        more = 0.0 if self.quick else DEVICE_SECONDS + (self.allreduce_seconds if self.probes else 0.0)
-        return self.patience_seconds + LATE_SECONDS + more
+        return (
+            self.patience_seconds + self.agree_seconds + LATE_SECONDS + (self.allreduce_seconds if self.probes else 0)
+        )
 
     def to_json(self) -> str:
         """One line; what `from_json` reads."""
