@@ -105,11 +105,15 @@ class NetLab:
 
     def run_on(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on a host."""
-        return subprocess.run([*self._enter(name), *words], capture_output=True, text=True)
+        return subprocess.run(self.on(name, words), capture_output=True, text=True)
+
+    def on(self, name: str, words: Sequence[str]) -> list[str]:
+        """A command as it is called on a host."""
+        return [*self._enter(name), *words]
 
     def from_client(self, words: Sequence[str]) -> list[str]:
         """A command as it is called on the login host."""
-        return [*self._enter(CLIENT), *words]
+        return self.on(CLIENT, words)
 
     def _dress(self, name: str) -> str:
         """Shell words: name, mounts and loopback of a host; then it waits for its cable."""
