@@ -1,8 +1,8 @@
 """An AscendJob of Huawei's MindCluster: a master and its workers; a pod that is replaced renews all of them.
 
 Its operator's service has a cluster address with one port, which no other attempt's rendezvous would get
-through: an own headless service gives the master a name instead. Sources: mind-cluster, docs/zh/scheduling/api/ascend_job.md,
-component/ascend-operator/pkg/controllers/v1 (pod.go, job.go, env.go, labels.go, service.go).
+through: an own headless service gives the master a name instead. Sources: mind-cluster,
+docs/zh/scheduling/api/ascend_job.md and component/ascend-operator/pkg/controllers/v1 (pod, job, env, labels, service).
 """
 
 from __future__ import annotations
