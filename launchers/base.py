@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ class Launcher(ABC):
         Raises:
             CrosstuneError: it was refused; nothing is left behind. In the foreground: how the job ended.
         """
+
+    def submit_all(self, jobs: Sequence[tuple[Job, JobFolder]]) -> list[dict[str, Any]]:
+        """Hands several jobs over at once, as a sweep does; all or none.
+
+        Returns:
+            Their handles, in order.
+
+        Raises:
+            CrosstuneError: one was refused; those before it have been cancelled.
+        """
+        handles: list[dict[str, Any]] = []
+        try:
+            for job, folder in jobs:
+                handles.append(self.submit(job, folder))
+        except CrosstuneError:
+            for (job, folder), handle in zip(jobs, handles, strict=False):
+                self.cancel(replace(job, handle=handle), folder, hard=True)
+            raise
+        return handles
 
     @abstractmethod
     def report(self, job: Job, folder: JobFolder) -> Report:

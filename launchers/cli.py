@@ -95,6 +95,8 @@ class Request:
     node: int = 0
     hard: bool = False
     """Of `cancel`."""
+    multirun: bool = False
+    """Of `launch`: words with several values make several runs."""
     program: list[str] = field(default_factory=list)
     """Of `doctor ascend-standin`: the command to run on it, after ``--``."""
     resume: bool = False
@@ -144,6 +146,8 @@ def parse(arguments: Sequence[str]) -> Request:
             request.dry_run = True
         elif word == "--resume":
             request.resume = True
+        elif word in ("-m", "--multirun"):
+            request.multirun = True
         elif word in ("-f", "--follow"):
             request.follow = True
         elif word == "--hard":
@@ -179,6 +183,7 @@ def _check_options(request: Request) -> None:
     """Refuses an option of another command."""
     for option, given, commands in (
         ("--dry-run", request.dry_run, ("prep", "launch train", "launch run")),
+        ("--multirun", request.multirun, ("launch train", "launch run")),
         ("--follow", request.follow, ("logs",)),
         ("--node", request.node != 0, ("logs",)),
         ("--hard", request.hard, ("cancel",)),
@@ -264,17 +269,23 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
 def _launch(request: Request) -> dict[str, Any] | None:
     """Words of the launch are told from those of the step by their keys."""
     from configs.compose import compose
-    from launchers.launch import launch, split_words
+    from launchers import launch
+    from launchers.sweep import configs_of
 
-    ours, theirs = split_words(request.words)
+    ours, theirs = launch.split_words(request.words)
     command = request.command.removeprefix("launch ")
     options = compose("launch", ours, config_dir=request.config_dir)
-    cfg = _config(replace(request, command=command, words=theirs))
+    step = replace(request, command=command, words=theirs)
+    if request.multirun:
+        swept = configs_of(theirs, lambda words: _config(replace(step, words=words)))
+        plans = [launch.plan(command, cfg, options, label=f"-{n}") for n, cfg in enumerate(swept)]
+        return launch.launch_all(plans, dry_run=request.dry_run)
+    cfg = _config(step)
     if request.cfg:
         _print_config(options)
         _print_config(cfg)
         return None
-    return launch(command, cfg, options, dry_run=request.dry_run)
+    return launch.launch(launch.plan(command, cfg, options), dry_run=request.dry_run)
 
 
 def _doctor(request: Request, cfg: Any) -> dict[str, Any]:
@@ -342,15 +353,15 @@ def _with_path(request: Request) -> dict[str, Any] | None:
 
 
 def _of_job(request: Request, path: Path, rest: list[str]) -> dict[str, Any]:
-    from launchers import launch
+    from launchers import status
 
     if rest:
         raise ConfigError(rest[0], f"`crosstune {request.command}` takes one folder")
     if request.command == "status":
-        return launch.status(path)
+        return status.status(path)
     if request.command == "logs":
-        return launch.logs(path, node=request.node, follow=request.follow)
-    return launch.cancel(path, hard=request.hard)
+        return status.logs(path, node=request.node, follow=request.follow)
+    return status.cancel(path, hard=request.hard)
 
 
 def _config(request: Request) -> Any:

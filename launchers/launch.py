@@ -1,4 +1,4 @@
-"""`crosstune launch`, `status`, `logs`, `cancel`, and `resume` of what was launched: the same for every launcher."""
+"""`crosstune launch`, and `resume` of what was launched: from the words to a job in its folder and at its scheduler."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from configs.compose import build, compose, load_resolved, save_resolved
+from configs.compose import compose, load_resolved, save_resolved
 from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, ErrorGroup
 from configs.files import write_whole
 from configs.schema.device import DeviceConfig
-from configs.schema.launch import ClusterConfig, LaunchConfig, LauncherConfig
+from configs.schema.launch import LaunchConfig
 from configs.schema.roots import TrainConfig
 from launchers.base import Launcher
 from launchers.foreground import ForegroundLauncher
-from launchers.job import Job, JobFolder, Mark, State, root_cause, state_of
+from launchers.job import Job, JobFolder
 from launchers.run_dir import make_writable, new_run, with_run_dir
 from launchers.spec import make_spec
+from launchers.status import launcher_of, opened
 
 Result = dict[str, Any]
-LAST_LINES = 12
-"""Of the log of the rank that failed first."""
 OPTIONS_OF_LAUNCH = frozenset(f.name for f in fields(LaunchConfig))
 
 
@@ -39,160 +38,132 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return ours, theirs
 
 
-def launch(command: str, cfg: TrainConfig, options: LaunchConfig, *, dry_run: bool = False) -> Result:
-    """Starts a job.
+@dataclass(frozen=True)
+class Plan:
+    """A job before anything of it is written."""
+
+    launcher: Launcher
+    cfg: TrainConfig
+    options: LaunchConfig
+    job: Job
+    folder: JobFolder
+    files: dict[str, str]
+
+
+def plan(command: str, cfg: TrainConfig, options: LaunchConfig, *, label: str = "") -> Plan:
+    """Puts a job together.
 
     Args:
         command: ``train`` or ``run``.
         cfg: its config.
         options: where and how.
-        dry_run: print the files that would be submitted, and write nothing.
+        label: ends the job's name, where several are launched at once.
 
     Raises:
-        ErrorGroup: faults that can be told before anything is written.
-        CrosstuneError: the scheduler refused the job; in the foreground, how it ended.
+        CrosstuneError: what can be told to be wrong without asking anybody; all of it at once.
     """
     cfg = with_run_dir(cfg)
-    run_dir = Path(str(cfg.run_dir))
-    folder = JobFolder.of_run(run_dir)
-    spec = make_spec(command, cfg, options, folder.request, time.strftime("%Y%m%d-%H%M%S"))
-    launcher = launcher_of(options.launcher, options.cluster)
+    folder = JobFolder.of_run(Path(str(cfg.run_dir)))
+    stamp = time.strftime("%Y%m%d-%H%M%S") + label
+    spec = make_spec(command, cfg, options, folder.request, stamp)
+    launcher = launcher_of(options)
     _raise_all([*_faults(cfg, options), *launcher.faults(spec)])
-    files = launcher.render(spec, attempt=0)
+    return Plan(launcher, cfg, options, Job(spec, time.time()), folder, launcher.render(spec, attempt=0))
+
+
+def launch(planned: Plan, *, dry_run: bool = False) -> Result:
+    """Starts a job; `dry_run` prints the files that would be submitted, and writes nothing.
+
+    Raises:
+        CrosstuneError: the scheduler refused the job, and nothing of it is left.
+    """
     if dry_run:
-        _print_files(files, spec.arguments(0))
-        return {"files": files, "spec": spec.to_json()}
-    with new_run(run_dir):  # only while it is made: the job's first rank will hold it
-        make_writable(folder.path, "run_dir")
-        save_resolved(cfg, folder.request)
-        save_resolved(options, folder.options)
+        _print_files(planned)
+        return {"files": planned.files, "spec": planned.job.spec.to_json()}
+    _write(planned)
+    if isinstance(planned.launcher, ForegroundLauncher):
+        return _run(planned)
     try:
-        return _submit(launcher, Job(spec, time.time()), folder, files)
+        [handle] = planned.launcher.submit_all([(planned.job, planned.folder)])
     except CrosstuneError:
-        if not launcher.foreground:  # refused: the folder is as it was, and may be used again
-            shutil.rmtree(folder.path)
-            with suppress(OSError):
-                run_dir.rmdir()
+        _take_back(planned)
         raise
+    return _tell(planned, handle)
 
 
-def _submit(launcher: Launcher, job: Job, folder: JobFolder, files: dict[str, str]) -> Result:
-    for name, text in files.items():
-        write_whole(folder.path / name, text)
-    if isinstance(launcher, ForegroundLauncher):
-        job = replace(job, handle=launcher.handle())
-        folder.write(job)
-        print(f"job {job.spec.name}: {_where(job)}; run: {folder.run_dir}", flush=True)
-        code = int(launcher.submit(job, folder)["exit_code"])
-        if code == EXIT_DONE:
-            print(f"done; run: {folder.run_dir}")
-        return {"run_dir": str(folder.run_dir), "handle": job.handle, "exit_code": code}
-    else:
-        folder.write(job)
-        job = replace(job, handle=launcher.submit(job, folder))
-        folder.write(job)
-        run = shlex.quote(str(folder.run_dir))
-        print(f"job {job.spec.name}: submitted, {_where(job)}\n  crosstune status {run}\n  crosstune logs -f {run}")
-    return {"run_dir": str(folder.run_dir), "handle": job.handle}
+def launch_all(plans: Sequence[Plan], *, dry_run: bool = False) -> Result:
+    """Starts the jobs of a sweep: all at once at a scheduler, else one after the other until one is stopped.
+
+    Raises:
+        CrosstuneError: see `launch`.
+    """
+    launcher = plans[0].launcher
+    if dry_run or isinstance(launcher, ForegroundLauncher):
+        results: list[Result] = []
+        for planned in plans:
+            results.append(launch(planned, dry_run=dry_run))
+            if results[-1].get("exit_code", EXIT_DONE) != EXIT_DONE:
+                break
+        return {"jobs": results, "exit_code": results[-1].get("exit_code", EXIT_DONE)}
+    for planned in plans:
+        _write(planned)
+    try:
+        handles = launcher.submit_all([(planned.job, planned.folder) for planned in plans])
+    except CrosstuneError:
+        for planned in plans:
+            _take_back(planned)
+        raise
+    return {"jobs": [_tell(planned, handle) for planned, handle in zip(plans, handles, strict=True)]}
 
 
-def _where(job: Job) -> str:
+def _write(planned: Plan) -> None:
+    folder = planned.folder
+    with new_run(folder.run_dir):  # only while it is made: the job's first rank will hold it
+        make_writable(folder.path, "run_dir")
+        save_resolved(planned.cfg, folder.request)
+        save_resolved(planned.options, folder.options)
+        _write_files(planned)
+
+
+def _write_files(planned: Plan) -> None:
+    for name, text in planned.files.items():
+        write_whole(planned.folder.path / name, text)
+    planned.folder.write(planned.job)
+
+
+def _take_back(planned: Plan) -> None:
+    """The job was refused: its folder is as it was, and may be used again."""
+    shutil.rmtree(planned.folder.path, ignore_errors=True)
+    with suppress(OSError):
+        planned.folder.run_dir.rmdir()
+
+
+def _run(planned: Plan) -> Result:
+    """In the foreground, to its end."""
+    launcher, folder = planned.launcher, planned.folder
+    assert isinstance(launcher, ForegroundLauncher)
+    job = replace(planned.job, handle=launcher.handle())
+    folder.write(job)
+    print(f"job {job.spec.name}: {_size(job)}; run: {folder.run_dir}", flush=True)
+    code = int(launcher.submit(job, folder)["exit_code"])
+    if code == EXIT_DONE:
+        print(f"done; run: {folder.run_dir}")
+    return {"run_dir": str(folder.run_dir), "handle": job.handle, "exit_code": code}
+
+
+def _tell(planned: Plan, handle: dict[str, Any]) -> Result:
+    """Keeps what the scheduler calls the job, and says how to go on."""
+    job = replace(planned.job, handle=handle)
+    planned.folder.write(job)
+    run = shlex.quote(str(planned.folder.run_dir))
+    print(f"job {job.spec.name}: submitted, {_size(job)}\n  crosstune status {run}\n  crosstune logs -f {run}")
+    return {"run_dir": str(planned.folder.run_dir), "handle": handle}
+
+
+def _size(job: Job) -> str:
     spec = job.spec
     machines = f"{spec.nodes} machines" if spec.nodes > 1 else "1 machine"
     return f"{machines} x {spec.nproc} process{'es' if spec.nproc > 1 else ''}"
-
-
-def status(run_dir: Path) -> Result:
-    """`crosstune status RUN`: the job's state, its machines, and the earliest fault if it failed."""
-    folder = JobFolder.of_run(existing_launch(run_dir))
-    job, launcher = _job(folder)
-    report, marks = launcher.report(job, folder), folder.marks()
-    state = state_of(report, marks, job.spec.nodes, cancelled=folder.cancelled)
-    print(f"{state.value}: {job.spec.name}" + (f" ({report.detail})" if report.detail else ""))
-    attempt = marks[0].attempt if marks else job.attempt
-    step, total = _progress(folder.run_dir)
-    if step:
-        print(f"  step {step:,}{f' of {total:,}' if total else ''}, attempt {attempt}")
-    for mark in marks:
-        print(f"  {_line(mark)}")
-    _tell_differences(marks)
-    result: Result = {
-        "state": state.value,
-        "detail": report.detail,
-        "attempt": attempt,
-        "step": step,
-        "nodes": [asdict(mark) for mark in marks],
-    }
-    if state in (State.failed, State.lost):
-        result["cause"] = _tell_cause(folder, marks)
-    return result
-
-
-def _line(mark: Mark) -> str:
-    if mark.ended is None:
-        ending = "at work"
-    else:
-        ending = f"exit code {mark.exit_code} after {mark.ended - mark.began:.0f} s"
-    return f"node {mark.node} on {mark.host}: {ending}"
-
-
-def _tell_differences(marks: Sequence[Mark]) -> None:
-    if len({mark.environment for mark in marks}) > 1:
-        told = ", ".join(f"node {mark.node} {mark.environment}" for mark in marks)
-        print(f"  the machines' environments differ: {told}")
-
-
-def _tell_cause(folder: JobFolder, marks: Sequence[Mark]) -> Result | None:
-    """The first fault over all ranks, with the last lines of that rank's log."""
-    cause = root_cause(marks)
-    if cause is None:
-        print("  no machine left a fault behind")
-        return None
-    mark, error = cause
-    rank = (mark.fault or {}).get("rank")
-    who = f"rank {rank}, node {mark.node} on {mark.host}" if rank is not None else f"node {mark.node} on {mark.host}"
-    print(f"  first fault: {who}")
-    print("    " + error.render().replace("\n", "\n    "))
-    log = folder.logs(mark.attempt, mark.node) / "workers" / f"rank{rank}.log"
-    log = log if rank and log.is_file() else folder.output(mark.attempt, mark.node)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-    if lines:
-        print(f"  the end of {log}:")
-        print("\n".join(f"    {line}" for line in lines))
-    return {"node": mark.node, "host": mark.host, "rank": rank, "error": error.render(), "log": str(log)}
-
-
-def _progress(run_dir: Path) -> tuple[int, int]:
-    from launchers.failure import last_step
-    from train.run_folder import RunFolder
-
-    record = RunFolder(run_dir)
-    total = record.read_record().total_steps if record.record.is_file() else 0
-    return last_step(record.metrics), total
-
-
-def logs(run_dir: Path, *, node: int, follow: bool) -> Result:
-    """`crosstune logs [-f] [--node K] RUN`: what a machine prints; machine 0 has rank 0."""
-    folder = JobFolder.of_run(existing_launch(run_dir))
-    job, launcher = _job(folder)
-    if node >= job.spec.nodes:
-        raise ConfigError("--node", str(node), allowed=f"0 to {job.spec.nodes - 1}")
-    for line in launcher.log(job, folder, node, follow=follow):
-        print(line, flush=follow)
-    return {"node": node}
-
-
-def cancel(run_dir: Path, *, hard: bool) -> Result:
-    """`crosstune cancel [--hard] RUN`: the run saves and ends; with --hard it ends at once."""
-    folder = JobFolder.of_run(existing_launch(run_dir))
-    job, launcher = _job(folder)
-    if launcher.is_over(job, folder):
-        print("the job has ended already")
-        return {"cancelled": False}
-    folder.ask_to_cancel()
-    launcher.cancel(job, folder, hard=hard)
-    print("ending" if hard else f"ending with a save; crosstune cancel --hard {shlex.quote(str(run_dir))} ends at once")
-    return {"cancelled": True}
 
 
 def was_launched(run_dir: Path) -> bool:
@@ -203,43 +174,39 @@ def was_launched(run_dir: Path) -> bool:
 def relaunch(cfg: TrainConfig) -> Result:
     """`crosstune resume RUN` of a job: submits it again, where it was submitted.
 
+    Args:
+        cfg: the run's config with what may change on a resume.
+
     Raises:
         ConfigError: it has not ended.
+        CrosstuneError: see `launch`; the run is as it was.
     """
     folder = JobFolder.of_run(Path(str(cfg.run_dir)))
-    job, launcher = _job(folder)
-    if not launcher.is_over(job, folder):
+    former, launcher = opened(folder)
+    if not launcher.is_over(former, folder):
+        run = shlex.quote(str(folder.run_dir))
         raise ConfigError(
             str(folder.run_dir),
             "the job has not ended",
-            remedy=f"crosstune status {shlex.quote(str(folder.run_dir))}, or crosstune cancel first",
+            remedy=f"crosstune status {run} tells how far it is; crosstune cancel {run} ends it",
         )
-    folder.take_back_cancel()
     marks = folder.marks()
-    options: LaunchConfig = load_resolved(folder.options)
-    spec = make_spec(job.spec.command, cfg, options, folder.request, time.strftime("%Y%m%d-%H%M%S"))
-    # Paths in the config are meant from where the job was first launched.
-    spec = replace(spec, working_dir=job.spec.working_dir)
-    _raise_all([*_faults(cfg, options), *launcher.faults(spec)])
+    attempt = marks[0].attempt + 1 if marks else former.attempt
+    planned = plan(former.spec.command, cfg, load_resolved(folder.options))
+    # Relative paths in the config are meant from where the job was first launched.
+    spec = replace(planned.job.spec, working_dir=former.spec.working_dir)
+    job = replace(planned.job, spec=spec, attempt=attempt)
+    planned = replace(planned, job=job, files=launcher.render(spec, attempt))
+    folder.take_back_cancel()
     save_resolved(cfg, folder.request)
-    job = Job(spec, time.time(), attempt=marks[0].attempt + 1 if marks else job.attempt)
-    return _submit(launcher, job, folder, launcher.render(spec, job.attempt))
-
-
-def launcher_of(cfg: LauncherConfig, cluster: ClusterConfig) -> Launcher:
-    """The launcher that a config names."""
-    return build(cfg, Launcher, cluster)
-
-
-def existing_launch(run_dir: Path) -> Path:
-    """The absolute path of a folder with a job."""
-    JobFolder.of_run(run_dir).read()
-    return run_dir.resolve()
-
-
-def _job(folder: JobFolder) -> tuple[Job, Launcher]:
-    options: LaunchConfig = load_resolved(folder.options)
-    return folder.read(), launcher_of(options.launcher, options.cluster)
+    _write_files(planned)
+    if launcher.foreground:
+        return _run(planned)
+    try:
+        return _tell(planned, launcher.submit(job, folder))
+    except CrosstuneError:
+        folder.write(former)
+        raise
 
 
 def _faults(cfg: TrainConfig, options: LaunchConfig) -> list[CrosstuneError]:
@@ -272,7 +239,7 @@ def _raise_all(faults: Sequence[CrosstuneError]) -> None:
         raise ErrorGroup(list(faults))
 
 
-def _print_files(files: dict[str, str], arguments: Sequence[str]) -> None:
-    for name, text in files.items():
+def _print_files(planned: Plan) -> None:
+    for name, text in planned.files.items():
         print(f"# ---- {name}\n{text}")
-    print(f"# each rank: crosstune {shlex.join(arguments)}")
+    print(f"# each rank: crosstune {shlex.join(planned.job.spec.arguments(0))}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from configs.errors import ConfigError
+from configs.schema.roots import TrainConfig
+from launchers.run_dir import with_run_dir
 
 MOST_RUNS = 1000
 """A slip such as range(1e6) must not reach a scheduler."""
@@ -45,6 +49,26 @@ def expand(words: Sequence[str]) -> list[list[str]]:
     if runs > MOST_RUNS:
         raise ConfigError("--multirun", f"{runs:,} runs", allowed=f"up to {MOST_RUNS:,}")
     return [list(run) for run in product(*choices)]
+
+
+def configs_of(words: Sequence[str], compose: Callable[[list[str]], TrainConfig]) -> list[TrainConfig]:
+    """The config of each run; their folders are numbered below that of the sweep, which says what each of them is.
+
+    Args:
+        words: overrides of the step, see `expand`.
+        compose: from one run's words to its config.
+
+    Raises:
+        ConfigError: see `expand`.
+        CrosstuneError: a run's config is at fault.
+    """
+    runs = expand(words)
+    first = compose(runs[0])
+    parent = Path(str(with_run_dir(replace(first, name=f"{first.name}-sweep")).run_dir))
+    configs = [replace(compose(run), run_dir=str(parent / f"{number:03}")) for number, run in enumerate(runs)]
+    for number, run in enumerate(runs):
+        print(f"{parent / f'{number:03}'}: {' '.join(swept(words, run))}")
+    return configs
 
 
 def swept(words: Sequence[str], run: Sequence[str]) -> list[str]:

@@ -18,13 +18,14 @@ from configs.compose import compose
 from configs.errors import CheckpointError, ConfigError, ErrorGroup
 from configs.schema.launch import LaunchConfig
 from launchers import launch, node
-from launchers.base import tail, with_setup
+from launchers.base import Launcher, tail, with_setup
 from launchers.cli import parse
 from launchers.failure import from_json
 from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
 from launchers.node import AUTO, copied_to, place, what_ranks_see
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash, make_spec
 from launchers.supervise import StopSignals, supervise
+from launchers.sweep import configs_of
 
 NASTY = "a b'c\"d$(touch /tmp/never)`x`\n\\e;&é"
 
@@ -251,14 +252,62 @@ def test_what_step_and_machines_say_against_each_other_is_told_at_once(tmp_path:
     cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={tmp_path / 'r'}", "nproc=9", "device=cpu"])
     words = ["cluster=ascend", "cluster.devices_per_node=8", "secrets=[TOKEN]", "environment.TOKEN=y", "nodes=2"]
     with pytest.raises(ErrorGroup) as caught:
-        launch.launch("train", cfg, options(*words))
+        launch.plan("train", cfg, options(*words))
     assert [error.where for error in caught.value.errors] == ["device", "nproc", "secrets", "nodes"]
     assert not (tmp_path / "r").exists()
     with pytest.raises(ConfigError, match="not set in this environment: NOT_THERE"):
-        launch.launch("train", cfg, options("secrets=[NOT_THERE]"))
+        launch.plan("train", cfg, options("secrets=[NOT_THERE]"))
 
 
 def test_a_way_to_the_first_machine_has_an_interface() -> None:
     assert node.interface_to("127.0.0.1").startswith("lo")
     with pytest.raises(ConfigError, match="no-such-host.invalid"):
         node.interface_to("no-such-host.invalid")
+
+
+def test_a_sweep_gives_each_run_its_words_and_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.path=m", "dataset.path=d", f"run_dir={tmp_path / 'sweep'}", "optim.lr=1e-3,2e-3", "seed=range(2)"]
+    found = configs_of(words, lambda run: compose("train", run))
+    assert [(cfg.optim.lr, cfg.seed) for cfg in found] == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    assert [Path(str(cfg.run_dir)).name for cfg in found] == ["000", "001", "002", "003"]
+    assert "002: optim.lr=0.002 seed=0" in capsys.readouterr().out
+    for wrong in (words[:3], [*words[:3], "seed=range(100000)"]):
+        with pytest.raises(ConfigError, match="--multirun"):
+            configs_of(wrong, lambda run: compose("train", run))
+    names = [launch.plan("train", cfg, options(), label=f"-{n}").job.spec.name for n, cfg in enumerate(found)]
+    assert len(set(names)) == 4
+
+
+def test_of_several_jobs_all_are_submitted_or_none(tmp_path: Path) -> None:
+    jobs = [(Job(spec(tmp_path / str(n)), 0.0), JobFolder.of_run(tmp_path / str(n))) for n in range(3)]
+    scheduler = Scheduler(options().launcher, options().cluster)
+    assert [handle["id"] for handle in scheduler.submit_all(jobs)] == ["0", "1", "2"]
+    scheduler.room = 4
+    with pytest.raises(ConfigError, match="is full"):
+        scheduler.submit_all(jobs)
+    assert scheduler.cancelled == [("3", True)]
+
+
+class Scheduler(Launcher):
+    """Takes so many jobs."""
+
+    name, room = "fake", 100
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.taken, self.cancelled = 0, []
+
+    def render(self, spec: LaunchSpec, attempt: int) -> dict[str, str]:
+        return {}
+
+    def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
+        if self.taken == self.room:
+            raise ConfigError("scheduler", "is full")
+        self.taken += 1
+        return {"id": str(self.taken - 1)}
+
+    def report(self, job: Job, folder: JobFolder) -> Report:
+        return Report(Word.running)
+
+    def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
+        self.cancelled.append((job.handle["id"], hard))

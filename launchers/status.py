@@ -1,0 +1,134 @@
+"""`crosstune status`, `logs` and `cancel`: what became of a job, from its folder alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.compose import build, load_resolved
+from configs.errors import ConfigError
+from configs.schema.launch import LaunchConfig
+from launchers.base import Launcher
+from launchers.failure import last_step
+from launchers.job import Job, JobFolder, Mark, State, root_cause, state_of
+
+Result = dict[str, Any]
+LAST_LINES = 12
+"""Of the log of the rank that failed first."""
+
+
+def status(run_dir: Path) -> Result:
+    """`crosstune status RUN`: the job's state, its machines, and the earliest fault if it failed."""
+    folder = JobFolder.of_run(existing_launch(run_dir))
+    job, launcher = opened(folder)
+    report, marks = launcher.report(job, folder), folder.marks()
+    state = state_of(report, marks, job.spec.nodes, cancelled=folder.cancelled)
+    print(f"{state.value}: {job.spec.name}" + (f" ({report.detail})" if report.detail else ""))
+    attempt = marks[0].attempt if marks else job.attempt
+    step, total = _progress(folder.run_dir)
+    if step:
+        print(f"  step {step:,}{f' of {total:,}' if total else ''}, attempt {attempt}")
+    for mark in marks:
+        print(f"  {_line(mark)}")
+    _tell_differences(marks)
+    result: Result = {
+        "state": state.value,
+        "detail": report.detail,
+        "attempt": attempt,
+        "step": step,
+        "nodes": [asdict(mark) for mark in marks],
+    }
+    if state in (State.failed, State.lost):
+        result["cause"] = _tell_cause(folder, marks)
+    return result
+
+
+def _line(mark: Mark) -> str:
+    if mark.ended is None:
+        ending = "at work"
+    else:
+        ending = f"exit code {mark.exit_code} after {mark.ended - mark.began:.0f} s"
+    return f"node {mark.node} on {mark.host}: {ending}"
+
+
+def _tell_differences(marks: Sequence[Mark]) -> None:
+    if len({mark.environment for mark in marks}) > 1:
+        told = ", ".join(f"node {mark.node} {mark.environment}" for mark in marks)
+        print(f"  the machines' environments differ: {told}")
+
+
+def _tell_cause(folder: JobFolder, marks: Sequence[Mark]) -> Result | None:
+    """The first fault over all ranks, with the last lines of that rank's log."""
+    cause = root_cause(marks)
+    if cause is None:
+        print("  no machine left a fault behind")
+        return None
+    mark, error = cause
+    rank = (mark.fault or {}).get("rank")
+    who = f"rank {rank}, node {mark.node} on {mark.host}" if rank is not None else f"node {mark.node} on {mark.host}"
+    print(f"  first fault: {who}")
+    print("    " + error.render().replace("\n", "\n    "))
+    log = folder.logs(mark.attempt, mark.node) / "workers" / f"rank{rank}.log"
+    log = log if rank and log.is_file() else folder.output(mark.attempt, mark.node)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+    if lines:
+        print(f"  the end of {log}:")
+        print("\n".join(f"    {line}" for line in lines))
+    return {"node": mark.node, "host": mark.host, "rank": rank, "error": error.render(), "log": str(log)}
+
+
+def _progress(run_dir: Path) -> tuple[int, int]:
+    from train.run_folder import RunFolder
+
+    record = RunFolder(run_dir)
+    total = record.read_record().total_steps if record.record.is_file() else 0
+    return last_step(record.metrics), total
+
+
+def logs(run_dir: Path, *, node: int, follow: bool) -> Result:
+    """`crosstune logs [-f] [--node K] RUN`: what a machine prints; machine 0 has rank 0."""
+    folder = JobFolder.of_run(existing_launch(run_dir))
+    job, launcher = opened(folder)
+    if node >= job.spec.nodes:
+        raise ConfigError("--node", str(node), allowed=f"0 to {job.spec.nodes - 1}")
+    for line in launcher.log(job, folder, node, follow=follow):
+        print(line, flush=follow)
+    return {"node": node}
+
+
+def cancel(run_dir: Path, *, hard: bool) -> Result:
+    """`crosstune cancel [--hard] RUN`: the run saves and ends; with --hard it ends at once."""
+    folder = JobFolder.of_run(existing_launch(run_dir))
+    job, launcher = opened(folder)
+    if launcher.is_over(job, folder):
+        print("the job has ended already")
+        return {"cancelled": False}
+    folder.ask_to_cancel()
+    launcher.cancel(job, folder, hard=hard)
+    print("ending" if hard else f"ending with a save; crosstune cancel --hard {shlex.quote(str(run_dir))} ends at once")
+    return {"cancelled": True}
+
+
+def existing_launch(run_dir: Path) -> Path:
+    """The absolute path of a folder with a job."""
+    JobFolder.of_run(run_dir).read()
+    return run_dir.resolve()
+
+
+def opened(folder: JobFolder) -> tuple[Job, Launcher]:
+    """A job and its launcher.
+
+    Raises:
+        CheckpointError: the folder is not that of a job, or damaged.
+    """
+    job = folder.read()
+    options: LaunchConfig = load_resolved(folder.options)
+    return job, launcher_of(options)
+
+
+def launcher_of(options: LaunchConfig) -> Launcher:
+    """The launcher that a launch names."""
+    return build(options.launcher, Launcher, options.cluster)
