@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from configs.errors import first_line
 from launchers.doctor.nodes.network import INTERFACES
 from launchers.doctor.nodes.request import Request
 from launchers.torchrun import end_with_parent
 
 ROUNDS = 5
-KILL_SECONDS = 5.0
-"""Beyond its time, for a process to say itself what went wrong."""
 LAST_SECONDS = 3.0
-"""For the others' last signs of life after a fault."""
+"""For the ranks' last signs of life: all give up at the same time, since they began together."""
+KILL_SECONDS = 15.0
+"""Beyond its time, for a process to say itself what went wrong."""
 
 
 def probe(request: Request, interface: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -118,31 +121,47 @@ def main() -> None:
 
 
 def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
-    """Meets the other ranks in a store first, so that one who does not come has a number."""
+    """Half of the time is for all ranks to come, half for the all-reduce; who gave no sign has a number in both."""
     from torch import distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deadline = time.monotonic() + seconds
-    left = timedelta(seconds=seconds)
-    try:
-        master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    half = seconds / 2
+
+    def store(*, serves: bool) -> Any:
         # torch's stubs do not list it among what the module exports, its documentation does.
-        store = dist.TCPStore(master, port, world, rank == 0, left, wait_for_workers=False)  # type: ignore[attr-defined]
-    except (RuntimeError, dist.DistError) as error:
-        return _failure(error, silent=[0] if rank else [])
-    roll = Roll(store, rank, world)
+        kind = dist.TCPStore  # type: ignore[attr-defined]
+        return kind(master, port, world, serves, timedelta(seconds=half), wait_for_workers=False)
+
     try:
-        missing = roll.call("came", deadline - time.monotonic())
+        roll = Roll(store(serves=rank == 0), rank, world)
+        missing = roll.call("came", half)
         if missing:
-            return {"gb_per_s": None, "silent": missing, "error": "not all ranks came"}
-        speed = measure(config, store, size, max(1.0, deadline - time.monotonic()))
-    except Exception as error:  # of any backend, in any way
-        with suppress(RuntimeError, dist.DistError):
-            return _failure(error, silent=roll.call("over", LAST_SECONDS))
-        return _failure(error, silent=[0] if rank else [])
-    with suppress(RuntimeError, dist.DistError):  # the figure stands, even where the store has gone
-        roll.call("over", LAST_SECONDS)
-    return {"gb_per_s": speed, "silent": [], "error": None}
+            return _failure("not all ranks came", silent=missing)
+        # A connection of its own: an operation that hangs keeps the other one.
+        second = store(serves=False)
+        speed, error = _within(half, lambda: measure(config, second, size, half))
+        silent = roll.call("over", LAST_SECONDS)
+    except (RuntimeError, dist.DistError) as lost:
+        return _failure(str(lost), silent=[0] if rank else [])
+    return {"gb_per_s": speed, "silent": [], "error": None} if error is None else _failure(error, silent)
+
+
+def _within(seconds: float, job: Callable[[], float]) -> tuple[float | None, str | None]:
+    """What the job gave, or why it gave nothing; one that hangs is left behind."""
+    ended: queue.Queue[tuple[float | None, str | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            ended.put((job(), None))
+        except Exception as error:  # of any backend, in any way
+            ended.put((None, str(error).strip() or type(error).__name__))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return ended.get(timeout=seconds + LAST_SECONDS)  # most backends give up by themselves, and say more
+    except queue.Empty:
+        return None, f"it did not end within {seconds:g} s"
 
 
 class Roll:
@@ -201,9 +220,8 @@ def measure(config: Path, store: Any, size: int, seconds: float) -> float:
     return buffer.numel() * 4 / best * 2 * (world - 1) / world / 1e9
 
 
-def _failure(error: Exception, silent: list[int]) -> dict[str, Any]:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return {"gb_per_s": None, "silent": silent, "error": first[:300]}
+def _failure(error: str, silent: list[int]) -> dict[str, Any]:
+    return {"gb_per_s": None, "silent": silent, "error": first_line(error)[:300] or "no message"}
 
 
 if __name__ == "__main__":

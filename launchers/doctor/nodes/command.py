@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from configs.compose import to_yaml
+from configs.compose import build, to_yaml
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT, ConfigError, CrosstuneError
 from configs.schema.doctor import DoctorConfig
 from configs.schema.doctor_nodes import DoctorNodesConfig
+from launchers.base import Launcher
 from launchers.doctor.nodes.findings import FAULT, Answer, Finding
 from launchers.doctor.nodes.judge import judge
 from launchers.doctor.nodes.look import look
@@ -145,9 +146,7 @@ class ThisMachine:
 
 
 def _launcher(cfg: DoctorNodesConfig) -> AsksNodes:
-    from launchers.launch import launcher_of
-
-    launcher = launcher_of(cfg.launcher, cfg.cluster)
+    launcher = build(cfg.launcher, Launcher, cfg.cluster)
     if isinstance(launcher, AsksNodes):
         return launcher
     if cfg.nodes > 1:

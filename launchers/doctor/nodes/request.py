@@ -15,7 +15,7 @@ MARK = "CROSSTUNE-NODE-REPORT "
 """Begins the line of the report: a scheduler's log holds other lines, too."""
 DEVICE_SECONDS = 150.0
 """For a look at the devices, which imports torch. A driver that hangs is a finding."""
-LATE_SECONDS = 45.0
+LATE_SECONDS = 60.0
 """Beyond its patience: for the checks, the conversation with machine 0, and for its report to arrive."""
 
 
