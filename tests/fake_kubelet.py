@@ -1,8 +1,8 @@
 """Runs the pods of Volcano Jobs as processes of this machine: the job's controller and a kubelet in one thread.
 
 A pod gets the command and the environment of its manifest, expanded as Kubernetes does; names of the job's network,
-which is this machine, are in an /etc/hosts of its own. The rules by which jobs are restarted are those of the controller's
-source (see launchers/kubernetes/volcano.py).
+which is this machine, are in an /etc/hosts of its own. The rules by which jobs are restarted are those of the
+controller's source (see launchers/kubernetes/volcano.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A stand-in of the Kubernetes API server: real sockets and paths, objects in memory, faults on order.
 
-It speaks what the launchers use: POST (with dry run and strict fields), GET, lists by label, watches, PATCH, DELETE, and
-a pod's log that may be followed. Manifests are held against `tests.kubernetes_models`. It runs nothing: see
+It speaks what the launchers use: POST (with dry run and strict fields), GET, lists by label, watches, PATCH, DELETE,
+and a pod's log that may be followed. Manifests are held against `tests.kubernetes_models`. It runs nothing: see
 `fake_kubelet`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ class Cluster:
     logs: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, str, dict[str, str], Any]] = field(default_factory=list)
+    down: bool = False
     keeps_deleted: bool = False
     """What is deleted stays until a controller has cleared it away, as with finalizers."""
     changes: list[tuple[int, str, str, Manifest]] = field(default_factory=list)
@@ -135,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(size)) if size else None
         self.cluster.asked.append((self.command, url.path, query, body))
         fault = self.cluster.fault_of(self.command, self.path)
-        if fault and fault.how == "before":
+        if self.cluster.down or fault and fault.how == "before":
             return self._drop()
         if fault and isinstance(fault.how, int):
             return self._refuse(fault.how, "Ordered", fault.message)
@@ -290,15 +292,23 @@ def _selected(manifest: Manifest, query: dict[str, str]) -> bool:
     return all(labels.get(key) == value for key, _, value in wanted)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that has gone
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def api_server(cluster: Cluster) -> Iterator[str]:
     """Serves a cluster; gives its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"cluster": cluster}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"cluster": cluster}))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        cluster.down = True
         server.shutdown()
         server.server_close()
 

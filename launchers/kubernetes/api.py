@@ -194,6 +194,8 @@ class Api:
         response = None
         try:
             response = self._send("GET", kind, name, query, None, STREAM_TIMEOUT)
+            if response.status in TRY_AGAIN:
+                raise ConnectionError(f"{response.status} {_words(ApiException(http_resp=response))}")
             if response.status >= 400:
                 raise _refused(ApiException(http_resp=response), f"{kind.kind} {name}")
             yield from response.stream(amt=None, decode_content=False)

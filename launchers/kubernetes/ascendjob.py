@@ -7,7 +7,7 @@ docs/zh/scheduling/api/ascend_job.md and component/ascend-operator/pkg/controlle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from configs.errors import ConfigError, CrosstuneError
 from launchers.job import Word
@@ -75,7 +75,7 @@ class AscendJobLauncher(KubernetesLauncher):
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {JOB_LABEL: name}}
         return {"apiVersion": "v1", "kind": "Service", "metadata": about, "spec": spec}
 
-    def word(self, job: Manifest) -> tuple[Word, str]:
+    def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""
         return by_conditions(job)
 

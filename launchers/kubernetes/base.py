@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -28,6 +28,8 @@ NEXT_POD_SECONDS = 3.0
 """So long is a pod's successor watched for before the job is asked whether there will be one."""
 OVERLAP_SECONDS = 5
 """By so much a log that is read on begins before where it was lost: clocks differ."""
+LOSSES, LOSS_SECONDS = 5, 0.5
+"""So often, and after such a pause, is a log read on that was lost; one that is followed as often as it takes."""
 REPLICA_TYPE, REPLICA_INDEX = "training.kubeflow.org/replica-type", "training.kubeflow.org/replica-index"
 FRACTION = re.compile(r"\.(\d+)")
 
@@ -68,7 +70,7 @@ class KubernetesLauncher(Launcher):
         """
 
     @abstractmethod
-    def word(self, job: Manifest) -> tuple[Word, str]:
+    def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """What a job object says of itself: `Word.failed` where its controller gave it up, whyever."""
 
     @abstractmethod
@@ -152,12 +154,10 @@ class KubernetesLauncher(Launcher):
         if found is None:
             return Report(Word.unknown, f"there is no {self.resource.kind} {name} in namespace {api.namespace}")
         pods, _ = api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")
-        word, detail = self.word(found)
+        word, detail = self.word(found, pods)
         troubles = told.all_troubles([(self.node_of(pod), pod) for pod in pods])
         if found["metadata"].get("deletionTimestamp"):
             word, detail = Word.running, "it is being ended"
-        elif word is Word.pending and any(told.phase(pod) == "Running" for pod in pods):
-            word = Word.running if all(told.phase(pod) != "Pending" for pod in pods) else word
         elif word is Word.pending and not pods:
             troubles = self._event(api, name)
         elif word is Word.failed and self._run_said(pods, folder):
@@ -212,33 +212,35 @@ class KubernetesLauncher(Launcher):
             return sorted(new, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))[-1:]
 
         while True:
-            pods = api.wait_for_pods(label, lambda all_: bool(fresh(all_)), NEXT_POD_SECONDS if follow else 0)
-            for pod in fresh(pods):
+            last = not follow or self.is_over(job, folder)  # asked before the look: pods that come until then are seen
+            pods = fresh(api.wait_for_pods(label, lambda now: bool(fresh(now)), 0 if last else NEXT_POD_SECONDS))
+            for pod in pods:
                 done.add(pod["metadata"]["uid"])
                 yield from self._lines_of(api, pod, follow)
-            if not follow or (not fresh(pods) and self.is_over(job, folder)):
+            if not follow or (last and not pods):
                 return
 
     def _lines_of(self, api: Api, pod: Manifest, follow: bool) -> Iterator[str]:
         """Of a pod to its end, each line once, wherever the connection is lost."""
-        name, uid, last, since = pod["metadata"]["name"], pod["metadata"]["uid"], "", None
+        name, uid, last, losses = pod["metadata"]["name"], pod["metadata"]["uid"], "", 0
         while True:
+            before = losses
             try:
-                for line in api.log(name, self.container, follow=follow, since_seconds=since):
+                for line in api.log(name, self.container, follow=follow, since_seconds=_age(last) if last else None):
                     when, _, text = line.partition(" ")
                     if (now := _moment(when)) > last:
                         last = now
                         yield text
-            except ConnectionError:
-                time.sleep(1.0)
-            now_there = api.get(PODS, name)
-            if now_there is None or now_there["metadata"]["uid"] != uid or told.phase(now_there) != "Running":
-                if since is None or not follow or now_there is None or now_there["metadata"]["uid"] != uid:
-                    return
-                follow = False  # one last look, for what came between the loss and the end
-            elif not follow:
+            except ConnectionError as error:
+                losses += 1
+                if not follow and losses > LOSSES:
+                    raise LostError(f"the log of {name}", str(error)) from None
+                time.sleep(LOSS_SECONDS)
+            there = api.get(PODS, name)
+            if there is None or there["metadata"]["uid"] != uid:
                 return
-            since = _age(last) if last else None
+            if losses == before and not (follow and told.phase(there) == "Running"):
+                return  # read to its end; after a loss there may be more, though the pod has ended
 
 
 def _moment(text: str) -> str:

@@ -7,6 +7,8 @@ kubeflow/training-operator, pkg/controller.v1/{common,pytorch}, pkg/core/job.go,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import Resource
@@ -47,7 +49,7 @@ class PyTorchJobLauncher(KubernetesLauncher):
         }
         return {"pytorchjob.yaml": manifest}
 
-    def word(self, job: Manifest) -> tuple[Word, str]:
+    def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""
         return by_conditions(job)
 

@@ -7,12 +7,15 @@ kubernetes-sigs/jobset, api/jobset/v1alpha2 and pkg/constants; models of kubeflo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from configs.errors import EXIT_USER_FAULT
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import Resource
 from launchers.kubernetes.base import KubernetesLauncher, by_conditions, index_number
 from launchers.kubernetes.pod import PodTemplate, metadata, said
+from launchers.kubernetes.pods import phase
 from launchers.spec import LaunchSpec
 
 NODE = "node"
@@ -92,9 +95,12 @@ class TrainJobLauncher(KubernetesLauncher):
             "replicatedJobs": [jobs],
         }
 
-    def word(self, job: Manifest) -> tuple[Word, str]:
+    def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""
-        return by_conditions(job)
+        word, detail = by_conditions(job)
+        if (word, detail) == (Word.pending, "") and any(phase(pod) == "Running" for pod in pods):
+            word = Word.running  # there is no condition for that
+        return word, detail
 
     def node_of(self, pod: Manifest) -> int | None:
         """See `KubernetesLauncher.node_of`."""

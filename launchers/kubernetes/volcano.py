@@ -7,6 +7,8 @@ job_controller_util.go), pkg/controllers/job/plugins/{svc,env}. Not its pytorch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from configs.errors import EXIT_USER_FAULT
 from launchers.job import Word
 from launchers.kubernetes import Manifest
@@ -65,7 +67,7 @@ class VolcanoLauncher(KubernetesLauncher):
         }
         return {"volcano-job.yaml": manifest}
 
-    def word(self, job: Manifest) -> tuple[Word, str]:
+    def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""
         state = job.get("status", {}).get("state") or {}
         phase = state.get("phase", "")
