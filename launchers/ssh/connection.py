@@ -61,6 +61,14 @@ def ssh_command(cfg: SshLauncherConfig, host: str, remote: str) -> list[str]:
     return [*words, *(word for option in ours for word in ("-o", option)), "--", host, remote]
 
 
+def address_of(cfg: SshLauncherConfig, host: str) -> str:
+    """What ssh makes of a machine's name: it may be an alias that other machines do not know."""
+    asked = [word for word in ssh_command(cfg, host, "") if word]
+    shown = subprocess.run([asked[0], "-G", *asked[1:]], capture_output=True, text=True)
+    names = [line.partition(" ")[2] for line in shown.stdout.splitlines() if line.startswith("hostname ")]
+    return names[0] if names else host.rpartition("@")[2]
+
+
 def agent_command(pythons: Sequence[str]) -> str:
     """For the login shell of a machine, whichever it is: starts the agent with the first Python that is there."""
     return "exec " + shlex.join(["sh", "-c", FIND_PYTHON, BOOTSTRAP, *dict.fromkeys(pythons)])

@@ -6,7 +6,6 @@ import os
 import queue
 import shutil
 import signal
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,15 @@ from launchers.foreground import ForegroundLauncher, supervisor_here
 from launchers.job import Job, JobFolder
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, this_python
 from launchers.ssh.attempt import Attempt
-from launchers.ssh.connection import Beats, Connection, Event, Unreachable, agent_command, ssh_command
+from launchers.ssh.connection import (
+    Beats,
+    Connection,
+    Event,
+    Unreachable,
+    address_of,
+    agent_command,
+    ssh_command,
+)
 from launchers.ssh.gather import Gathered, Gathering, in_one, version_faults
 from launchers.ssh.hosts import configured_hosts, host_faults, parse_hostfile, to_hostfile
 from launchers.ssh.terminal import Terminal
@@ -193,8 +200,7 @@ class _Session:
             gathered = Gathering(hosts, self._connect, check, self.inbox, self.stops, self.cfg, self.show).run()
         finally:
             token.unlink(missing_ok=True)
-        if not gathered.faults:
-            gathered.faults.update(version_faults(gathered, hosts, self.python))
+        gathered.faults.update(version_faults(gathered, hosts, self.python))
         if gathered.faults or self.stops.heard or not keep:
             gathered.close()
         if self.stops.heard:
@@ -211,10 +217,7 @@ class _Session:
         """The address of machine 0, as ssh understands its name."""
         if self.cfg.master or host is None:
             return self.cfg.master or ""
-        asked = [word for word in ssh_command(self.cfg, host, "") if word]
-        shown = subprocess.run([asked[0], "-G", *asked[1:]], capture_output=True, text=True)
-        names = [line.partition(" ")[2] for line in shown.stdout.splitlines() if line.startswith("hostname ")]
-        address = names[0] if names else host.rpartition("@")[2]
+        address = address_of(self.cfg, host)
         if address.startswith(LOOPBACK):
             found = f"{host} is {address}, where the other machines find themselves"
             raise ConfigError("launcher.master", found, remedy="launcher.master=ADDRESS of machine 0")
