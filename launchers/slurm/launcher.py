@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from configs.files import write_whole
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
 from launchers.base import Launcher
-from launchers.job import Job, JobFolder, Report, Word, make_folder
+from launchers.job import Job, JobFolder, Report, Word
 from launchers.slurm.commands import call, end, refused, signal_batch, state_of_job
-from launchers.slurm.script import NAME, render_script
+from launchers.slurm.script import NAME, SWEEP_NAME, render_script
 from launchers.spec import LaunchSpec
 
 GRES = re.compile(r"[A-Za-z][\w.-]*(:[A-Za-z][\w.-]*)?")
-PORTS_PER_JOB, PORT_RANGES = 10, 300
-"""Jobs of a sweep may share a machine: each has ports of its own for its first attempts."""
 LABEL = re.compile(r"\s*0*(\d+): ?(.*)")
 """What ``srun --label`` puts before each line: the machine's number."""
 SHAPE = (
@@ -79,40 +76,28 @@ class SlurmLauncher(Launcher):
         Raises:
             ConfigError: Slurm refused the job: its words, and what to change.
         """
-        job_id, cluster = _sbatch(folder.path)
-        output = folder.path / f"slurm-{job_id}.out"
-        return {"job_id": job_id, "cluster": cluster, "name": job.spec.name, "output": str(output)}
+        number, cluster = _sbatch(folder.path, NAME)
+        return _handle(number, cluster, job.spec.name, folder.path)
 
-    def submit_array(self, jobs: Sequence[tuple[LaunchSpec, JobFolder]], folder: Path, name: str) -> list[Job]:
-        """Submits the jobs of a sweep as one array, each with a run's folder of its own.
-
-        Args:
-            jobs: of equal shape; what each folder has besides job.json is written.
-            folder: for the script, and for Slurm's own output.
-            name: of the array: letters, digits and dashes.
-
-        Returns:
-            The jobs as their job.json has them, from which each is asked after and ended on its own.
+    def submit_all(self, jobs: Sequence[tuple[Job, JobFolder]]) -> list[dict[str, Any]]:
+        """See `Launcher.submit_all`: jobs of equal shape become one array, each with its own state and end.
 
         Raises:
             ConfigError: the jobs differ in shape, or Slurm refused them.
         """
-        specs = _of_one_shape([spec for spec, _ in jobs])
-        make_folder(folder)
-        write_whole(folder / NAME, render_script(specs, 0, self.cfg, self.cluster, array=name))
-        made = [Job(spec, time.time()) for spec in specs]
-        for job, (_, each) in zip(made, jobs, strict=True):
-            each.write(job)
-        number, cluster = _sbatch(folder)
-        handles = [
-            {"job_id": f"{number}_{index}", "cluster": cluster, "name": name}
-            | {"output": str(folder / f"slurm-{number}_{index}.out")}
-            for index in range(len(made))
-        ]
-        made = [replace(job, handle=handle) for job, handle in zip(made, handles, strict=True)]
-        for job, (_, each) in zip(made, jobs, strict=True):
-            each.write(job)
-        return made
+        if len(jobs) == 1:
+            return [self.submit(*jobs[0])]
+        specs = [job.spec for job, _ in jobs]
+        check_shape(specs)
+        folder, name = Path(os.path.commonpath([spec.run_dir for spec in specs])), specs[0].name
+        write_whole(folder / SWEEP_NAME, render_script(specs, jobs[0][0].attempt, self.cfg, self.cluster, array=True))
+        try:
+            number, cluster = _sbatch(folder, SWEEP_NAME)
+        except CrosstuneError:
+            (folder / SWEEP_NAME).unlink()
+            raise
+        tasks = [f"{number}_{index}" for index in range(len(jobs))]
+        return [_handle(task, cluster, name, folder) for task in tasks]
 
     def report(self, job: Job, folder: JobFolder) -> Report:
         """See `Launcher.report`."""
@@ -156,12 +141,12 @@ class SlurmLauncher(Launcher):
         return self._asked[1]
 
 
-def _sbatch(folder: Path) -> tuple[str, str]:
+def _sbatch(folder: Path, name: str) -> tuple[str, str]:
     """Number of the job, and its cluster if it was named.
 
     Slurm's own output goes to the working folder, so that its path is in no line of #SBATCH.
     """
-    done = call(["sbatch", "--parsable", NAME], cwd=folder)
+    done = call(["sbatch", "--parsable", name], cwd=folder)
     if done.returncode:
         raise refused(done.stderr)
     number, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
@@ -173,17 +158,17 @@ def _saved(job: Job, folder: JobFolder) -> bool:
     return len(codes) == job.spec.nodes and set(codes) == {EXIT_RESUMABLE}
 
 
-def _of_one_shape(specs: Sequence[LaunchSpec]) -> list[LaunchSpec]:
-    """The specs with ports of their own.
+def _handle(job_id: str, cluster: str, name: str, folder: Path) -> dict[str, Any]:
+    return {"job_id": job_id, "cluster": cluster, "name": name, "output": str(folder / f"slurm-{job_id}.out")}
+
+
+def check_shape(specs: Sequence[LaunchSpec]) -> None:
+    """Refuses jobs that one script cannot start.
 
     Raises:
-        ConfigError: two differ in what one script says for all.
+        ConfigError: two differ in what it says for all.
     """
     for field in SHAPE:
         values = {str(getattr(spec, field)) for spec in specs}
         if len(values) > 1:
             raise ConfigError(field, f"differs between jobs of one sweep: {', '.join(sorted(values))}")
-    return [
-        replace(spec, master_port=spec.master_port + PORTS_PER_JOB * (index % PORT_RANGES))
-        for index, spec in enumerate(specs)
-    ]

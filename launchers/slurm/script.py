@@ -18,7 +18,7 @@ from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
 from launchers.base import node_command, with_setup
 from launchers.spec import LaunchSpec, this_python
 
-NAME = "job.sbatch"
+NAME, SWEEP_NAME = "job.sbatch", "sweep.sbatch"
 NAMED_BY_SLURM = (
     *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK"),
 )
@@ -36,7 +36,7 @@ def render_script(
     cfg: SlurmLauncherConfig,
     cluster: ClusterConfig,
     *,
-    array: str | None = None,
+    array: bool = False,
 ) -> str:
     """The script of one job, or of several of equal shape as an array, in their order.
 
@@ -45,14 +45,14 @@ def render_script(
         attempt: number of their first attempt.
         cfg: of the launcher.
         cluster: what the machines have.
-        array: name of the array; None: one job, with its own name.
+        array: several jobs, under the name of the first.
     """
     spec = specs[0]
     visible = cluster.visible_devices if spec.devices and cluster.gres else None
     return _template().render(
         options=_options(specs, cfg, cluster, array),
         runs=[each.run_dir for each in specs],
-        array=array is not None,
+        array=array,
         restarts=spec.restarts if cfg.requeue else 0,
         attempt=attempt,
         visible=visible,
@@ -79,13 +79,11 @@ def _template() -> jinja2.Template:
     return environment.get_template("job.sbatch.jinja")
 
 
-def _options(
-    specs: Sequence[LaunchSpec], cfg: SlurmLauncherConfig, cluster: ClusterConfig, array: str | None
-) -> list[str]:
+def _options(specs: Sequence[LaunchSpec], cfg: SlurmLauncherConfig, cluster: ClusterConfig, array: bool) -> list[str]:
     spec = specs[0]
     limit = f"%{cfg.array_parallel}" if cfg.array_parallel else ""
     choices = {
-        "job-name": array or spec.name,
+        "job-name": spec.name,
         "array": f"0-{len(specs) - 1}{limit}" if array else None,
         **{key: getattr(cfg, key) for key in ("partition", "account", "qos", "reservation")},
         **{key: getattr(cfg, key) for key in ("constraint", "nodelist", "exclude")},
