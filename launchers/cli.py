@@ -270,7 +270,7 @@ def _launch(request: Request) -> dict[str, Any] | None:
     """Words of the launch are told from those of the step by their keys."""
     from configs.compose import compose
     from launchers import launch
-    from launchers.sweep import configs_of
+    from launchers.sweep import configs_of, own_port
 
     ours, theirs = launch.split_words(request.words)
     command = request.command.removeprefix("launch ")
@@ -278,7 +278,11 @@ def _launch(request: Request) -> dict[str, Any] | None:
     step = replace(request, command=command, words=theirs)
     if request.multirun:
         swept = configs_of(theirs, lambda words: _config(replace(step, words=words)))
-        plans = [launch.plan(command, cfg, options, label=f"-{n}") for n, cfg in enumerate(swept)]
+        ports = [own_port(options.master_port, number) for number in range(len(swept))]
+        plans = [
+            launch.plan(command, cfg, replace(options, master_port=port), label=f"-{number}")
+            for number, (cfg, port) in enumerate(zip(swept, ports, strict=True))
+        ]
         return launch.launch_all(plans, dry_run=request.dry_run)
     cfg = _config(step)
     if request.cfg:

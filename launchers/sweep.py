@@ -14,6 +14,8 @@ from configs.errors import ConfigError
 from configs.schema.roots import TrainConfig
 from launchers.run_dir import with_run_dir
 
+PORTS_PER_RUN, PORT_RANGES = 10, 300
+"""Runs of a sweep may share a machine at the same time: each has ports of its own for its first attempts."""
 MOST_RUNS = 1000
 """A slip such as range(1e6) must not reach a scheduler."""
 
@@ -74,3 +76,8 @@ def configs_of(words: Sequence[str], compose: Callable[[list[str]], TrainConfig]
 def swept(words: Sequence[str], run: Sequence[str]) -> list[str]:
     """Of one run's words those that the sweep chose."""
     return [each for word, each in zip(words, run, strict=True) if word != each]
+
+
+def own_port(first: int, number: int) -> int:
+    """The rendezvous port of a sweep's run, from that of the first; both in the range that `master_port` may be in."""
+    return 1024 + (first - 1024 + PORTS_PER_RUN * (number % PORT_RANGES)) % (65001 - 1024)
