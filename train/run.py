@@ -35,6 +35,7 @@ from train.observe.progress import Progress
 from train.ops.packed_attention import register
 from train.ops.select import KernelSelection
 from train.origin import Origin, begin, go_on
+from train.plan.kept import PredictionKept, foretell
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
@@ -82,6 +83,8 @@ def train(
         kind = row_kind(cfg.packing, family, note)
         sampler = make_sampler(cfg, data, kind, device, world, note)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
+        if world.rank == 0:
+            foretell(cfg, run, model_dir, device, world, kind, sampler.split)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             start = go_on if resume else begin
@@ -243,5 +246,5 @@ def hooks_of(
         limit = cfg.guard.hang_timeout_seconds
         hooks.append(HangWatch(heartbeat, world, run.path, limit, asynchronous=asynchronous, last_words=last_words))
     if world.rank == 0:
-        hooks += [MetricsHook(run.metrics, keep_until=first_step), Progress()]
+        hooks += [MetricsHook(run.metrics, keep_until=first_step), Progress(), PredictionKept(run)]
     return hooks

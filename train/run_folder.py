@@ -108,6 +108,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def plan(self) -> Path:
+        """Memory as it was predicted, and as it was measured."""
+        return self.path / "plan.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"

@@ -48,7 +48,7 @@ def write_report(run: RunFolder) -> Path:
         name=run.path.resolve().name,
         record=record,
         summary=summary,
-        tiles=_tiles(summary, metrics, record.total_steps),
+        tiles=_tiles(summary, metrics, record.total_steps, _predicted(_json(run.plan))),
         charts=_charts(metrics),
         manifest=manifest,
         histogram=_histogram(manifest),
@@ -76,13 +76,20 @@ def _answers(path: Path) -> list[Answer]:
     return [Answer(**{key: value for key, value in line.items() if key != "exact"}) for line in lines]
 
 
+def _predicted(plan: dict[str, Any]) -> str:
+    """Of the training, on rank 0; empty where nothing was predicted."""
+    return f"predicted {plan['device_bytes'] / 2**30:.1f} GiB" if "device_bytes" in plan else ""
+
+
 def _examples_wanted(config: str) -> int:
     """`eval.examples` of the run's config; a run that only trained has no such group."""
     group = (yaml.safe_load(config) or {}).get("eval") or {}
     return int(group.get("examples", 10))
 
 
-def _tiles(summary: dict[str, Any], metrics: Sequence[Record], total_steps: int) -> list[dict[str, str]]:
+def _tiles(
+    summary: dict[str, Any], metrics: Sequence[Record], total_steps: int, predicted: str
+) -> list[dict[str, str]]:
     """The figures on top of the page: what, value, and what it is compared with."""
     steps = _counted(metrics)
     tiles = []
@@ -105,7 +112,8 @@ def _tiles(summary: dict[str, Any], metrics: Sequence[Record], total_steps: int)
     peak = max([summary.get("peak_gib", 0.0), *(r["peak_gib"] for r in steps)], default=0.0)
     if peak:
         minutes = f"{summary['seconds'] / 60:.1f} min in all" if "seconds" in summary else ""
-        tiles.append({"what": "Peak memory", "value": f"{peak:.1f} GiB", "than": minutes})
+        than = ", ".join(text for text in (predicted, minutes) if text)
+        tiles.append({"what": "Peak memory", "value": f"{peak:.1f} GiB", "than": than})
     return tiles
 
 

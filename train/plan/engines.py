@@ -1,0 +1,329 @@
+"""What each engine allocates on one rank: the plain one as `train/engine/plain.py` does it, DeepSpeed 0.19.8 as its source.
+
+Sizes are those of rank 0, whose share is never smaller than another's. Where DeepSpeed keeps something in host memory
+(offload) it goes on the host's tape, which for a CPU is the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from train.plan import tape as part
+from train.plan.tape import Tape
+from train.plan.trace import Event, Pass
+
+FP32 = 4
+REDUCER_NUMEL = 16 * 2**20
+"""`train.engine.reduce.BUCKET_NUMEL`; here without importing what imports torch.distributed."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter."""
+
+    name: str
+    shape: torch.Size
+    trained: bool
+    module: str
+    """Whose it is; what ZeRO-3 gathers together."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of DeepSpeed's settings decides about memory; defaults as in `train.engine.zero_config`."""
+
+    stage: int
+    offload: bool = False
+    bucket: int = 50_000_000
+    """Elements that are reduced at a time."""
+    overlap: bool = False
+    prefetch: int = 50_000_000
+    persistent: int = 100_000
+    """Parameters of so few elements stay gathered."""
+    max_live: int = 1_000_000_000
+    reuse: int = 0
+    """Elements within which a further use keeps a weight gathered."""
+    sub_group: int = 1_000_000_000
+
+
+@dataclass
+class Setting:
+    """What a script of a run is made from."""
+
+    weights: Sequence[Weight]
+    size: int
+    """Bytes of a working weight."""
+    world: int
+    zero: Zero | None
+    """None: the plain engine."""
+    step: Callable[[Sequence[torch.Size]], tuple[list[Event], list[Event]]]
+    """Traces the optimizer over tensors of these shapes."""
+    micro_batch: Pass
+    reserve_buckets: bool
+    """Buffers count whole, as an accelerator's allocator takes them; else only as far as they are written to."""
+    copy: int = 0
+    """Bytes of the copy that an asynchronous save keeps on the host, from the second step on; 0: none."""
+    device: Tape = field(default_factory=Tape)
+    host: Tape = field(default_factory=Tape)
+
+    @property
+    def trained(self) -> list[Weight]:
+        """Those that train."""
+        return [weight for weight in self.weights if weight.trained]
+
+    @property
+    def groups(self) -> list[list[Weight]]:
+        """As `train.engine.optimizer` groups them: matrices and the rest."""
+        matrices = [weight for weight in self.trained if len(weight.shape) >= 2]
+        others = [weight for weight in self.trained if len(weight.shape) < 2]
+        return [group for group in (matrices, others) if group]
+
+
+class Script:
+    """Writes a run onto the tapes. The engines differ in what they do around the passes."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.set = setting
+        self.device, self.host = setting.device, setting.host
+        self._stepped = False
+
+    def write(self, passes: int, steps: int) -> None:
+        """So many steps of so many micro-batches each."""
+        self.build()
+        for taken in range(steps):
+            if taken == steps - 1 and self.set.copy:
+                self.host.take(part.COPY, self.set.copy)
+            for number in range(passes):
+                self.begin_pass()
+                self._pass()
+                self.end_pass(last=number == passes - 1)
+            self.step()
+            self._stepped = True
+
+    def build(self) -> None:
+        """Model and engine."""
+        raise NotImplementedError
+
+    def begin_pass(self) -> None:
+        """Before a forward pass."""
+
+    def end_pass(self, last: bool) -> None:
+        """After a backward pass."""
+
+    def step(self) -> None:
+        """The optimizer's."""
+        raise NotImplementedError
+
+    def _pass(self) -> None:
+        each = self.set.micro_batch
+        parts = [part.LOGITS if number in each.wide else part.ACTIVATIONS for number in range(each.tensors)]
+        left = self.device.play(each.events, parts)
+        self.device.give(*left.values())
+
+    def _optimize(self, shapes: Sequence[torch.Size], tape: Tape) -> None:
+        """A step over tensors of these shapes; state stays from the first one on."""
+        events = self.set.step(shapes)[1 if self._stepped else 0]
+        stay = {number for number, _ in events} - {number for number, size in events if size < 0}
+        parts = {number: part.STATE if number in stay else part.STEP for number, _ in events}
+        tape.play(events, [parts.get(number, "") for number in range(1 + max(parts, default=0))])
+
+    def _weights(self, bytes_each: Callable[[Weight], int]) -> None:
+        for weight in self.set.weights:
+            self.device.take(part.WEIGHTS, bytes_each(weight))
+
+
+class Plain(Script):
+    """Everything on every rank; gradients in fp32 buckets that stay."""
+
+    def build(self) -> None:
+        """Weights, masters, buckets."""
+        size = self.set.size
+        self._weights(lambda weight: size * weight.numel)
+        if size < FP32:
+            for weight in self.set.trained:
+                self.device.take(part.MASTERS, FP32 * weight.numel)
+        for bucket in chunks([weight.numel for weight in reversed(self.set.trained)], REDUCER_NUMEL):
+            self.device.take(part.GRADIENTS, FP32 * bucket)
+
+    def step(self) -> None:
+        """Over each parameter's master."""
+        self._optimize([weight.shape for weight in self.set.trained], self.device)
+
+
+class ZeroScript(Script):
+    """What DeepSpeed's optimizers share."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        assert setting.zero is not None
+        self.zero = setting.zero
+        self.numel = sum(weight.numel for weight in setting.trained)
+        self.shares = [math.ceil(sum(w.numel for w in group) / setting.world) for group in setting.groups]
+        """Elements of each group on one rank."""
+        self.home = self.host if self.zero.offload else self.device
+        """Where masters and state are."""
+
+    @property
+    def share(self) -> int:
+        """Trained elements on one rank."""
+        return sum(self.shares)
+
+    def _bucket(self) -> int:
+        """Elements of a reduce bucket that are really used."""
+        fill = max(self.numel if self.numel <= self.zero.bucket else self.zero.bucket, 1)
+        return self.zero.bucket if self.set.reserve_buckets else fill
+
+
+class Stage12(ZeroScript):
+    """`DeepSpeedZeroOptimizer`: stage 2, and stage 1 in fp32."""
+
+    def build(self) -> None:
+        """Trained weights move into one flat buffer a group; each rank clones its share as masters."""
+        size, device = self.set.size, self.device
+        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
+        first = []
+        for group, share in zip(self.set.groups, self.shares, strict=True):
+            before = device.take(part.BUILD, size * sum(weight.numel for weight in group))
+            device.take(part.WEIGHTS, size * sum(weight.numel for weight in group))
+            device.give(before)
+            self.home.take(part.MASTERS, FP32 * share)
+            if self.zero.offload:
+                self.host.take(part.WEIGHTS, size * share)
+            first.append((self.home, self.home.take(part.GRADIENTS, FP32 * share)))
+        if self.zero.offload:
+            largest = max(weight.numel for weight in self.set.trained)
+            self.host.take(part.BUCKETS, size * largest)
+            device.take(part.BUCKETS, size * largest)
+        else:
+            for tape, number in first:
+                tape.give(number)
+        self._held: list[int] = []
+        self._ipg: list[int] = []
+
+    def begin_pass(self) -> None:
+        """The reduce bucket is made anew for each backward pass."""
+        buffers = 2 if self.zero.overlap else 1
+        self._ipg = [self.device.take(part.BUCKETS, self.set.size * self._bucket()) for _ in range(buffers)]
+
+    def end_pass(self, last: bool) -> None:
+        """The rank's own share of the gradients is copied out of the bucket."""
+        device = self.device
+        if not self.zero.offload and not self._held:
+            self._held = [device.take(part.GRADIENTS, FP32 * self.share)]
+        if self.set.size < FP32:
+            device.give(device.take(part.BUCKETS, FP32 * min(self._bucket(), self.numel)))  # summed in fp32
+        device.give(*self._ipg)
+
+    def step(self) -> None:
+        """One group after the other; the gradients of all of them wait."""
+        for share in self.shares:
+            flat = None if self.zero.offload else self.device.take(part.GRADIENTS, FP32 * share)
+            self._optimize([torch.Size((share,))], self.home)
+            if flat is not None:
+                self.device.give(flat)
+        self.device.give(*self._held)
+        self._held = []
+
+
+class Bf16Stage1(ZeroScript):
+    """`BF16_Optimizer`: stage 1 with bf16 weights; every rank holds all gradients in fp32."""
+
+    def build(self) -> None:
+        """Flat bf16 weights, fp32 gradients of all of them, masters of the rank's share."""
+        size, device = self.set.size, self.device
+        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
+        for group, share in zip(self.set.groups, self.shares, strict=True):
+            numel = sum(weight.numel for weight in group)
+            before = device.take(part.BUILD, size * numel)
+            device.take(part.WEIGHTS, size * numel)
+            device.give(before)
+            device.take(part.MASTERS, FP32 * share)
+            device.take(part.GRADIENTS, FP32 * numel)
+
+    def begin_pass(self) -> None:
+        """Gradients in bf16, added to the fp32 ones when the pass is over."""
+        self._low = self.device.take(part.GRADIENTS, self.set.size * self.numel)
+
+    def end_pass(self, last: bool) -> None:
+        """See `begin_pass`."""
+        self.device.give(self._low)
+
+    def step(self) -> None:
+        """Over the flat masters."""
+        self._optimize([torch.Size((share,)) for share in self.shares], self.device)
+
+
+class Stage3(ZeroScript):
+    """`DeepSpeedZeroOptimizer_Stage3`: weights too are spread, and gathered where they are used."""
+
+    def build(self) -> None:
+        """Each rank's pieces of all weights; buckets and gradients stay for the whole run."""
+        size, world, device = self.set.size, self.set.world, self.device
+        self._weights(lambda weight: size * math.ceil(weight.numel / world))
+        if size < FP32 or self.zero.offload:
+            self.home.take(part.MASTERS, FP32 * self.share)
+        first = self.home.take(part.BUILD, FP32 * self.share)
+        device.take(part.BUCKETS, FP32 * self._bucket())
+        self.home.take(part.GRADIENTS, FP32 * self.share)
+        if not self.zero.offload:
+            self.home.give(first)
+        self._gathered: list[int] = []
+
+    def begin_pass(self) -> None:
+        """The weights that are gathered at once, at the most."""
+        self._gathered = [self.device.take(part.GATHERED, self.set.size * self.gathered_numel())]
+
+    def gathered_numel(self) -> int:
+        """Elements gathered at once: the small ones always, a module with what is prefetched, what is used soon again."""
+        small = sum(w.numel for w in self.set.weights if w.numel <= self.zero.persistent)
+        modules: dict[str, int] = {}
+        for weight in self.set.weights:
+            if weight.numel > self.zero.persistent:
+                modules[weight.module] = modules.get(weight.module, 0) + weight.numel
+        large = sum(modules.values())
+        at_once = max(modules.values(), default=0) + self.zero.prefetch + self.zero.reuse
+        return small + min(large, max(at_once, 0), max(self.zero.max_live, max(modules.values(), default=0)))
+
+    def end_pass(self, last: bool) -> None:
+        """Gradients of a bucket are laid out anew for the reduce-scatter."""
+        self.device.give(self.device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
+        self.device.give(*self._gathered)
+
+    def step(self) -> None:
+        """One sub-group after the other."""
+        for share in self.shares:
+            for piece in chunks([share], self.zero.sub_group):
+                flat = None if self.zero.offload else self.device.take(part.GRADIENTS, FP32 * piece)
+                self._optimize([torch.Size((piece,))], self.home)
+                if flat is not None:
+                    self.device.give(flat)
+
+
+def script_of(setting: Setting) -> Script:
+    """The script of the engine that the setting asks for."""
+    if setting.zero is None:
+        return Plain(setting)
+    if setting.zero.stage == 3:
+        return Stage3(setting)
+    low = setting.size < FP32
+    return Bf16Stage1(setting) if setting.zero.stage == 1 and low and not setting.zero.offload else Stage12(setting)
+
+
+def chunks(numels: Sequence[int], most: int) -> list[int]:
+    """Sums of runs of at most `most` elements, or of one parameter, as `train.engine.reduce` cuts its buckets."""
+    found: list[int] = []
+    for numel in numels:
+        if found and found[-1] + numel <= most:
+            found[-1] += numel
+        else:
+            found.append(numel)
+    return found

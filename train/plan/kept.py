@@ -1,0 +1,84 @@
+"""A run's own prediction: made when it starts, kept in plan.json, compared with what was measured when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.errors import StorageError, first_line
+from configs.files import write_whole
+from configs.schema.roots import TrainConfig
+from train.data.plan import RowKind
+from train.data.prepared import PreparedSplit
+from train.devices.base import Device
+from train.engine.base import World
+from train.loop import Hook, Record
+from train.models.load import resolve_precision
+from train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def foretell(
+    cfg: TrainConfig,
+    run: RunFolder,
+    model_dir: Path,
+    device: Device,
+    world: World,
+    kind: RowKind,
+    split: PreparedSplit,
+) -> None:
+    """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
+    from train.plan.predict import Data, Model, Predictor, resident_bytes
+
+    run.plan.unlink(missing_ok=True)
+    try:
+        forecast = Predictor(
+            cfg,
+            Model(cfg, model_dir),
+            dtype=resolve_precision(cfg.model.precision, device, on_note=lambda text: None),
+            on_cpu=device.torch_type == "cpu",
+            kind=kind,
+            world=world.size,
+            data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),
+            base_bytes=resident_bytes(),
+        ).forecast()
+        write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
+    except Exception as error:  # a prediction is not worth a run
+        logger.warning("plan: no prediction of memory (%s: %s)", type(error).__name__, first_line(error))
+
+
+class PredictionKept(Hook):
+    """Says at the end what was predicted and what it was; plan.json gets both.
+
+    Measured is what the loop records: of a CPU the process's largest resident set, of an accelerator the most that
+    torch's allocator reserved; both of rank 0.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.peak_gib = run, 0.0
+
+    def on_step(self, record: Record) -> None:
+        """Keeps the largest."""
+        self.peak_gib = max(self.peak_gib, float(record["peak_gib"]))
+
+    def on_end(self) -> None:
+        """One line, where there is something to compare."""
+        if not self.peak_gib or not self.run.plan.is_file():
+            return
+        plan: dict[str, Any] = json.loads(self.run.plan.read_text(encoding="utf-8"))
+        predicted = plan["device_bytes"] / 2**30
+        off = predicted / self.peak_gib - 1
+        logger.info(
+            "peak memory: predicted %.2f GiB, measured %.2f GiB (%s)",
+            predicted,
+            self.peak_gib,
+            f"{abs(off):.0%} {'above' if off > 0 else 'below'} what it was",
+        )
+        try:
+            write_whole(self.run.plan, json.dumps(plan | {"measured_peak_gib": self.peak_gib}, indent=2) + "\n")
+        except StorageError as error:
+            logger.warning("plan: %s", first_line(error))

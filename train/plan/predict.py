@@ -1,0 +1,371 @@
+"""What one process of a run will need, from its config and the model's config.json alone.
+
+The model is built on the meta device and one micro-batch is traced (`trace`), the engine's own allocations are written
+around it (`engines`), and an allocator says what it would hold for all that (`allocators`). So the prediction follows
+the code that runs; nothing in it is fitted to a case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from configs.compose import build
+from configs.errors import ModelError, first_line
+from configs.schema.outputs import SaveMode
+from configs.schema.roots import TrainConfig
+from configs.schema.sharding import ZeroConfig
+from train.data.plan import RowKind
+from train.engine.optimizer import build_optimizer
+from train.engine.zero_config import deepspeed_config
+from train.models.families import Family, family_of
+from train.models.load import load_config
+from train.objectives.base import Objective
+from train.observe.flops import flops_per_token
+from train.ops.packed_attention import register
+from train.plan import tape as part
+from train.plan.allocators import caching_peak, host_peak
+from train.plan.engines import FP32, Setting, Weight, Zero, script_of
+from train.plan.tape import Tape
+from train.plan.trace import Event, Pass, Shape, fullest, trace, trace_optimizer
+from train.tuning.base import Tuning
+
+KERNELS = 40 * 2**20
+"""Host bytes that libraries take for themselves once the first step has run: packing buffers of the matrix product,
+pages of code that were not read before. Seen here: 25 to 45 MiB, whatever the model."""
+STEPS = 3
+"""So many steps are written down: in the first one the optimizer's state comes, later ones find the holes it left."""
+PASSES = 2
+"""So many micro-batches of a step are written down: a later one is like the second."""
+BASE, HELD, LOADING = "process: Python and libraries", "held by the allocator in holes", "loading the weights"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the data."""
+
+    supervised_share: float = 1.0
+    """Of the tokens; 1: the most that can be."""
+    longest: int | None = None
+    """Tokens of the longest sample; None: `max_length`."""
+
+
+@dataclass
+class Forecast:
+    """Memory of one process; all figures in bytes."""
+
+    device_bytes: int
+    """The most that torch holds on the device; for a CPU the resident set."""
+    parts: dict[str, int]
+    """What it is made of."""
+    host_bytes: int
+    """Further memory on the host: an accelerator's process, offloaded state, a checkpoint's copy. A CPU's: 0."""
+    host_parts: dict[str, int]
+    checkpoint_bytes: int
+    """Of a whole checkpoint, all ranks together."""
+    sent_bytes: dict[str, int]
+    """What a rank sends in a step."""
+    flops_per_token: float | None
+    tokens_per_step: int
+    unknown: list[str] = field(default_factory=list)
+    """What is estimated, and how, or not counted."""
+
+
+class Model:
+    """A model without weights, as the run would train it.
+
+    Args:
+        cfg: of the run.
+        model_dir: folder with config.json.
+
+    Raises:
+        ModelError: transformers cannot build it.
+        ConfigError: the tuning method does not fit it.
+    """
+
+    def __init__(self, cfg: TrainConfig, model_dir: Path) -> None:
+        self.cfg, self.model_dir = cfg, model_dir
+        trusted = cfg.model.trust_remote_code
+        self.config = load_config(model_dir, trust_remote_code=trusted)
+        self.family: Family = family_of(self.config, trust_remote_code=trusted)
+        self._passes: dict[tuple[Any, ...], Pass] = {}
+        self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
+
+    def module(self, dtype: torch.dtype, *, packed: bool, recompute: bool) -> nn.Module:
+        """It, on the meta device, in training mode."""
+        key = (dtype, packed, recompute)
+        if key not in self._modules:
+            self._modules[key] = self._build(*key)
+        return self._modules[key]
+
+    def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=register() if packed else "sdpa",
+                    trust_remote_code=self.cfg.model.trust_remote_code,
+                )
+        except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+            raise ModelError(
+                str(self.model_dir / "config.json"),
+                f"no model can be built from it: {first_line(error) or type(error).__name__}",
+            ) from None
+        model.config.use_cache = False
+        module = build(self.cfg.tuning, Tuning).apply(model, self.family)
+        if recompute:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return module.train()
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that the head scores."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def traced(self, dtype: torch.dtype, shape: Shape, *, recompute: bool) -> Pass:
+        """One micro-batch; kept, since engines share it.
+
+        Raises:
+            RuntimeError: or another error; a layer asks for values, which nobody has here.
+        """
+        key = (dtype, shape, recompute)
+        if key not in self._passes:
+            module = self.module(dtype, packed=shape.kind is RowKind.packed, recompute=recompute)
+            objective = build(self.cfg.objective, Objective)
+            self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
+        return self._passes[key]
+
+
+class Predictor:
+    """Predicts for one config; `Model` may be shared by several that differ in how they compute only.
+
+    Args:
+        cfg: of the run.
+        model: as the config says.
+        dtype: of the working weights.
+        on_cpu: whether the device is the host itself.
+        kind: what rows hold.
+        world: processes.
+        data: what is known of it.
+        base_bytes: resident set of a process before it loads the model.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        model: Model,
+        *,
+        dtype: torch.dtype,
+        on_cpu: bool,
+        kind: RowKind,
+        world: int,
+        data: Data,
+        base_bytes: int,
+    ) -> None:
+        self.cfg, self.model, self.dtype, self.on_cpu = cfg, model, dtype, on_cpu
+        self.kind, self.world, self.data, self.base = kind, world, data, base_bytes
+        self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.activation_checkpointing)
+        self.unknown: list[str] = []
+
+    def forecast(self) -> Forecast:
+        """All of it."""
+        setting = self._setting()
+        script_of(setting).write(min(self.passes, PASSES), STEPS)
+        peak, parts, host_parts = self._device(setting)
+        return Forecast(
+            device_bytes=peak,
+            parts=dict(parts),
+            host_bytes=sum(host_parts.values()),
+            host_parts=host_parts,
+            checkpoint_bytes=self._state_bytes,
+            sent_bytes=self.sent(),
+            flops_per_token=flops_per_token(
+                self.module, length=self.longest, supervised_share=self.data.supervised_share
+            ),
+            tokens_per_step=min(self.cfg.batch_tokens, self.passes * self.world * self.shape.tokens),
+            unknown=self.unknown,
+        )
+
+    def _device(self, setting: Setting) -> tuple[int, Counter[str], dict[str, int]]:
+        """Peak, its parts, and the host's parts."""
+        live, parts = setting.device.peak()
+        if not self.on_cpu:
+            held = caching_peak(setting.device.events)
+            parts[HELD] = held - live
+            copied = setting.host.peak()[1]
+            return held, parts, {BASE: self.base, LOADING: self._loading(), **copied}
+        held = host_peak(setting.device.events) or 0
+        if not held:
+            self.unknown.append("holes in the host's memory: no glibc here to ask, so none are counted")
+        parts[HELD], parts[BASE] = max(0, held - live), self.base + KERNELS
+        trained = max(held, live) + self.base + KERNELS
+        loading = self._loading() + self.base
+        if loading > trained:
+            return loading, Counter({BASE: self.base, LOADING: self._loading()}), {}
+        return trained, parts, {}
+
+    def _loading(self) -> int:
+        """Host memory while the model loads: every process maps the whole files, and casts to another format beside."""
+        weights = sum(weight.numel for weight in self.weights) * self.dtype.itemsize
+        files = sum(file.stat().st_size for file in self.model.model_dir.glob("*.safetensors"))
+        return weights if files <= weights * 1.05 and files >= weights * 0.95 else files + weights
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        """The module's parameters."""
+        return [
+            Weight(name, parameter.shape, parameter.requires_grad, name.rpartition(".")[0])
+            for name, parameter in self.module.named_parameters()
+        ]
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements that train."""
+        return sum(weight.numel for weight in self.weights if weight.trained)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return min(self.cfg.max_length, self.data.longest or self.cfg.max_length)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The micro-batch that takes the most."""
+        # A rank is dealt its share of the step, give or take a sample, and fills its micro-batches with that.
+        dealt = max(self.longest, math.ceil(self.cfg.batch_tokens / self.world))
+        tokens = min(self.cfg.micro_batch_tokens, dealt)
+        return fullest(self.kind, tokens, min(self.longest, tokens), self.data.supervised_share)
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of a rank in a step."""
+        return max(1, math.ceil(self.cfg.batch_tokens / self.world / self.shape.tokens))
+
+    @property
+    def _state_bytes(self) -> int:
+        """Masters and state of all trained weights, in fp32."""
+        stay = self.optimizer_events((torch.Size((1024,)),))[0]
+        freed = {number for number, size in stay if size < 0}
+        states = sum(1 for number, size in stay if number not in freed and size >= 1024 * FP32)
+        return FP32 * (1 + states) * self.trained_numel
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a copy for an asynchronous save is made before the last step."""
+        keep = self.cfg.checkpoint
+        due = keep.every and (not self.cfg.max_steps or self.cfg.max_steps > keep.every)
+        return bool(due) and keep.mode is not SaveMode.synchronous
+
+    def optimizer_events(self, shapes: Sequence[torch.Size]) -> tuple[list[Event], list[Event]]:
+        """First and later steps of the run's optimizer over tensors of these shapes."""
+        return trace_optimizer(
+            lambda named: build_optimizer(self.cfg.optim, named), shapes, foreach=not self.on_cpu
+        )
+
+    def _setting(self) -> Setting:
+        device = Tape()
+        return Setting(
+            weights=self.weights,
+            size=self.dtype.itemsize,
+            world=self.world,
+            zero=self.zero,
+            step=self.optimizer_events,
+            micro_batch=self._micro_batch(),
+            reserve_buckets=not self.on_cpu,
+            device=device,
+            host=device if self.on_cpu else Tape(),
+            copy=self._state_bytes // self.world if self._copies else 0,
+        )
+
+    def _micro_batch(self) -> Pass:
+        try:
+            return self.model.traced(self.dtype, self.shape, recompute=self.cfg.activation_checkpointing)
+        except Exception as error:  # whatever a layer raises that reads numbers where there are none
+            if type(error).__name__ == "ConfigError":
+                raise
+            said = first_line(error) or type(error).__name__
+            self.unknown.append(
+                f"activations: a layer of '{self.model.family.model_type}' cannot be traced without numbers ({said}); "
+                "estimated as 34 bytes for each token, layer and hidden unit in bf16, twice that in fp32 "
+                "(Korthikanti et al. 2022, arXiv:2205.05198, without the attention scores)"
+            )
+            return self._estimated()
+
+    def _estimated(self) -> Pass:
+        config = self.model.config.get_text_config()
+        factor = 34 * self.dtype.itemsize // 2
+        recompute = self.cfg.activation_checkpointing
+        layers = 1 if recompute else config.num_hidden_layers
+        kept = self.dtype.itemsize * config.num_hidden_layers if recompute else 0
+        hidden = self.shape.tokens * config.hidden_size
+        logits = self.shape.supervised * self.model.vocabulary * (self.dtype.itemsize + 3 * FP32)
+        events = [(0, hidden * (factor * layers + kept)), (1, logits), (1, -1), (0, -1)]
+        return Pass(events, 2, [], {1})
+
+    @cached_property
+    def zero(self) -> Zero | None:
+        """DeepSpeed's settings as the run would give them."""
+        sharding = self.cfg.sharding
+        if not isinstance(sharding, ZeroConfig):
+            return None
+        numel = sum(weight.numel for weight in self.weights)
+        settings = deepspeed_config(
+            sharding,
+            world_size=self.world,
+            precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
+            max_grad_norm=self.cfg.optim.max_grad_norm,
+            model_numel=numel,
+        )["zero_optimization"]
+        stage = sharding.stage
+        return Zero(
+            stage=stage,
+            offload=sharding.offload_optimizer,
+            bucket=int(settings["reduce_bucket_size"]),
+            overlap=bool(settings.get("overlap_comm", stage == 3)),
+            prefetch=int(settings.get("stage3_prefetch_bucket_size", Zero.prefetch)),
+            persistent=int(settings.get("stage3_param_persistence_threshold", Zero.persistent)),
+            max_live=int(settings.get("stage3_max_live_parameters", Zero.max_live)),
+            reuse=int(settings.get("stage3_max_reuse_distance", 0)),
+            sub_group=int(settings.get("sub_group_size", Zero.sub_group)),
+        )
+
+    def sent(self) -> dict[str, int]:
+        """Bytes that a rank sends in a step, as a ring does it: each collective moves (n - 1) / n of its data."""
+        if self.world == 1:
+            return {}
+        ring = (self.world - 1) / self.world
+        gradients = FP32 * self.trained_numel * ring
+        weights = self.dtype.itemsize * self.trained_numel * ring
+        stage = self.zero.stage if self.zero else 0
+        if stage == 0:
+            return {"gradients, all-reduce": int(2 * gradients)}
+        if stage in (1, 2):
+            times = self.passes if stage == 2 else 1
+            return {"gradients, all-reduce": int(2 * gradients * times), "weights, all-gather": int(weights)}
+        whole = self.dtype.itemsize * sum(weight.numel for weight in self.weights) * ring
+        return {
+            "weights, gathered forward and backward": int(2 * whole * self.passes),
+            "gradients, reduce-scatter": int(gradients * self.passes),
+        }
+
+
+def resident_bytes() -> int:
+    """Resident set of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def parts_in_order(parts: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Those that take something, the largest first."""
+    yield from sorted(((name, size) for name, size in parts.items() if size > 0), key=lambda each: -each[1])
