@@ -132,7 +132,8 @@ def torchrun_command(
         *("--log-dir", str(attempt / "workers")),
         *("--shutdown-timeout", str(grace_seconds)),
         *("--signals-to-handle", ",".join(number.name for number in passed_on())),
-        *("-m", "launchers.cli", *arguments),
+        # torchrun takes each argument for a string.Template and fills in ${local_rank}.
+        *("-m", "launchers.cli", *(word.replace("$", "$$") for word in arguments)),
     ]
 
 
