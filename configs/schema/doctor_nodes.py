@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from configs.errors import ConfigError, not_empty
 from configs.schema.device import DeviceConfig
-from configs.schema.launch import ClusterConfig, LauncherConfig
+from configs.schema.launch import ClusterConfig, LauncherConfig, check_variables
 from configs.schema.model import ModelConfig
 
 
@@ -36,6 +36,14 @@ class DoctorNodesConfig:
     """By so much one machine may start later than another."""
     compare: list[str] = field(default_factory=list)
     """Further environment variables that must be equal everywhere; their values are not shown."""
+    python: str | None = None
+    """The interpreter on the machines. Null: this one."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that the job would have, over those of the cluster."""
+    cpus: int = 0
+    """Per machine, where a scheduler gives them out. 0: its default."""
+    memory_gib: int = 0
+    """Likewise."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
     """Only ``model.precision`` is looked at."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -47,7 +55,9 @@ class DoctorNodesConfig:
         for key in ("nodes", "nproc", "allreduce_seconds", "patience_seconds"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, str(getattr(self, key)), allowed="1 or more")
-        for key in ("needed_gib", "allreduce_mib"):
+        not_empty("python", self.python)
+        check_variables("environment", self.environment)
+        for key in ("needed_gib", "allreduce_mib", "cpus", "memory_gib"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, str(getattr(self, key)), allowed="0 or more")
         if not 1024 <= self.master_port <= 65535:

@@ -16,10 +16,15 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import CrosstuneError
-from launchers.doctor.nodes.command import COMMAND, Heard, doctor_nodes
+from launchers.doctor.nodes.carry import COMMAND, Heard
+from launchers.doctor.nodes.command import doctor_nodes
 from launchers.doctor.nodes.request import Request
+from tests.command import crosstune
 from tests.net_lab import NetLab, net_lab
+from tests.slurm_cluster import SlurmCluster
 from tests.standin import StandinKit
+
+pytest_plugins = ["tests.slurm_cluster"]
 
 FAST_CLOCK = "import time\n_true = time.time\ntime.time = lambda: _true() + 90.0\n"
 
@@ -265,3 +270,33 @@ print("holds", flush=True)
 server.accept()[0].recv(1)
 server.accept()[0].recv(1)
 """
+
+
+def test_real_ssh_carries_the_questions_and_a_host_that_is_off_is_named(tmp_path):
+    with net_lab(tmp_path, 3) as lab:
+        lab.switch_off("n2")
+        words = [
+            *("doctor", "nodes", "launcher=ssh", "nodes=3", "launcher.hosts=[n0,root@n1,n2]", "quick=true", "--json"),
+            *(f"launcher.config={lab.ssh_config}", "launcher.connect_seconds=3", "patience_seconds=6", "device=cpu"),
+            *(f"environment.PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", "needed_gib=0.01"),
+            f"run_dir={tmp_path}",
+        ]
+        out = crosstune(*words, code=2, prefix=lab.from_client([]))
+    report = json.loads(out.splitlines()[-1])
+    assert [each["name"] for each in report["nodes"]] == ["n0", "n1", "n2"]
+    assert report["nodes"][1]["report"]["facts"]["meeting"]["reached"] and report["nodes"][2]["report"] is None
+    (fault,) = report["findings"]
+    assert fault["nodes"] == ["n2"] and "cannot be reached" in fault["what"]
+
+
+@pytest.mark.slow
+def test_slurm_carries_the_questions_to_the_nodes_that_it_gives(slurm: SlurmCluster):
+    """Its two nodes are this machine, which the doctor says."""
+    words = ["doctor", "nodes", "launcher=slurm", "nodes=2", "quick=true", "device=cpu", "needed_gib=0.01", "--json"]
+    words += [f"environment.PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", "master_port=29611"]
+    report = json.loads(crosstune(*words, **slurm.environment).splitlines()[-1])
+    assert report["nodes"][1]["report"]["facts"]["meeting"]["reached"]
+    assert "is the same machine as node 0" in [finding["what"] for finding in report["findings"]]
+    refused = crosstune(*words, "launcher.partition=nowhere", code=2, **slurm.environment)
+    (fault,) = json.loads(refused.splitlines()[-1])["findings"]
+    assert "invalid partition" in fault["what"].lower() and len(fault["nodes"]) == 2

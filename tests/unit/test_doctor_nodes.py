@@ -311,7 +311,7 @@ def test_a_node_that_says_nothing_or_something_else_is_told(capsys):
 
 
 def test_a_launcher_that_starts_nothing_elsewhere_says_so():
-    with pytest.raises(ConfigError, match="nodes: 2, but launcher=local"):
+    with pytest.raises(ConfigError, match="launcher: local, whose 2 nodes cannot be asked"):
         doctor_nodes(compose("doctor_nodes", ["nodes=2"]))
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from configs.compose import build, to_yaml
-from configs.errors import EXIT_DONE, EXIT_USER_FAULT, ConfigError, CrosstuneError
+from configs.errors import EXIT_DONE, EXIT_USER_FAULT, CrosstuneError
 from configs.schema.doctor import DoctorConfig
 from configs.schema.doctor_nodes import DoctorNodesConfig
 from launchers.base import Launcher
@@ -22,27 +20,8 @@ from launchers.doctor.nodes.judge import judge
 from launchers.doctor.nodes.look import look
 from launchers.doctor.nodes.request import Request, report_in
 
-COMMAND = ("-P", "-m", "launchers.doctor.nodes.look")
-"""What Python runs on a node, with the request on standard input or in a file that is named as its argument."""
-
-Heard = tuple[int, "Iterable[str] | CrosstuneError"]
-"""A node's number, and the lines that it printed, or why it was not asked."""
-
-
-@runtime_checkable
-class AsksNodes(Protocol):
-    """A launcher that can run a short program on its nodes, all at the same time."""
-
-    def node_names(self, nodes: int) -> Sequence[str]:
-        """How the nodes call each other, by number; empty where only the scheduler knows."""
-
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
-        """Runs `COMMAND` with each request on its node; gives what each printed as it ends, in any order.
-
-        Args:
-            requests: by node number.
-            seconds: after which nodes that have not ended are given up.
-        """
+if TYPE_CHECKING:
+    from launchers.doctor.nodes.carry import AsksNodes
 
 
 def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[str, Any]:
@@ -53,9 +32,12 @@ def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[
         asks: who carries the questions; None: the configured launcher.
 
     Raises:
-        ConfigError: the launcher starts nothing on so many nodes.
+        ConfigError: the launcher's nodes cannot be asked.
     """
-    asks = asks or _launcher(cfg)
+    if asks is None:
+        from launchers.doctor.nodes.carry import asker_of  # needs the launchers, which need `quick_look`
+
+        asks = asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
     requests = requests_of(cfg, asks.node_names(cfg.nodes))
     answers = ask(requests, asks)
     findings = judge(requests[0], answers)
@@ -124,36 +106,3 @@ def ask(requests: Sequence[Request], asks: AsksNodes) -> list[Answer]:
     late = CrosstuneError("time", f"nothing came within {seconds:.0f} s")
     now = time.time()
     return [answers.get(each.node) or Answer(each.node, None, late, each.asked_at, now) for each in requests]
-
-
-class ThisMachine:
-    """Asks this machine alone, in a process of its own."""
-
-    def node_names(self, nodes: int) -> Sequence[str]:
-        """This machine needs no name."""
-        return ()
-
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
-        """See `AsksNodes`."""
-        [request] = requests
-        command = [sys.executable, *COMMAND]
-        try:
-            done = subprocess.run(command, input=request.to_json(), capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            yield 0, CrosstuneError("this machine", f"it did not end within {seconds:.0f} s")
-            return
-        yield 0, [*done.stderr.splitlines(), *done.stdout.splitlines()]
-
-
-def _launcher(cfg: DoctorNodesConfig) -> AsksNodes:
-    launcher = build(cfg.launcher, Launcher, cfg.cluster)
-    if isinstance(launcher, AsksNodes):
-        return launcher
-    if cfg.nodes > 1:
-        raise ConfigError(
-            "nodes",
-            f"{cfg.nodes}, but launcher={launcher.name} cannot ask its nodes",
-            allowed="1: this machine",
-            remedy="crosstune doctor nodes on each of them",
-        )
-    return ThisMachine()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -37,7 +38,10 @@ def main() -> None:
     channel = os.dup(1)
     os.dup2(2, 1)
     text = Path(sys.argv[1]).read_text(encoding="utf-8") if sys.argv[1:] else sys.stdin.read()
-    report = look(Request.from_json(text).on_this_machine())
+    request = Request.from_json(text).on_this_machine()
+    # Whoever asked may have gone, and its connection with it.
+    signal.alarm(int(request.total_seconds) + 1)
+    report = look(request)
     line = f"{MARK}{json.dumps(report)}\n".encode()
     while line:
         line = line[os.write(channel, line) :]
