@@ -31,7 +31,7 @@ CANCEL_LOOK_SECONDS = 1.0
 """Between two looks for `JobFolder.cancelled`."""
 SETTLE_SECONDS = 5.0
 """From the first machine that ends badly to the word to the others: most end by themselves, and say more then."""
-STEP_SECONDS = 10.0
+STEP_SECONDS = 5.0
 """From that word, which nobody can answer with a save once ranks are missing, to a second one, and on to SIGKILL."""
 LAST_LINES = 5
 """Of the output of a machine that ended before it could leave a mark."""
@@ -135,7 +135,8 @@ class Attempt:
             self._on_line(node, machine, frame["text"])
         elif kind == "mark":
             machine.mark = Mark(**frame["mark"])
-            self.folder.mark(machine.mark)
+            if not machine.shared or machine.mark.ended is not None:  # a mark of the begin may be behind the times
+                self.folder.mark(machine.mark)
             self._compare_environments()
         elif kind == "fault":
             [(where, found, remedy)] = frame["faults"]

@@ -104,8 +104,8 @@ class Gathering:
             except queue.Empty:
                 pass
             else:
-                place = self._places[connection.node]
-                if place.connection is connection and not place.settled:
+                place = self._places.get(connection.node)
+                if place and place.connection is connection and not place.settled:
                     self._hear(place, connection, frame)
             self._expire()
         answers = {place.node: place.answer for place in places if place.answer}
