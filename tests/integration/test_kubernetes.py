@@ -21,6 +21,7 @@ from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Mark, State, Word, state_of
 from launchers.kubernetes.api import ExistsError, LostError
 from launchers.kubernetes.base import KubernetesLauncher
+from launchers.torchrun import free_port
 from tests.command import crosstune, metrics_of
 from tests.fake_kubelet import Kubelet
 from tests.fake_kubernetes import TOKEN, Cluster, Fault, api_server, write_kubeconfig
@@ -373,12 +374,19 @@ def test_pods_train_are_evicted_and_go_on(cluster: Cluster, kubeconfig: Path, tm
         *(f"{key}={quoted(path)}" for key, path in {"run_dir": run, "dataset.path": data}.items()),
         *(f"model.path={quoted(shared / 'model')}", f"cache_dir={quoted(shared / 'cache')}"),
         *("dataset.test_fraction=0.1", "dataset.license=CC0-1.0", "device=cpu", "model.precision=fp32"),
-        *("batch_tokens=400", "max_length=200", "micro_batch_tokens=400", "max_steps=40", "checkpoint.every=10"),
-        *("launcher=volcano", "nodes=2", "nproc=1", f"python={quoted(Path(sys.executable))}", "launcher.image=i:1"),
-        *(f"launcher.kubeconfig={quoted(kubeconfig)}", f"+launcher.claims={{{quoted(shared)}: team}}"),
+        *("batch_tokens=400", "max_length=200", "micro_batch_tokens=400", "max_steps=24", "checkpoint.every=8"),
+        *(
+            "launcher=volcano",
+            "nodes=2",
+            "nproc=1",
+            f"master_port={free_port()}",
+            f"python={quoted(Path(sys.executable))}",
+            "launcher.image=i:1",
+        ),
+        *(f"launcher.kubeconfig={quoted(kubeconfig)}", f"launcher.claims={{{tmp_path}: team}}"),
         *(
             "secrets=[HF_TOKEN]",
-            "+launcher.secret_refs={HF_TOKEN: hub/token}",
+            "launcher.secret_refs={HF_TOKEN: hub/token}",
             f"cluster.setup=[{quoted(shared / 'env.sh')}]",
         ),
         "environment={ODD: '$(HOME) \"x\" `y`'}",
@@ -402,8 +410,8 @@ def test_pods_train_are_evicted_and_go_on(cluster: Cluster, kubeconfig: Path, tm
     assert [[mark.exit_code for mark in each] for each in marks] == [[75, 75], [0, 0]]
     assert len({mark.environment for each in marks for mark in each}) == 1
     steps = [line["step"] for line in metrics_of(run)]
-    assert steps == list(range(1, 41)), steps
-    assert "resume" in printed.lower() and re.search(r"\b40\b", printed), printed
+    assert steps == list(range(1, 25)), steps
+    assert "resume" in printed.lower() and re.search(r"\b24\b", printed), printed
     assert not list(tmp_path.rglob("evil")) and not (Path("/") / "evil").exists()
     for file in (path for path in shared.rglob("*") if path.is_file()):
         assert secret.encode() not in file.read_bytes(), file
