@@ -29,7 +29,7 @@ from launchers.doctor.nodes.findings import Answer, Finding
 from launchers.doctor.nodes.judge import judge
 from launchers.doctor.nodes.page import show
 from launchers.doctor.nodes.rendezvous import Guest, Host
-from launchers.doctor.nodes.request import MARK, Request, report_in
+from launchers.doctor.nodes.request import Request, report_in, report_lines
 from launchers.doctor.nodes.threads import in_threads
 from launchers.spec import MASTER, NODE
 
@@ -280,9 +280,12 @@ def test_a_request_travels_as_one_line_and_a_launchers_variables_say_which_node_
 
 
 def test_a_report_is_found_behind_what_a_launcher_puts_before_it():
-    lines = ["motd", f'2: {MARK}{{"node": 1}}', f'{MARK}{{"node": 2, "cut', "bye"]
-    assert report_in(lines) == {"node": 1}
-    assert report_in(["nothing"]) is None
+    report = {"node": 1, "facts": [os.urandom(2000).hex()]}
+    lines = list(report_lines(report))
+    assert len(lines) > 3 and max(map(len, lines)) < 500
+    assert report_in(["motd", *(f" 2: {line}" for line in lines), "bye"]) == report
+    assert report_in(lines[:-1]) is None and report_in(["nothing"]) is None
+    assert report_in([*lines[:-1], lines[-1][:-1] + "!"]) is None
 
 
 class Told:

@@ -1,7 +1,7 @@
 """One machine's part: ``python -P -m launchers.doctor.nodes.look [FILE]``, the request in FILE or on standard input.
 
-A launcher says by its variables which machine this is (`launchers.spec`). The report is one line of standard output,
-`request.MARK` and JSON; standard error has what libraries print. Needs the standard library and psutil; torch is
+A launcher says by its variables which machine this is (`launchers.spec`). The report is in lines of standard output
+(`request.report_lines`); standard error has what libraries print. Needs the standard library and psutil; torch is
 imported in processes of its own.
 
     {"node", "name", "host", "machine", "began_at", "answered_at", "facts": {check: {...}}}
@@ -11,7 +11,6 @@ A check that raised or did not end has ``{"failed": why}`` for its facts.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -26,7 +25,7 @@ from launchers.doctor.nodes import machine, network
 from launchers.doctor.nodes.allreduce import probe
 from launchers.doctor.nodes.machine import TOKEN_SECONDS
 from launchers.doctor.nodes.rendezvous import Guest, Host
-from launchers.doctor.nodes.request import DEVICE_SECONDS, MARK, Request
+from launchers.doctor.nodes.request import DEVICE_SECONDS, Request, report_lines
 from launchers.doctor.nodes.threads import in_threads
 
 CHECK_SECONDS = 20.0
@@ -42,9 +41,8 @@ def main() -> None:
     # Whoever asked may have gone, and its connection with it.
     signal.alarm(int(request.total_seconds) + 1)
     report = look(request)
-    line = f"{MARK}{json.dumps(report)}\n".encode()
-    while line:
-        line = line[os.write(channel, line) :]
+    with os.fdopen(channel, "w", encoding="ascii") as out:
+        out.writelines(f"{line}\n" for line in report_lines(report))
     # A thread that hangs in a dead file system must not keep the process.
     os._exit(0)
 

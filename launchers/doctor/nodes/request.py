@@ -1,10 +1,13 @@
-"""What each machine is asked, and the line in which it answers. Plain values, so that any launcher can carry them."""
+"""What each machine is asked, and the lines in which it answers. Plain values, so that any launcher can carry them."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,10 @@ from typing import Any
 from launchers.spec import MASTER, NODE
 
 MARK = "CROSSTUNE-NODE-REPORT "
-"""Begins the line of the report: a scheduler's log holds other lines, too."""
+"""Begins a line of a report: a scheduler's log holds other lines, too."""
+LINE = re.compile(MARK + r"(\d+)/(\d+) (\S+)")
+"""One of them: which of how many, and its piece of the report."""
+PIECE = 400
 DEVICE_SECONDS = 150.0
 """For a look at the devices, which imports torch. A driver that hangs is a finding."""
 LATE_SECONDS = 60.0
@@ -110,17 +116,25 @@ class Request:
         )
 
 
+def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """A report in short lines of printable characters: srun, and Kubernetes, tear long ones apart."""
+    text = base64.b64encode(zlib.compress(json.dumps(report).encode())).decode()
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    yield from (f"{MARK}{number}/{len(pieces)} {piece}" for number, piece in enumerate(pieces, 1))
+
+
 def report_in(lines: Iterable[str]) -> dict[str, Any] | None:
-    """The last report among the lines of a machine's output, behind whatever a launcher puts before it."""
-    found = None
-    for line in lines:
-        _, mark, content = line.partition(MARK)
-        if mark:
-            try:
-                found = json.loads(content)
-            except ValueError:  # cut off: the machine ended while it wrote
-                continue
-    return found if isinstance(found, dict) else None
+    """The report among the lines of a machine's output, whatever a launcher puts before each; None: not whole."""
+    found = [match for line in lines if (match := LINE.search(line))]
+    pieces = {int(match[1]): match[3] for match in found}
+    if not found or set(pieces) != set(range(1, int(found[-1][2]) + 1)):
+        return None
+    try:
+        text = zlib.decompress(base64.b64decode("".join(pieces[number] for number in sorted(pieces))))
+        report: dict[str, Any] = json.loads(text)
+    except (ValueError, zlib.error):
+        return None
+    return report
 
 
 def existing_part(path: str) -> Path:
