@@ -26,6 +26,7 @@ from configs.schema.model import ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
 from configs.schema.outputs import CheckpointConfig, ExportConfig
+from configs.schema.plan import PlanConfig
 from configs.schema.prove import ProveLayoutConfig, ProveReshardConfig, ProveResumeConfig
 from configs.schema.roots import EvalJobConfig, ExportJobConfig, PrepConfig, RunConfig, TrainConfig
 from configs.schema.sharding import PlainConfig, ZeroConfig
@@ -45,6 +46,7 @@ ROOTS: dict[str, type[Any]] = {
     "doctor_nodes": DoctorNodesConfig,
     "doctor_ascend-standin": StandinConfig,
     "launch": LaunchConfig,
+    "plan": PlanConfig,
     "prove_resume": ProveResumeConfig,
     "prove_reshard": ProveReshardConfig,
     "prove_layout": ProveLayoutConfig,
@@ -96,7 +98,7 @@ def spoken(command: str) -> str:
 
 # Experiments are whole runs. They are composed as a `run`, and a smaller command then takes the part it knows.
 EXPERIMENT = "experiment"
-EXPERIMENT_COMMANDS = ("prep", "train", "run", "prove_resume", "prove_reshard", "prove_layout")
+EXPERIMENT_COMMANDS = ("prep", "train", "run", "plan", "prove_resume", "prove_reshard", "prove_layout")
 
 
 @cache

@@ -25,6 +25,7 @@ COMPOSED = {
     "run": "the whole road: prep, train, export, eval",
     "launch train": "starts `crosstune train` on one machine or many: launcher=... nodes=... and its own words",
     "launch run": "starts `crosstune run` likewise",
+    "plan": "memory, disk, communication and time of a run, before it starts; --fit '64GiB x 8': what would fit",
     "doctor": "what a device can do here, and what is missing",
     "doctor nodes": "what would break a run over several machines: a line per node, and the remedies",
     "doctor portability": "what a model asks of a device that the device lacks",
@@ -152,7 +153,7 @@ def parse(arguments: Sequence[str]) -> Request:
             request.follow = True
         elif word == "--hard":
             request.hard = True
-        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build", "--node"):
+        elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build", "--node", "--fit"):
             _set_option(request, word, rest)
         elif word.startswith("-"):
             options = ("--help", "--cfg", "--config-dir", "--resolved", "--json", "--dry-run")
@@ -207,8 +208,8 @@ def _set_option(request: Request, word: str, rest: Any) -> None:
         if not value.isdecimal():
             raise ConfigError("--node", f"'{value}'", allowed="a machine's number, from 0")
         request.node = int(value)
-    elif option == "--build":
-        request.words.append(f"build={value}")
+    elif option in ("--build", "--fit"):
+        request.words.append(f"{option.removeprefix('--')}={value}")
     elif option == "--config-dir":
         request.config_dir = Path(value).expanduser()
     else:
@@ -244,6 +245,10 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     _prepare_process(cfg)
     if request.command.startswith("doctor"):
         return _doctor(request, cfg)
+    if request.command == "plan":
+        from launchers.plan.command import plan
+
+        return plan(cfg)
     from launchers import prep, steps
     from launchers.failure import ERROR_DIR, LAUNCHED
     from launchers.torchrun import join_terminal
@@ -378,7 +383,8 @@ def _config(request: Request) -> Any:
     if request.resolved is None:
         return compose(command, words, config_dir=request.config_dir)
     cfg = load_resolved(request.resolved)
-    proofs = tuple(name for name in COMPOSED if name.startswith("prove "))
+    # Commands that take a run's config and make something else of it.
+    proofs = ("plan", *(name for name in COMPOSED if name.startswith("prove ")))
     made_by = spoken(command_of(cfg))
     fitting = {"run": ("run", "train", *proofs), "train": ("train", *proofs)}.get(made_by, (made_by,))
     if request.command not in fitting:

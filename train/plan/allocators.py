@@ -5,8 +5,8 @@ is aligned to 64 bytes, so that a hole of its own size does not take the next on
 belong to a tensor lie between the holes and keep them apart; and blocks below a threshold, which grows to 32 MiB by
 itself, go back to the system only from the heap's end.
 
-On an accelerator torch's caching allocator rounds sizes up and keeps its segments; the figures are those of
-``c10/cuda/CUDACachingAllocator.cpp`` (torch 2.13), which the plugins of other vendors took over.
+On an accelerator torch's caching allocator rounds sizes up and keeps its segments; the figures are those of torch 2.13
+(``c10/core/AllocatorConfig.h`` and the allocators beside it), which vendors' plugins took over.
 """
 
 from __future__ import annotations

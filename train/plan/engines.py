@@ -1,4 +1,4 @@
-"""What each engine allocates on one rank: the plain one as `train/engine/plain.py` does it, DeepSpeed 0.19.8 as its source.
+"""What each engine allocates on a rank: ours as `train/engine/plain.py` does it, DeepSpeed 0.19.8 as its source has it.
 
 Sizes are those of rank 0, whose share is never smaller than another's. Where DeepSpeed keeps something in host memory
 (offload) it goes on the host's tape, which for a CPU is the same one.
@@ -219,8 +219,9 @@ class Stage12(ZeroScript):
         device = self.device
         if not self.zero.offload and not self._held:
             self._held = [device.take(part.GRADIENTS, FP32 * self.share)]
-        if self.set.size < FP32:
-            device.give(device.take(part.BUCKETS, FP32 * min(self._bucket(), self.numel)))  # summed in fp32
+        if self.set.size < FP32 or self.set.world > 1:
+            # Laid out anew, in fp32, for the sum over the ranks.
+            device.give(device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
         device.give(*self._ipg)
 
     def step(self) -> None:
@@ -268,22 +269,27 @@ class Stage3(ZeroScript):
     def build(self) -> None:
         """Each rank's pieces of all weights; buckets and gradients stay for the whole run."""
         size, world, device = self.set.size, self.set.world, self.device
-        self._weights(lambda weight: size * math.ceil(weight.numel / world))
+        pieces = {weight.name: math.ceil(weight.numel / world) for weight in self.set.weights}
+        numbers = [(weight, device.take(part.WEIGHTS, size * pieces[weight.name])) for weight in self.set.weights]
+        device.take(part.WEIGHTS, size * sum(pieces[weight.name] for weight in self.set.trained))
+        device.give(*[number for weight, number in numbers if weight.trained])  # now views of the buffer
         if size < FP32 or self.zero.offload:
             self.home.take(part.MASTERS, FP32 * self.share)
-        first = self.home.take(part.BUILD, FP32 * self.share)
+        gradients = self.home.take(part.GRADIENTS if self.zero.offload else part.BUILD, FP32 * self.share)
         device.take(part.BUCKETS, FP32 * self._bucket())
         self.home.take(part.GRADIENTS, FP32 * self.share)
         if not self.zero.offload:
-            self.home.give(first)
+            self.home.give(gradients)
         self._gathered: list[int] = []
 
     def begin_pass(self) -> None:
         """The weights that are gathered at once, at the most."""
-        self._gathered = [self.device.take(part.GATHERED, self.set.size * self.gathered_numel())]
+        # A rank alone has all of them and copies nothing.
+        numel = self.gathered_numel() if self.set.world > 1 else 0
+        self._gathered = [self.device.take(part.GATHERED, self.set.size * numel)]
 
     def gathered_numel(self) -> int:
-        """Elements gathered at once: the small ones always, a module with what is prefetched, what is used soon again."""
+        """Elements gathered at once: small ones always, a module with what is prefetched, what is used again soon."""
         small = sum(w.numel for w in self.set.weights if w.numel <= self.zero.persistent)
         modules: dict[str, int] = {}
         for weight in self.set.weights:

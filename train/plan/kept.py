@@ -32,7 +32,7 @@ def foretell(
     split: PreparedSplit,
 ) -> None:
     """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
-    from train.plan.predict import Data, Model, Predictor, resident_bytes
+    from train.plan.predict import Data, Model, Predictor, process_bytes
 
     run.plan.unlink(missing_ok=True)
     try:
@@ -44,7 +44,7 @@ def foretell(
             kind=kind,
             world=world.size,
             data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),
-            base_bytes=resident_bytes(),
+            base_bytes=process_bytes(cfg),
         ).forecast()
         write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
     except Exception as error:  # a prediction is not worth a run

@@ -32,7 +32,6 @@ from train.models.load import load_config
 from train.objectives.base import Objective
 from train.observe.flops import flops_per_token
 from train.ops.packed_attention import register
-from train.plan import tape as part
 from train.plan.allocators import caching_peak, host_peak
 from train.plan.engines import FP32, Setting, Weight, Zero, script_of
 from train.plan.tape import Tape
@@ -98,6 +97,8 @@ class Model:
         self.config = load_config(model_dir, trust_remote_code=trusted)
         self.family: Family = family_of(self.config, trust_remote_code=trusted)
         self._passes: dict[tuple[Any, ...], Pass] = {}
+        self.optimizers: dict[tuple[Any, ...], tuple[list[Event], list[Event]]] = {}
+        """Steps of the run's optimizer, by what it steps."""
         self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
 
     def module(self, dtype: torch.dtype, *, packed: bool, recompute: bool) -> nn.Module:
@@ -270,9 +271,12 @@ class Predictor:
 
     def optimizer_events(self, shapes: Sequence[torch.Size]) -> tuple[list[Event], list[Event]]:
         """First and later steps of the run's optimizer over tensors of these shapes."""
-        return trace_optimizer(
-            lambda named: build_optimizer(self.cfg.optim, named), shapes, foreach=not self.on_cpu
-        )
+        key = (tuple(shapes), self.on_cpu)
+        if key not in self.model.optimizers:
+            self.model.optimizers[key] = trace_optimizer(
+                lambda named: build_optimizer(self.cfg.optim, named), shapes, foreach=not self.on_cpu
+            )
+        return self.model.optimizers[key]
 
     def _setting(self) -> Setting:
         device = Tape()
@@ -361,8 +365,11 @@ class Predictor:
         }
 
 
-def resident_bytes() -> int:
-    """Resident set of this process."""
+def process_bytes(cfg: TrainConfig) -> int:
+    """Resident set of a process of the run before it loads the model: that of this one, with what the run imports."""
+    if isinstance(cfg.sharding, ZeroConfig):
+        import deepspeed  # noqa: F401
+        import deepspeed.runtime.engine  # noqa: F401
     return int(psutil.Process().memory_info().rss)
 
 

@@ -1,7 +1,7 @@
 """Plays allocations to this machine's malloc and tells how much it holds at the most. A script; needs no package.
 
-Standard input: a JSON list of [number, bytes], with -1 where the piece is freed. Only address space is taken: no page is
-written to. Run as a file, so that it starts in a blink and its heap is its own.
+Standard input: a JSON list of [number, bytes], with -1 where the piece is freed. Only address space is taken: no page
+is written to. Run as a file, so that it starts in a blink and its heap is its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
     events = json.load(sys.stdin)
     before, most = held(), 0
-    live = {}
+    live: dict[int, tuple[ctypes.c_void_p, int]] = {}
     for number, size in events:
         if size < 0:
             for place in live.pop(number):

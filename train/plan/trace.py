@@ -50,11 +50,12 @@ class Pass:
         """How many there are."""
         return 1 + max((number for number, _ in self.events), default=-1)
 
-class _Ledger(TorchDispatchMode):
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every storage that operators make, and its end."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.wide: set[int] = set()
         self._vocabulary = vocabulary
@@ -117,7 +118,7 @@ def _fused_attention() -> Iterator[None]:
         return out
 
     before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:
@@ -243,7 +244,7 @@ def trace_optimizer(
         tensor.grad = torch.empty_like(tensor)
     ledger = _Ledger(0)
     ledger.know(iter([*tensors, *(tensor.grad for tensor in tensors if tensor.grad is not None)]))
-    with _without_cycles(), ledger:
+    with ledger:
         ledger.on = True
         optimizer.step()
         first = len(ledger.events)

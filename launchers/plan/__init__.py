@@ -1,0 +1,1 @@
+"""`crosstune plan`: what a run would need, before it starts."""
