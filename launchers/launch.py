@@ -18,6 +18,7 @@ from configs.schema.device import DeviceConfig
 from configs.schema.launch import LaunchConfig
 from configs.schema.roots import TrainConfig
 from launchers.base import Launcher
+from launchers.doctor.nodes.before import before_submit
 from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
 from launchers.run_dir import make_writable, new_run, with_run_dir
@@ -223,6 +224,8 @@ def _faults(cfg: TrainConfig, options: LaunchConfig) -> list[CrosstuneError]:
         found.append(ConfigError("nproc", f"{cfg.nproc}, above {there}: one process drives one device"))
     if both := sorted(set(options.secrets) & {*options.environment, *cluster.environment}):
         found.append(ConfigError("secrets", f"also in environment, with a value: {', '.join(both)}"))
+    if options.check:
+        found += before_submit(cfg, {**cluster.environment, **options.environment})
     return found
 
 

@@ -20,17 +20,19 @@ from rich.console import Console
 from torch import distributed as dist
 
 from configs.compose import compose
-from configs.errors import ConfigError, CrosstuneError
-from launchers.doctor.nodes import machine, network
+from configs.errors import ConfigError, CrosstuneError, ErrorGroup
+from launchers.doctor.nodes import before, machine, network
 from launchers.doctor.nodes.allreduce import Roll
+from launchers.doctor.nodes.before import before_submit
 from launchers.doctor.nodes.between import clock_offsets
-from launchers.doctor.nodes.command import ask, doctor_nodes, quick_look, requests_of
+from launchers.doctor.nodes.command import ask, doctor_nodes, requests_of
 from launchers.doctor.nodes.findings import Answer, Finding
 from launchers.doctor.nodes.judge import judge
 from launchers.doctor.nodes.page import show
 from launchers.doctor.nodes.rendezvous import Guest, Host
 from launchers.doctor.nodes.request import Request, report_in, report_lines
 from launchers.doctor.nodes.threads import in_threads
+from launchers.launch import plan
 from launchers.spec import MASTER, NODE
 
 NAMES = ("n0", "n1", "n2", "n3")
@@ -318,17 +320,18 @@ def test_a_launcher_that_starts_nothing_elsewhere_says_so():
         doctor_nodes(compose("doctor_nodes", ["nodes=2"]))
 
 
-def test_the_quick_look_needs_no_other_machine(tmp_path, monkeypatch):
-    cfg = compose("doctor_nodes", [f"run_dir={tmp_path}/a/b", "nodes=9", "device=cpu"])
-    began = time.monotonic()
-    assert quick_look(cfg) == []
-    assert time.monotonic() - began < 10 and list(tmp_path.iterdir()) == []
-    cfg.needed_gib = 2.0**40
-    (finding,) = quick_look(cfg)
-    assert finding.check == "disk" and f"run_dir: {tmp_path} has" in finding.what
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
-    assert all(each.check == "disk" for each in quick_look(cfg))
+def test_before_a_job_is_submitted_its_folder_and_variables_are_looked_at(tmp_path, monkeypatch):
+    cfg = compose("train", ["device=ascend", "model.path=m", "dataset.path=d", f"run_dir={tmp_path}/a/b"])
+    assert list(before_submit(cfg, {"HCCL_BUFFSIZE": "64", "MY_OWN": "1"})) == [] and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(before, "room", lambda folder: {"free_bytes": 2**20})
+    room, name = before_submit(cfg, {"HCCL_BUFSIZE": "64"})
+    assert f"'{tmp_path}' has 1.0 MiB free" in room.found
+    assert name.where == "environment.HCCL_BUFSIZE" and "did you mean HCCL_BUFFSIZE?" in str(name.remedy)
+    options = compose("launch", ["+environment.HCCL_BUFSIZE=64"])
+    with pytest.raises(ErrorGroup, match="run_dir"):
+        plan("train", cfg, options)
+    options.check = False
+    assert plan("train", cfg, options).files is not None
 
 
 def test_a_node_looks_at_itself_with_the_standard_library_and_psutil():

@@ -8,20 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.compose import build, to_yaml
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT, CrosstuneError
 from configs.schema.doctor import DoctorConfig
 from configs.schema.doctor_nodes import DoctorNodesConfig
 from launchers.base import Launcher
-from launchers.doctor.nodes.findings import FAULT, Answer, Finding
+from launchers.doctor.nodes.carry import AsksNodes, asker_of
+from launchers.doctor.nodes.findings import FAULT, Answer
 from launchers.doctor.nodes.judge import judge
-from launchers.doctor.nodes.look import look
 from launchers.doctor.nodes.request import Request, report_in
-
-if TYPE_CHECKING:
-    from launchers.doctor.nodes.carry import AsksNodes
 
 
 def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[str, Any]:
@@ -34,10 +31,7 @@ def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[
     Raises:
         ConfigError: the launcher's nodes cannot be asked.
     """
-    if asks is None:
-        from launchers.doctor.nodes.carry import asker_of  # needs the launchers, which need `quick_look`
-
-        asks = asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
+    asks = asks or asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
     requests = requests_of(cfg, asks.node_names(cfg.nodes))
     answers = ask(requests, asks)
     findings = judge(requests[0], answers)
@@ -56,13 +50,6 @@ def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[
         "findings": [{**vars(each), "nodes": [names[node] for node in each.nodes]} for each in findings],
         "exit_code": EXIT_USER_FAULT if any(each.level == FAULT for each in findings) else EXIT_DONE,
     }
-
-
-def quick_look(cfg: DoctorNodesConfig) -> list[Finding]:
-    """The part that needs no other machine and no torch, here: what `submit` looks at on the submitting host."""
-    [request] = requests_of(replace(cfg, nodes=1, quick=True), ())
-    asked_at = time.time()
-    return judge(request, [Answer(0, look(request), None, asked_at, time.time())])
 
 
 def requests_of(cfg: DoctorNodesConfig, names: Sequence[str]) -> list[Request]:
