@@ -204,7 +204,7 @@ class KubernetesLauncher(Launcher):
         return folder.output(marks[0].attempt if marks else job.attempt, node)
 
     def _pod_lines(self, api: Api, job: Job, folder: JobFolder, node: int, follow: bool) -> Iterator[str]:
-        label, done = f"{JOB_LABEL}={job.handle['name']}", set[str]()
+        label, done = f"{JOB_LABEL}={job.handle.get('name', '')}", set[str]()
 
         def fresh(pods: list[Manifest]) -> list[Manifest]:
             mine = [pod for pod in pods if self.node_of(pod) == node and told.started(pod)]

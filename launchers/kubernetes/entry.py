@@ -20,11 +20,20 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from configs.errors import EXIT_DONE, EXIT_RUN_FAILED, EXIT_USER_FAULT, ConfigError, CrosstuneError, RunFailedError
+from configs.errors import (
+    EXIT_DONE,
+    EXIT_RUN_FAILED,
+    EXIT_USER_FAULT,
+    ConfigError,
+    CrosstuneError,
+    RunFailedError,
+    StoppedError,
+)
 from launchers.job import Job, JobFolder
 from launchers.spec import ATTEMPT, MASTER, NODE
 
 NODE_FROM, RESTARTS, RETRY_CODE = "CROSSTUNE_NODE_FROM", "CROSSTUNE_RESTARTS", "CROSSTUNE_RETRY_CODE"
+OWN = (NODE_FROM, RESTARTS, RETRY_CODE)
 OPERATORS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What controllers set for programs that are started by hand; torchrun sets its own. With them goes all of PET_*."""
 NAME_SECONDS = 600
@@ -74,7 +83,7 @@ def settle(job: Job, folder: JobFolder, environment: MutableMapping[str, str]) -
     environment[ATTEMPT] = str(job.attempt + int(restarts)) if restarts.isdecimal() else AUTO
     *_, attempt = place(job.spec, environment, folder, job.attempt)
     environment[ATTEMPT] = str(attempt)
-    for name in [name for name in environment if name in OPERATORS or name.startswith("PET_")]:
+    for name in [name for name in environment if name in (*OPERATORS, *OWN) or name.startswith("PET_")]:
         del environment[name]
     return attempt
 
@@ -83,9 +92,12 @@ def refuse(job: Job, folder: JobFolder, attempt: int) -> None:
     """Refuses an attempt beyond what was asked for: controllers count in different ways, or not across their own end.
 
     Raises:
+        StoppedError: somebody has asked for the job's end.
         ConfigError: the one before ended with a fault of the user's, which no restart mends.
         RunFailedError: there have been enough.
     """
+    if folder.cancelled:
+        raise StoppedError(f"attempt {attempt}", "the job was cancelled", remedy="crosstune resume")
     if attempt > job.attempt and any(mark.exit_code == EXIT_USER_FAULT for mark in folder.marks(attempt - 1)):
         raise ConfigError(
             f"attempt {attempt}", "the one before ended with something to mend", remedy="crosstune status, then resume"

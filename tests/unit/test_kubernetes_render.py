@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from configs.compose import build, compose
-from configs.errors import ConfigError, RunFailedError
+from configs.errors import ConfigError, RunFailedError, StoppedError
 from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Mark
 from launchers.kubernetes import entry
@@ -28,6 +28,7 @@ from tests.kubernetes_models import check
 GOLDEN = Path(__file__).parent.parent / "golden" / "kubernetes"
 KINDS = ("volcano", "trainjob", "pytorchjob", "ascendjob")
 COMBINATIONS = [(k, c) for k in KINDS for c in ("ascend", "amd", "nvidia") if k != "ascendjob" or c == "ascend"]
+COMBINATIONS.append(("volcano", "intel"))
 SECRET = "hf_a-value-that-must-be-nowhere"
 SPEC = LaunchSpec(
     name="licenses-20260102-030405",
@@ -222,7 +223,7 @@ def test_a_pod_learns_its_place_from_its_controller(tmp_path: Path) -> None:
     environment |= misleading
     assert entry.settle(job, folder, environment) == 5
     assert environment["CROSSTUNE_NODE"] == "2" and environment["CROSSTUNE_ATTEMPT"] == "5"
-    assert not set(misleading) & set(environment)
+    assert not {*misleading, entry.NODE_FROM, entry.RESTARTS} & set(environment)
     with pytest.raises(ConfigError, match="RANK"):
         entry.settle(job, folder, {entry.NODE_FROM: "RANK"})
 
@@ -265,6 +266,8 @@ def test_restarts_are_bounded_whatever_the_controller_does(tmp_path: Path) -> No
     assert entry.code_for_controller(75, job, folder, 0, 0) == 75
     folder.ask_to_cancel()
     assert code(75) == 75
+    with pytest.raises(StoppedError, match="cancelled"):
+        entry.refuse(job, folder, 1)
 
 
 def test_nothing_of_the_client_is_imported_to_render() -> None:
