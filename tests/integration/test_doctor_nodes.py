@@ -229,18 +229,18 @@ def test_the_all_reduce_of_the_device_itself(standin: StandinKit, tmp_path):
     assert report["exit_code"] == 0 and report["nodes"][0]["report"]["facts"]["allreduce"]["gb_per_s"] > 0
 
 
-HANGS = """
-import os, sys, time
+STOPS = """
+import os, signal
 if os.environ.get("RANK") == "1":
     from torch import distributed
-    distributed.init_process_group = lambda *a, **k: time.sleep(600)
+    distributed.init_process_group = lambda *a, **k: os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
 @pytest.mark.slow
 def test_an_all_reduce_that_hangs_names_the_rank_and_ends(tmp_path, capsys):
     (tmp_path / "hang").mkdir()
-    (tmp_path / "hang/sitecustomize.py").write_text(HANGS)
+    (tmp_path / "hang/sitecustomize.py").write_text(STOPS)
     with net_lab(tmp_path, 3) as lab:
         planted = {"n1": Plant("allreduce", "rank 1 gave no sign", environment={"PYTHONPATH": str(tmp_path / "hang")})}
         began = time.monotonic()

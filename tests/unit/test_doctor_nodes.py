@@ -422,6 +422,8 @@ def test_ranks_that_do_not_come_are_called_by_number():
     assert Roll(store, 0, 3).call("came", 0.0) == [1, 2]
     assert Roll(store, 2, 3).call("came", 0.1) == [1]
     assert Roll(store, 1, 3).call("came", 0.0) == []
+    Roll(store, 0, 3).sign("active")
+    assert Roll(store, 2, 3).absent("active") == [1, 2]
 
 
 def test_interfaces_are_those_that_the_libraries_would_take():

@@ -141,7 +141,8 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
         # A connection of its own: an operation that hangs keeps the other one.
         second = store(serves=False)
         speed, error = _within(half, lambda: measure(config, second, size, half))
-        silent = roll.call("over", LAST_SECONDS)
+        # Who is gone; else who never got so far that the others could have met it.
+        silent = roll.call("over", LAST_SECONDS) or roll.absent("active")
     except (RuntimeError, dist.DistError) as lost:
         return _failure(str(lost), silent=[0] if rank else [])
     return {"gb_per_s": speed, "silent": [], "error": None} if error is None else _failure(error, silent)
@@ -176,13 +177,19 @@ class Roll:
         Raises:
             RuntimeError: the store does not answer.
         """
-        self.store.set(f"{stage}/{self.rank}", "1")
+        self.sign(stage)
         deadline = time.monotonic() + seconds
-        while True:
-            silent = [rank for rank in range(self.world) if not self.store.check([f"{stage}/{rank}"])]
-            if not silent or time.monotonic() >= deadline:
-                return silent
+        while (silent := self.absent(stage)) and time.monotonic() < deadline:
             time.sleep(0.05)
+        return silent
+
+    def sign(self, stage: str) -> None:
+        """Notes that this rank has come so far."""
+        self.store.set(f"{stage}/{self.rank}", "1")
+
+    def absent(self, stage: str) -> list[int]:
+        """The ranks that have not."""
+        return [rank for rank in range(self.world) if not self.store.check([f"{stage}/{rank}"])]
 
 
 def measure(config: Path, store: Any, size: int, seconds: float) -> float:
@@ -202,6 +209,7 @@ def measure(config: Path, store: Any, size: int, seconds: float) -> float:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = build(load_resolved(config).device, Device)
     device.activate(int(os.environ["LOCAL_RANK"]))
+    Roll(store, rank, world).sign("active")
     prefixed = PrefixStore("probe", store)
     dist.init_process_group(
         device.backend, store=prefixed, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
