@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["tests.standin"]
+pytest_plugins = ["tests.slurm_cluster", "tests.standin"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 NODES = ("n1", "n2")
@@ -99,8 +100,21 @@ class SlurmCluster:
         daemon = self._processes.pop(f"slurmd {name}")
         daemon.kill()
         daemon.wait()
-        for process in _processes_of_node(name, self.config):
-            os.kill(process, signal.SIGKILL)
+        for process in self.processes_of(name):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def processes_of(self, name: str) -> list[psutil.Process]:
+        """Of jobs, on a node: what Slurm started there, and its own part of them."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ()
+                ours = variables.get("SLURM_CONF") == str(self.config)
+                steps = process.name() == "slurmstepd" and name in " ".join(process.cmdline())
+                if ours and (variables.get("SLURMD_NODENAME") == name or steps):
+                    found.append(process)
+        return found
 
     def stop(self) -> None:
         """Ends every job, then the daemons."""
@@ -187,21 +201,6 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for probe in probes:
             probe.close()
-
-
-def _processes_of_node(name: str, config: Path) -> list[int]:
-    """Processes whose environment says that Slurm started them on a node, and Slurm's own part of them."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes()
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ours = f"SLURM_CONF={config}".encode() in variables
-        if ours and (f"SLURMD_NODENAME={name}".encode() in variables or name.encode() in words and b"stepd" in words):
-            found.append(int(folder.name))
-    return found
 
 
 @pytest.fixture(scope="module")

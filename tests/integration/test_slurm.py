@@ -1,0 +1,317 @@
+"""launcher=slurm on a real cluster of two nodes: starts, logs, cancel, preemption, requeue, sweeps, limits, lost nodes.
+
+Whatever befell a run, its weights are those of a run in peace, bit by bit. No time is asserted: when Slurm signals,
+preempts or starts again is its own affair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from launchers.job import JobFolder
+from tests.command import crosstune, final_weights, metrics_of, write_uneven_records
+from tests.slurm_cluster import SlurmCluster
+from tests.tiny import save_tiny_model
+from train.checkpoint.layout import checkpoints
+from train.run_folder import RunFolder
+
+pytestmark = pytest.mark.distributed
+ROOT = str(Path(__file__).parents[2])
+STEPS = 60
+ENDLESS = 100_000
+SLOWLY = "eval_every=1"
+"""Leaves the weights as they are, and the time to do something to the run."""
+SECRET = "hunter2, 'quoted' \"twice\" $(touch pwned)\nand a second line"
+
+
+class Site:
+    """A user of a cluster: the commands that they type, and where their runs lie."""
+
+    def __init__(self, slurm: SlurmCluster, home: Path) -> None:
+        self.slurm, self.home = slurm, home
+        self.ports = iter(range(29500, 32000, 20))  # its "nodes" share one network
+
+    def crosstune(self, *words: str, code: int = 0, **env: str) -> str:
+        variables = {"SLURM_CONF": str(self.slurm.config), "PYTHONPATH": ROOT, "TOKEN": SECRET, "OWN": "stays here"}
+        return crosstune(*words, code=code, cwd=self.home, **{**variables, **env})
+
+    def words(self, *more: str) -> list[str]:
+        """Of a run of two ranks."""
+        paths = [f"model.path={self.home / 'model'}", f"dataset.path={self.home / 'data.jsonl'}"]
+        sizes = ["batch_tokens=256", "micro_batch_tokens=128", "max_length=128", f"max_steps={STEPS}"]
+        data = ["dataset.validation_fraction=0.1", f"cache_dir={self.home / 'cache'}", "checkpoint.every=0"]
+        return [*paths, *sizes, *data, "device=cpu", "model.precision=fp32", "device.threads=1", *more]
+
+    def launched(self, *more: str, code: int = 0, multirun: bool = False) -> str:
+        """Output of the command that launches it on two nodes."""
+        slurm = ["launcher=slurm", "launcher.export=[PYTHONPATH]", "launcher.poll_seconds=1", "cluster.gres=npu"]
+        times = ["guard.grace_seconds=30", "launcher.signal_lead_seconds=40", f"master_port={next(self.ports)}"]
+        shape = ["nodes=2", "nproc=1", "cluster.visible_devices=ASCEND_RT_VISIBLE_DEVICES"]
+        option = ["--multirun"] if multirun else []
+        return self.crosstune("launch", "train", *option, *slurm, *times, *shape, *self.words(*more), code=code)
+
+    def status(self, run: Path) -> dict[str, object]:
+        return dict(json.loads(self.crosstune("status", "--json", str(run)).splitlines()[-1]))
+
+    def ended(self, run: Path) -> dict[str, object]:
+        """Its status once Slurm has it no more in its queue."""
+        job = self.job_id(run)
+        until(lambda: not self.slurm.run("squeue", "-h", "-j", job).strip(), lambda: self.all_words(run))
+        return self.status(run)
+
+    def own_words(self, run: Path) -> str:
+        """What the batch script said."""
+        return "\n".join(file.read_text() for file in (run / "launch").glob("slurm-*.out"))
+
+    def all_words(self, run: Path) -> str:
+        return f"{self.own_words(run)}\n{self.slurm.logs()}"
+
+    def job_id(self, run: Path) -> str:
+        return str(JobFolder.of_run(run).read().handle["job_id"])
+
+    def wait_for_steps(self, run: Path, count: int = 2) -> None:
+        """Returns while it runs."""
+        job = self.job_id(run)
+        until(
+            lambda: steps_of(run)[count - 1 :] or self.slurm.field(job, "JobState") not in ("PENDING", "RUNNING"),
+            lambda: self.all_words(run),
+        )
+        assert self.slurm.field(job, "JobState") == "RUNNING", self.all_words(run)
+
+    def wait_for_requeue(self, run: Path, count: int = 1) -> None:
+        """Until it waits for its nodes once more."""
+        job = self.job_id(run)
+        until(lambda: self.slurm.field(job, "Restarts") == str(count), lambda: self.all_words(run))
+
+    def take_the_nodes(self) -> None:
+        """Another user's job, of a higher partition."""
+        urgent = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        assert "Submitted" in self.slurm.run("sbatch", *urgent)
+
+
+def until(happened: Callable[[], object], why_not: Callable[[], str], seconds: float = 400) -> None:
+    give_up = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < give_up, why_not()
+        time.sleep(0.3)
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(line["step"]) for line in metrics_of(run)] if RunFolder(run).metrics.exists() else []
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(RunFolder(run).checkpoints)]
+
+
+@pytest.fixture(scope="module")
+def site(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return made_site(slurm, tmp_path_factory.mktemp("home"))
+
+
+def made_site(slurm: SlurmCluster, home: Path) -> Site:
+    save_tiny_model(home / "model")
+    write_uneven_records(home / "data.jsonl")
+    site = Site(slurm, home)
+    site.crosstune(
+        "prep", *(word for word in site.words() if word.startswith(("model.path", "data", "cache", "max_l")))
+    )
+    return site
+
+
+@pytest.fixture(scope="module")
+def in_peace(site: Site) -> dict[str, torch.Tensor]:
+    """Weights of a run that no scheduler knows of."""
+    run = site.home / "in-peace"
+    site.crosstune("train", *site.words(f"run_dir={run}", "nproc=2"))
+    return final_weights(run)
+
+
+@pytest.fixture(scope="module")
+def preempted(site: Site) -> Path:
+    """A run that has made way for another job, and waits in the queue for its nodes."""
+    run = site.home / "preempted"
+    site.launched(f"run_dir={run}", SLOWLY)
+    site.wait_for_steps(run)
+    site.take_the_nodes()
+    site.wait_for_requeue(run)
+    return run
+
+
+def same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_preempted_run_saves_and_waits_in_the_queue(site, preempted):
+    [step] = saved_steps(preempted)
+    assert steps_of(preempted) == list(range(1, step + 1)) and step < STEPS
+    assert site.status(preempted)["state"] == "preempted"
+    assert "crosstune: told to stop: the run saves" in site.own_words(preempted)
+    assert [mark.exit_code for mark in JobFolder.of_run(preempted).marks(0)] == [75, 75]
+
+
+def test_two_machines_whatever_the_paths_and_the_environment_hold(site, in_peace):
+    run = site.home / "run of 'mine' \"x\" $(touch pwned); `touch pwned` \\ #"
+    look = site.home / "what is $(touch pwned) here.sh"
+    look.write_text('env -0 > "$HOME_OF_TEST/seen-$SLURM_PROCID"\n')
+    quoted = str(run).replace("'", "\\'")
+    site.launched(
+        f"run_dir='{quoted}'",
+        f"+environment.HOME_OF_TEST='{site.home}'",
+        f"cluster.setup=['{look}']",
+        "secrets=[TOKEN]",
+        "cluster.devices_per_node=3",
+    )
+    shown = site.crosstune("logs", "-f", str(run))
+    assert f"step {STEPS}/{STEPS}" in shown and "Traceback" not in shown, shown
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+    assert "differ" not in site.crosstune("status", str(run))
+    assert same(final_weights(run), in_peace)
+    for number in range(2):
+        words = (site.home / f"seen-{number}").read_bytes().decode().split("\0")
+        seen = dict(word.split("=", 1) for word in words if word)
+        assert seen["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2" and seen["TOKEN"] == SECRET
+        assert seen["SLURMD_NODENAME"] == f"n{number + 1}" and "OWN" not in seen
+    assert not list(site.home.rglob("pwned"))
+    written = [file for file in run.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+    assert not written
+
+
+def test_cancel_saves_and_the_job_ends_for_good(site):
+    run = site.home / "cancelled"
+    site.launched(f"run_dir={run}", f"max_steps={ENDLESS}")
+    site.wait_for_steps(run)
+    site.crosstune("cancel", str(run))
+    assert site.ended(run)["state"] == "cancelled", site.all_words(run)
+    [step] = saved_steps(run)
+    assert steps_of(run) == list(range(1, step + 1))
+    assert site.slurm.field(site.job_id(run), "Restarts") == "0"
+    assert "the job has ended already" in site.crosstune("cancel", str(run))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["cluster.devices_per_node=9"], "nodes, nproc, cpus, memory_gib: Slurm refuses the job: "),
+        (["nodes=3"], "nodes.*: Slurm refuses the job: "),
+        (["launcher.partition=nowhere"], "launcher.partition: Slurm refuses the job: "),
+        (["cluster.gres=fpga"], "cluster.gres: Slurm refuses the job: "),
+        (["time_limit_minutes=61"], "time_limit_minutes: Slurm refuses the job: "),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused_and_nothing_is_left(site, words, told):
+    run = site.home / "refused"
+    shown = site.launched(f"run_dir={run}", *words, code=2)
+    assert re.search(f"^{told}", shown, re.MULTILINE) and "remedy:" in shown, shown
+    assert not run.exists()
+
+
+def test_what_never_started_is_told_in_slurms_own_words(site):
+    run = site.home / "no-python"
+    site.launched(f"run_dir={run}", "nodes=1", "python=/no/such/python", "restarts=0")
+    failed = site.ended(run)
+    assert failed["state"] == "failed" and "FAILED (NonZeroExitCode)" in str(failed["detail"])
+    assert "/no/such/python: No such file or directory" in site.crosstune("logs", str(run))
+
+
+def test_a_sweep_is_one_array_of_jobs_with_folders_of_their_own(site, in_peace):
+    sweep = site.home / "sweep of $(touch pwned) two"
+    more = [f"run_dir='{sweep}'", f"max_steps=3,{STEPS}", "launcher.array_parallel=2"]
+    site.launched(*more, multirun=True)
+    runs = [sweep / "000", sweep / "001"]
+    numbers = [site.job_id(run) for run in runs]
+    assert [number.partition("_")[2] for number in numbers] == ["0", "1"]
+    assert len({number.partition("_")[0] for number in numbers}) == 1
+    for run in runs:
+        assert site.ended(run)["state"] == "succeeded", site.all_words(sweep)
+    assert steps_of(runs[0]) == [1, 2, 3] and same(final_weights(runs[1]), in_peace)
+
+
+def test_the_preempted_run_goes_on_and_ends_like_one_in_peace(site, preempted, in_peace):
+    """Last of the quick ones: Slurm lets a job that was requeued wait for half a minute."""
+    done = site.ended(preempted)
+    assert done["state"] == "succeeded" and done["attempt"] == 1
+    assert steps_of(preempted) == list(range(1, STEPS + 1))
+    assert same(final_weights(preempted), in_peace)
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_its_time_limit_again_and_again_ends_like_one_in_peace(site, in_peace):
+    """Slurm counts in minutes and is late by seconds: the lead leaves each attempt time for a few steps at least."""
+    run = site.home / "limited"
+    slow = ["guard.grace_seconds=5", "launcher.signal_lead_seconds=15", "time_limit_minutes=1", "restarts=20"]
+    site.launched(f"run_dir={run}", SLOWLY, *slow)
+    site.wait_for_requeue(run)
+    assert site.status(run)["state"] in ("preempted", "running")
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+    assert steps_of(run) == list(range(1, STEPS + 1)) and same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_what_was_not_saved(site, in_peace):
+    run = site.home / "lost-node"
+    site.launched(f"run_dir={run}", SLOWLY, "checkpoint.every=5")
+    site.wait_for_steps(run, 6)
+    site.slurm.kill_node("n2")
+    try:
+        site.wait_for_requeue(run)
+    finally:
+        site.slurm.start_node("n2")
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+    assert site.status(run)["attempt"] == 1 and same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_fails_the_attempt_on_all_machines_and_the_next_goes_on(site, in_peace):
+    run = site.home / "killed-rank"
+    site.launched(f"run_dir={run}", SLOWLY, "checkpoint.every=5")
+    site.wait_for_steps(run, 6)
+    [rank] = (one for one in site.slurm.processes_of("n2") if "RANK" in one.environ())
+    rank.kill()
+    site.wait_for_requeue(run)
+    told = site.crosstune("status", str(run))
+    assert "rank 1" in told or "SIGKILL" in told, told
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+    assert same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["crosstune cancel --hard", "scancel"])
+def test_a_job_that_is_ended_at_once_leaves_nobody_and_stays_ended(site, by):
+    run = site.home / by.replace(" ", "-")
+    site.launched(f"run_dir={run}", f"max_steps={ENDLESS}")
+    site.wait_for_steps(run)
+    if by == "scancel":
+        site.slurm.run("scancel", site.job_id(run))
+    else:
+        site.crosstune("cancel", "--hard", str(run))
+    assert site.ended(run)["state"] == "cancelled", site.all_words(run)
+    assert site.slurm.field(site.job_id(run), "Restarts") == "0"
+    until(lambda: not site.slurm.processes_of("n1") + site.slurm.processes_of("n2"), lambda: "somebody is left")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_sends_no_signal_of_the_users_at_a_preemption(tmp_path):
+    """Slurm's default: SIGTERM to every process of the tasks, none to the batch script."""
+    cluster = SlurmCluster(tmp_path / "slurm")
+    try:
+        cluster.start(controller="")
+        site = made_site(cluster, tmp_path / "home")
+        run = site.home / "preempted"
+        site.launched(f"run_dir={run}", SLOWLY)
+        site.wait_for_steps(run)
+        site.take_the_nodes()
+        site.wait_for_requeue(run)
+        assert [mark.exit_code for mark in JobFolder.of_run(run).marks(0)] == [75, 75]
+        [step] = saved_steps(run)
+        assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+        assert steps_of(run) == list(range(1, STEPS + 1)) and step < STEPS
+    finally:
+        cluster.stop()
