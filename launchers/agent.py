@@ -193,7 +193,6 @@ class Agent:
             step()
         except Fault as fault:
             self.wire.send("fault", faults=[fault.args])
-            self.over = True
 
     # What is looked at before anything starts.
 
@@ -202,14 +201,13 @@ class Agent:
         job = self.job
         self.claim()
         faults = []
-        for look in (self._check_files, self._check_master, self._probe):
+        for look in (self._check_folder, self._check_master, self._check_python):
             try:
                 look()
             except Fault as fault:
                 faults.append(fault.args)
-        if faults:
+        if faults:  # its claim stays until the other end has heard of all machines
             self.wire.send("fault", faults=faults)
-            self.over = True
         else:
             shared = os.path.exists(job["token"])
             self.wire.send("ready", installed=self.installed, shared=shared, step=self.newest_step())
@@ -275,11 +273,8 @@ class Agent:
             self.stop(signal.SIGTERM, "replaced")
             self.deadline = min(self.deadline, self.since + REPEAT_SECONDS)
 
-    def _check_files(self) -> None:
+    def _check_folder(self) -> None:
         job = self.job
-        for file in job["setup"]:
-            if not os.path.isfile(os.path.join(job["working_dir"], file)):
-                raise Fault("cluster.setup", f"no file '{file}'", None)
         if not os.path.isdir(job["working_dir"]):
             found = f"no folder '{job['working_dir']}', from which the job was launched"
             raise Fault("working folder", found, "launch from a folder that all machines have")
@@ -299,9 +294,12 @@ class Agent:
             found = f"the name '{self.job['master']}' of machine 0 is not known: {error.strerror}"
             raise Fault("launcher.master", found, "launcher.master=ADDRESS that all machines know") from None
 
-    def _probe(self) -> None:
+    def _check_python(self) -> None:
         """What the job's own Python has; this file is its program."""
         command, job = self.job["probe"], self.job
+        for file in job["setup"]:
+            if not os.path.isfile(os.path.join(job["working_dir"], file)):
+                raise Fault("cluster.setup", f"no file '{file}'", None)
         try:
             done = subprocess.run(
                 command,
@@ -314,7 +312,7 @@ class Agent:
         except subprocess.TimeoutExpired:
             raise Fault("python", f"'{job['python']}' did not answer within {PROBE_SECONDS} s", None) from None
         except NotADirectoryError:
-            return  # told by `_check_files`
+            return  # told by `_check_folder`
         except FileNotFoundError as error:
             if error.filename != job["working_dir"]:
                 raise Fault("python", f"no '{job['python']}'", "python=PATH of one that has crosstune") from None

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -89,14 +88,13 @@ class NetLab:
 
     def switch_off(self, name: str) -> None:
         """As by pulling the plug: every process of the host is gone, nobody is told."""
+        wired = name in self.names and "switch" in self._holders
+        if wired:
+            self.link(name, up=False)  # the kernel would still tell the others that connections have ended
         holder = self._holders.pop(name)
-        if name in self.names and holder.poll() is None:
-            with_switch = "switch" in self._holders
-            if with_switch:
-                self.link(name, up=False)  # a kernel that goes down would still close its connections
         holder.kill()
         holder.wait()
-        if name in self.names and "switch" in self._holders:
+        if wired:
             subprocess.run([*self._enter("switch"), "ip", "link", "del", name], capture_output=True)
 
     def link(self, name: str, *, up: bool) -> None:
@@ -111,6 +109,17 @@ class NetLab:
         """A command as it is called on a host."""
         return [*self._enter(name), *words]
 
+    def processes(self, name: str) -> dict[int, str]:
+        """Command lines of a host's live processes by their number here, but for the first, which is its sshd."""
+        first = self._inside(name)
+        space = os.readlink(f"/proc/{first}/ns/pid")
+        found = {}
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if process.pid != first and os.readlink(f"/proc/{process.pid}/ns/pid") == space:
+                    found[process.pid] = " ".join(process.cmdline())  # of a zombie there is none
+        return found
+
     def from_client(self, words: Sequence[str]) -> list[str]:
         """A command as it is called on the login host."""
         return self.on(CLIENT, words)
@@ -120,7 +129,7 @@ class NetLab:
         return (
             f"hostname {name} && mount --bind {self.folder}/etc_hosts /etc/hosts && ip link set lo up && "
             "until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done && "
-            f"ip addr add {self.address(name) if name != 'switch' else ''}/24 dev eth0 && ip link set eth0 up && "
+            f"ip addr add {self.address(name)}/24 dev eth0 && ip link set eth0 up && "
         )
 
     def _hold(self, name: str, spaces: Sequence[str], script: str) -> None:
@@ -187,22 +196,3 @@ def net_lab(folder: Path, count: int) -> Iterator[NetLab]:
         yield lab
     finally:
         lab.down()
-
-
-def processes_with(*texts: str) -> list[psutil.Process]:
-    """Live processes, on any host, whose command line or environment has one of the texts."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            said = "\0".join([*process.cmdline(), *process.environ().values()])
-            if process.status() != psutil.STATUS_ZOMBIE and any(text in said for text in texts):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return [process for process in found if process.pid != os.getpid()]
-
-
-def interrupted(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:
-    """Sends a signal to a command itself, below `nsenter`."""
-    inside = psutil.Process(process.pid)
-    inside.send_signal(number)

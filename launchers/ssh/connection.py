@@ -74,6 +74,11 @@ def agent_command(pythons: Sequence[str]) -> str:
     return "exec " + shlex.join(["sh", "-c", FIND_PYTHON, BOOTSTRAP, *dict.fromkeys(pythons)])
 
 
+def agent_source() -> str:
+    """What the other machine runs."""
+    return inspect.getsource(agent)
+
+
 class Connection:
     """A running ssh. Must be opened by a thread that stays: Linux ends the child with the thread that forked it.
 
@@ -98,7 +103,7 @@ class Connection:
             preexec_fn=end_with_parent,
         )
         threading.Thread(target=self._read, name=f"ssh-{host}", daemon=True).start()
-        self._write(json.dumps(inspect.getsource(agent)).encode() + b"\n")
+        self._write(json.dumps(agent_source()).encode() + b"\n")
 
     def send(self, kind: str, **content: object) -> None:
         """A frame for the agent; nothing where it has gone."""

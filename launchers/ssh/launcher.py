@@ -255,7 +255,8 @@ class _Session:
     def _tell_unshared(self, hosts: Mapping[int, str], gathered: Gathered) -> None:
         apart = [hosts[node] for node, answer in gathered.answers.items() if not answer["shared"]]
         if apart and self.attempt == self.job.attempt:
-            self.show(f"{', '.join(apart)} has {self.folder.run_dir} on a disk of its own: what it writes stays there")
+            where = f"{self.folder.run_dir} is on a disk of the machine's own: what is written there stays there"
+            self.show(f"{', '.join(apart)}: {where}")
 
 
 def _text(name: str) -> str:

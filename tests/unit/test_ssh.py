@@ -1,0 +1,371 @@
+"""launcher=ssh without ssh: hostfiles, command lines, ssh's complaints, and the agent on this machine."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from configs.compose import build, compose
+from configs.errors import ConfigError
+from configs.schema.launcher_ssh import SshLauncherConfig
+from launchers import agent
+from launchers.base import Launcher, with_setup
+from launchers.spec import LaunchSpec
+from launchers.ssh.attempt import worst
+from launchers.ssh.connection import (
+    Connection,
+    Unreachable,
+    agent_command,
+    ssh_command,
+    ssh_fault,
+)
+from launchers.ssh.gather import in_one
+from launchers.ssh.hosts import host_faults, parse_hostfile, to_hostfile
+from launchers.ssh.terminal import ROOM, Terminal
+
+HOSTFILE = """# the new rack
+n1 slots=8
+n2   slots = 4   # two cards are broken
+
+root@n3
+N1 slots=8
+n4 slot=8
+-oProxyCommand=touch slots=8
+"""
+SPEC = LaunchSpec(
+    name="job", command="train", request="/r/launch/request.yaml", run_dir="/r", working_dir="/", nodes=2, nproc=8,
+    threads=0, environment={}, secrets=(), setup=(), python=None, interface=None, master_port=29500, cpus=0,
+    memory_gib=0, devices=0, time_limit_minutes=0, restarts=0, grace_seconds=5,
+)  # fmt: skip
+
+
+def test_a_hostfile_is_read_as_deepspeed_does_and_faults_name_the_line():
+    hosts, faults = parse_hostfile(HOSTFILE, "rack")
+    assert [(host.name, host.slots) for host in hosts] == [("n1", 8), ("n2", 4), ("root@n3", None), ("N1", 8)]
+    assert [fault.where for fault in faults] == ["rack:7", "rack:8"]
+    told = [fault.render() for fault in host_faults(hosts, SPEC)]
+    assert told[0].startswith("rack:3: n2 slots=4, but nproc=8") and "nproc=4" in told[0]
+    assert told[1].startswith("rack:6: N1, as in rack:2") and len(told) == 2
+    [few] = host_faults(hosts[:1], SPEC)
+    assert few.render() == "launcher.hosts: 1 machine named, but nodes=2"
+    again, faults = parse_hostfile(to_hostfile(hosts[:3], 2), "hosts")
+    assert not faults and [(host.name, host.slots) for host in again] == [(host.name, host.slots) for host in hosts[:3]]
+
+
+def test_the_launcher_renders_its_machines_and_tells_what_is_wrong_before_anything_is_written(tmp_path, monkeypatch):
+    file = tmp_path / "hosts of\nmine"
+    file.write_text("n1 slots=8\nn2 slots=8\nn3 slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    cfg = compose("launch", ["launcher=ssh", "nodes=2", f"launcher.hostfile='{file.name}'"])
+    assert cfg.launcher.hostfile == str(file), "a job is resumed from any folder"
+    launcher = build(cfg.launcher, Launcher, cfg.cluster)
+    assert not list(launcher.faults(SPEC))
+    assert launcher.render(SPEC, 0) == {"hosts": "n1 slots=8  # node 0\nn2 slots=8  # node 1\nn3 slots=8  # spare\n"}
+    file.unlink()
+    assert "cannot be read: No such file" in next(iter(launcher.faults(SPEC))).render()
+    for words, key in (
+        (["launcher.hosts=[n1]", "launcher.hostfile=x"], "launcher.hostfile"),
+        (["launcher.hosts=['-oProxyCommand=x']"], "launcher.hosts"),
+        (["launcher.hosts=['n1 n2']"], "launcher.hosts"),
+        (["launcher.options=['no equals sign']", "launcher.user='-x'"], "launcher.user"),
+        (["launcher.silence_seconds=10"], "launcher.silence_seconds"),
+    ):
+        with pytest.raises(ConfigError) as fault:
+            compose("launch", ["launcher=ssh", *words])
+        assert fault.value.where == key
+
+
+def test_ssh_asks_nothing_and_the_users_options_come_before_ours():
+    cfg = SshLauncherConfig(
+        user="me", port=2222, config="/c d", options=["ConnectTimeout=3", "IdentityFile=~/.ssh/x y"]
+    )
+    command = ssh_command(cfg, "n1", "true")
+    assert command[:10] == ["ssh", "-T", "-a", "-x", "-F", "/c d", "-p", "2222", "-l", "me"]
+    options = [command[place + 1] for place, word in enumerate(command) if word == "-o"]
+    assert options[:3] == ["BatchMode=yes", "ConnectTimeout=3", "IdentityFile=~/.ssh/x y"]
+    assert command[-3:] == ["--", "n1", "true"] and "ControlPath=none" in options
+
+
+@pytest.mark.parametrize(
+    ("code", "complaints", "found"),
+    [
+        (255, "No ED25519 host key is known for n1\nHost key verification failed.", "its host key is not known here"),
+        (255, "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", "is not the one"),
+        (255, "me@n1: Permission denied (publickey).", "refuses the user or the key"),
+        (255, "ssh: Could not resolve hostname n1: Name or service not known", "no machine of this name is known here"),
+        (255, "/c: line 3: Bad configuration option: hots", "/c: line 3: Bad configuration option: hots"),
+        (
+            255,
+            "ssh: connect to host n1 port 22: Connection timed out",
+            "cannot be reached: connect to host n1 port 22: ",
+        ),
+        (127, "", "has no Python"),
+        (1, "This account is currently not available.", "ended with code 1 before it could begin: This account is"),
+    ],
+)
+def test_what_ssh_says_becomes_a_fault_with_the_machine(code, complaints, found):
+    fault = ssh_fault("n1", code, complaints)
+    assert fault.where == "n1" and found in fault.found
+    assert isinstance(fault, Unreachable) == ("timed out" in complaints), "waited for after a restart"
+
+
+def test_the_same_fault_of_many_machines_is_told_once():
+    fault = in_one({node: [ConfigError(f"n{node}", "is down")] for node in range(200)})
+    assert fault.render() == "n0, n1, n2 and 197 more: is down"
+
+
+def test_the_worst_exit_code_decides():
+    assert [worst(codes) for codes in ([0, 0], [0, 75], [75, 143], [143, 3], [3, 2])] == [0, 75, 143, 3, 2]
+
+
+def test_a_terminal_that_takes_nothing_holds_up_nobody():
+    held, shown = queue.Queue[None](), list[str]()
+
+    def say(line: str) -> None:
+        held.get()
+        shown.append(line)
+
+    with Terminal(say) as terminal:
+        began = time.monotonic()
+        for number in range(ROOM + 100):
+            terminal.show(str(number))
+        assert time.monotonic() - began < 5
+        for _ in range(ROOM + 200):
+            held.put(None)
+        while len(shown) < ROOM:
+            time.sleep(0.01)
+        terminal.show("last")
+    assert shown[0] == "0" and shown[-2].endswith(" lines left out here ...") and shown[-1] == "last"
+
+
+# The agent itself, started as a login shell would start it.
+
+
+def checks(folder: Path) -> dict[str, Any]:
+    """What an agent is to look at."""
+    python = {"python": sys.executable, "probe": [sys.executable, "-", "probe"]}
+    times = {"grace": 1, "heartbeat": 1, "silence": 30}
+    place = {"launch": "1", "node": 0, "master": "127.0.0.1", "setup": [], "working_dir": str(folder)}
+    paths = {"run_dir": str(folder), "token": str(folder / "token"), "mark": str(folder / "mark.json")}
+    return {**python, **times, **place, **paths, "environment": {}}
+
+
+def start_of(command: list[str]) -> dict[str, Any]:
+    """What an agent is to start."""
+    return {"command": command, "environment": {}, "files": {}}
+
+
+class Far:
+    """An agent as a process of this machine."""
+
+    def __init__(self, folder: Path, command: list[str], **check: Any) -> None:
+        self.folder, self.command = folder, command
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        remote = agent_command([sys.executable])
+        self.connection = Connection(0, "here", ["sh", "-c", remote], self.inbox)
+        self.check = {**checks(folder), **check}
+
+    def until(self, *kinds: str, seconds: float = 30) -> dict[str, Any]:
+        """The next frame of one of the kinds."""
+        give_up = time.monotonic() + seconds
+        while True:
+            _, frame = self.inbox.get(timeout=max(0.01, give_up - time.monotonic()))
+            if frame["kind"] in kinds:
+                return dict(frame)
+
+    def start(self, **more: Any) -> None:
+        """Brings it to run the command."""
+        self.until("hello")
+        self.connection.send("check", **self.check)
+        assert self.until("ready", "fault")["kind"] == "ready"
+        self.connection.send("start", **{**start_of(self.command), **more})
+
+
+@pytest.fixture
+def far(tmp_path) -> Iterator[Any]:
+    agents: list[Far] = []
+
+    def make(script: str, **check: Any) -> Far:
+        agents.append(Far(tmp_path, [sys.executable, "-c", script], **check))
+        return agents[-1]
+
+    yield make
+    for each in agents:
+        each.connection.close()
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:  # a daemon: its parent is gone, its session is its own
+    os.setsid()
+    if os.fork() == 0:
+        open("daemon", "w").write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def daemon_of(folder: Path) -> psutil.Process:
+    while not (folder / "daemon").exists() or not (folder / "daemon").read_text():
+        time.sleep(0.02)
+    return psutil.Process(int((folder / "daemon").read_text()))
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch) -> None:
+    """The agent with shorter times."""
+    source = inspect.getsource(agent)
+    for name in ("MARGIN_SECONDS", "END_SECONDS"):
+        source, times = re.subn(rf"^{name} = \d+$", f"{name} = 1", source, flags=re.M)
+        assert times == 1
+    monkeypatch.setattr("launchers.ssh.connection.agent_source", lambda: source)
+
+
+def gone(process: psutil.Process, seconds: float) -> bool:
+    psutil.wait_procs([process], timeout=seconds)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("how", ["the connection ends", "silence", "killed by word"])
+def test_whatever_ends_the_part_nothing_is_left_even_of_daemons_that_ignore_signals(far, tmp_path, how):
+    one = far(STUBBORN, silence=2)
+    one.start()
+    assert one.until("line")["text"] == "up"
+    daemon = daemon_of(tmp_path)
+    assert daemon.parent().pid == one.connection.process.pid, "the agent inherits those whose parent is gone"
+    if how == "killed by word":
+        one.connection.send("kill")
+        ended = one.until("ended")
+        assert ended["code"] == 128 + signal.SIGKILL and ended["why"] == "asked"
+    elif how == "the connection ends":
+        one.connection.process.stdin.close()
+    assert gone(daemon, 20)
+    assert one.connection.process.wait(timeout=10) == 0
+
+
+def test_a_killed_agent_takes_its_part_with_it(far):
+    one = far("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    one.start()
+    child = psutil.Process(int(one.until("line")["text"]))
+    one.connection.close()
+    assert gone(child, 10)
+
+
+def test_the_first_stop_is_the_signal_itself_and_what_is_left_behind_is_told(far, tmp_path):
+    saves = "import os, signal\nsignal.signal(signal.SIGUSR1, lambda *_: (print('saved', flush=True), os._exit(75)))\n"
+    one = far(saves + STUBBORN)
+    one.start()
+    assert one.until("line")["text"] == "up"
+    daemon = daemon_of(tmp_path)
+    one.connection.send("stop", signal=signal.SIGUSR1)
+    assert one.until("line")["text"] == "saved"
+    ended = one.until("ended")
+    assert ended["code"] == 75 and len(ended["left"]) == 1 and gone(daemon, 1)
+
+
+def test_odd_values_arrive_unchanged_behind_setup_scripts_and_are_written_nowhere(far, tmp_path):
+    odd = "two words 'single' \"double\" $(touch planted) `touch planted`\nsecond line é"
+    script = tmp_path / "set env $(touch planted).sh"
+    script.write_text('FROM_SETUP="$ODD"; export FROM_SETUP\n')
+    shows = "import json, os; print(json.dumps([os.environ[n] for n in ('ODD', 'FROM_SETUP', 'TOKEN')]))"
+    name = str(tmp_path / "job of\nmine $(touch planted).json")
+    one = far(shows, environment={"ODD": odd, "TOKEN": "hidden"}, setup=[str(script)])
+    one.command = with_setup(one.command, [str(script)])
+    one.start(files={name: odd})
+    assert json.loads(one.until("line")["text"]) == [odd, odd, "hidden"]
+    assert one.until("ended")["code"] == 0 and Path(name).read_text() == odd
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([script.name, Path(name).name])
+    assert "hidden" not in shlex.join(one.connection.process.args)
+
+
+def test_a_file_that_a_shared_folder_has_is_not_written_again(far, tmp_path):
+    (tmp_path / "job.json").write_text("same")
+    before = (tmp_path / "job.json").stat().st_ino
+    one = far("pass")
+    one.start(files={str(tmp_path / "job.json"): "same"})
+    one.until("ended")
+    assert (tmp_path / "job.json").stat().st_ino == before
+
+
+def test_a_newer_agent_ends_one_that_is_cut_off_and_refuses_its_own_twin(far, tmp_path):
+    one = far(STUBBORN)
+    one.start()
+    one.until("line")
+    daemon = daemon_of(tmp_path)
+    twin = far("pass")
+    twin.until("hello")
+    twin.connection.send("check", **twin.check)
+    assert twin.until("ready", "fault")["faults"] == [
+        ["launcher.hosts", "the same machine as node 0", "name each machine once"]
+    ]
+    newer = far("print('newer')", launch="2")
+    newer.start()
+    assert newer.until("line")["text"] == "newer" and gone(daemon, 1)
+    assert one.until("ended")["why"] == "replaced"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [({}, "no '/no/python'"), ({"setup": ["/x.sh"], "probe": ["true"]}, "no file '/x.sh'")]
+)
+def test_what_is_wrong_with_a_machine_is_told_all_at_once(far, tmp_path, more, told):
+    (tmp_path / "file").touch()
+    wrong = {"token": str(tmp_path / "file/token"), "master": "no.such.host.invalid", "python": "/no/python"}
+    one = far("pass", **{**wrong, "probe": ["/no/python", "-"], **more})
+    one.until("hello")
+    one.connection.send("check", **one.check)
+    found = [found for _, found, _ in one.until("fault", "ready")["faults"]]
+    assert found[0] == f"cannot write '{tmp_path}/file': Not a directory" or "File exists" in found[0]
+    assert "'no.such.host.invalid' of machine 0 is not known" in found[1] and found[2] == told
+
+
+def test_output_that_nobody_takes_does_not_hold_up_the_run(tmp_path):
+    """As on a connection that stalls: the agent's standard output is not read until the run is over."""
+    script = "import sys\nfor n in range(60_000): print(f'{n:0100}')\nopen('done', 'w').close()"
+    start = {"kind": "start", **start_of([sys.executable, "-c", script])}
+    command = ["sh", "-c", agent_command([sys.executable])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(inspect.getsource(agent)).encode() + b"\n")
+        for frame in ({"kind": "check", **checks(tmp_path)}, start):
+            process.stdin.write(agent.RS + json.dumps(frame).encode() + b"\n")
+            process.stdin.flush()
+        give_up = time.monotonic() + 30
+        while not (tmp_path / "done").exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        frames = [json.loads(line[1:]) for line in process.stdout]
+    texts = [frame["text"] for frame in frames if frame["kind"] == "line"]
+    assert frames[-1]["kind"] == "ended" and frames[-1]["code"] == 0
+    assert int(texts[0]) == 0 and len(texts) < 60_000, "the first came, later ones were left out"
+
+
+def test_the_hash_of_the_sources_tells_two_checkouts_apart(tmp_path):
+    ours = agent.installed()
+    for package in agent.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    program = inspect.getsource(agent).encode()
+    for path, same in ((str(Path(__file__).parents[2]), True), (str(tmp_path), False)):
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-", "probe"], input=program, env=environment, cwd=tmp_path, capture_output=True
+        )
+        assert (json.loads(done.stdout[1:])["sources"] == ours["sources"]) is same, done
