@@ -8,6 +8,7 @@ the code that runs; nothing in it is fitted to a case.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ class Model:
         if key not in self._passes:
             module = self.module(dtype, packed=shape.kind is RowKind.packed, recompute=recompute)
             objective = build(self.cfg.objective, Objective)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its authors
             self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
         return self._passes[key]
 

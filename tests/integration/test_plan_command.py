@@ -1,0 +1,105 @@
+"""`crosstune plan` beside real runs: a short form of tests/bench/plan_memory.py, which has the whole table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs.errors import EXIT_USER_FAULT
+from launchers.cli import main
+from tests.command import crosstune, write_uneven_records
+from tests.tiny import save_tiny_model
+
+WITHIN = 0.15
+"""Of the whole process; the libraries are most of a model so small, so the part that is the model's is held to more."""
+WITHOUT_LIBRARIES = 0.35
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    save_tiny_model(folder / "model", **SHAPE)
+    write_uneven_records(folder / "data.jsonl", count=40)
+    return folder
+
+
+def words_of(place, *more):
+    known = "dataset.test_fraction=0.2 dataset.license=CC0-1.0 device=cpu model.precision=fp32 max_length=256".split()
+    step = "batch_tokens=1500 micro_batch_tokens=700 max_steps=3".split()
+    paths = [f"model.path={place / 'model'}", f"dataset.path={place / 'data.jsonl'}", f"cache_dir={place / 'cache'}"]
+    return [*paths, *known, *step, *more]
+
+
+@pytest.mark.parametrize(
+    "words", [["tuning=full", "nproc=1"], ["tuning=lora", "sharding=zero2", "nproc=2"]], ids=["full", "lora-zero2-2"]
+)
+def test_a_run_takes_what_it_was_predicted_to_take(place, tmp_path, words):
+    run = tmp_path / "run"
+    said = crosstune("train", *words_of(place, *words, f"run_dir={run}"))
+    plan = json.loads((run / "plan.json").read_text())
+    predicted, measured = plan["device_bytes"] / 2**30, plan["measured_peak_gib"]
+    base = plan["parts"]["process: Python and libraries"] / 2**30
+    assert predicted == pytest.approx(measured, rel=WITHIN), plan["parts"]
+    assert predicted - base == pytest.approx(measured - base, rel=WITHOUT_LIBRARIES), plan["parts"]
+    assert f"peak memory: predicted {predicted:.2f} GiB, measured {measured:.2f} GiB" in said
+    crosstune("report", str(run))
+    assert f"predicted {predicted:.1f} GiB" in (run / "report.html").read_text()
+
+
+def planned(capfd, *words):
+    assert main(["plan", "--json", *words]) == 0
+    return json.loads(capfd.readouterr().out.splitlines()[-1])
+
+
+def test_a_plan_needs_a_config_json_only(place, tmp_path, capfd):
+    (tmp_path / "config.json").write_text((place / "model" / "config.json").read_text())
+    words = words_of(place, "tuning=full", f"model.path={tmp_path}")
+    result = planned(capfd, *words, "sharding=zero3", "nproc=4", "plan.flops=1e12")
+    assert result["processes"] == 4 and result["trained"] == result["parameters"]
+    assert sum(result["parts"].values()) == result["device_bytes"]
+    assert result["checkpoint_bytes"] == 12 * result["trained"]
+    assert result["speed"]["tokens_per_second"] == pytest.approx(4e12 / result["flops_per_token"])
+    assert result["per_machine"] == {"processes": 4, "host_bytes": 4 * result["device_bytes"]}
+    assert any("supervised" in note for note in result["notes"]), "what is assumed is said"
+
+
+def test_fit_tells_what_fits_and_why_the_rest_does_not(place, capfd):
+    words = [*words_of(place, "tuning=full", "plan.reserve_gib=0"), "device=ascend", "micro_batch_tokens=1400"]
+    whole = planned(capfd, *words, "nproc=2", "sharding=zero2", "plan.reserve_gib=0.5")
+    assert whole["beside_bytes"] == {
+        "reserve for context and libraries": 2**29,
+        "collective library, two buffers a communicator": 2 * 2 * 200 * 2**20,
+    }
+    lines = planned(capfd, *words, "device=auto", "--fit", "700MiB x 2")["fits"]
+    fitting = [line for line in lines if line["fits"]]
+    assert 0 < len(fitting) < len(lines) == 24
+    assert lines[: len(fitting)] == fitting and all(line["needs_bytes"] <= 700 * 2**20 for line in fitting)
+    assert all(line["needs_bytes"] > 700 * 2**20 and "GiB" in line["reason"] for line in lines[len(fitting) :])
+    assert {line["micro_batch_tokens"] for line in lines} <= {1400, 700, 350, 256}
+
+
+def test_a_plan_of_a_run_that_was(place, tmp_path, capfd):
+    assert main(["train", *words_of(place), "--cfg", "job"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    from configs.compose import compose, save_resolved
+
+    save_resolved(compose("train", words_of(place, "sharding=zero1")), resolved)
+    capfd.readouterr()
+    assert planned(capfd, "--resolved", str(resolved), "nproc=2")["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["fit=much"], "64GiB x 8"), (["model.path=/nowhere"], "a plan needs no weights"), (["plan.mfu=2"], "plan.mfu")],
+)
+def test_faults_name_the_remedy(place, capfd, words, said):
+    assert main(["plan", *words_of(place), *words]) == EXIT_USER_FAULT
+    assert said in capfd.readouterr().err

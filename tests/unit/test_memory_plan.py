@@ -1,0 +1,174 @@
+"""The prediction of memory: what is traced, what engines take, what allocators hold, what fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from configs.compose import compose
+from configs.errors import ConfigError
+from configs.schema.plan import room
+from tests.tiny import save_tiny_model
+from train.data.plan import RowKind
+from train.plan import tape as part
+from train.plan.allocators import MIB, caching_peak, host_peak
+from train.plan.engines import Setting, Weight, Zero, script_of
+from train.plan.predict import Data, Model, Predictor
+from train.plan.tape import Tape
+from train.plan.trace import FREED, Pass, fullest, trace_optimizer
+
+NOTHING = Pass([], 0, [], set())
+GIB = 2**30
+
+
+def adamw(shapes, foreach=False):
+    return trace_optimizer(lambda named: torch.optim.AdamW([t for _, t in named]), shapes, foreach)
+
+
+def setting(zero=None, world=1, size=4, weights=None, **more):
+    weights = weights or [Weight("w", torch.Size((1000, 1000)), True, "m")]
+    more = {"micro_batch": NOTHING, "reserve_buckets": False} | more
+    return Setting(weights=weights, size=size, world=world, zero=zero, step=adamw, **more)
+
+
+def held(made: Setting) -> dict[str, int]:
+    """What is there before the first pass and stays, in bytes per trained weight."""
+    script_of(made).build()
+    _, parts = made.device.peak()
+    last = made.device.parts_after(len(made.device.events) - 1)
+    return {name: round(size / 1e6) for name, size in last.items()}
+
+
+def test_what_engines_hold_by_hand():
+    """Bytes per weight as the papers count them: 16 with AdamW in mixed precision, less what is spread."""
+    assert held(setting()) == {part.WEIGHTS: 4, part.GRADIENTS: 4}
+    assert held(setting(size=2)) == {part.WEIGHTS: 2, part.MASTERS: 4, part.GRADIENTS: 4}
+    assert held(setting(Zero(2), world=4)) == {part.WEIGHTS: 4, part.MASTERS: 1}
+    assert held(setting(Zero(1), world=4, size=2)) == {part.WEIGHTS: 2, part.MASTERS: 1, part.GRADIENTS: 4}
+    three = held(setting(Zero(3), world=4, size=2, reserve_buckets=False))
+    assert three[part.MASTERS] == 1 and three[part.GRADIENTS] == 1 and round(three[part.WEIGHTS]) <= 1
+
+
+def test_adamw_keeps_two_values_and_takes_two_more_for_a_moment():
+    made = setting()
+    script_of(made).write(passes=1, steps=2)
+    _, parts = made.device.peak()
+    assert [round(parts[name] / 1e6) for name in (part.STATE, part.STEP)] == [8, 8]
+
+
+def test_offload_moves_masters_gradients_and_state_to_the_host():
+    made = setting(Zero(2, offload=True))
+    script_of(made).write(passes=1, steps=2)
+    assert not {part.MASTERS, part.STATE} & set(made.device.peak()[1])
+    host = made.host.peak()[1]
+    assert [round(host[name] / 1e6) for name in (part.MASTERS, part.STATE, part.GRADIENTS)] == [4, 8, 4]
+
+
+def test_zero3_gathers_fused_experts_whole():
+    """Two tensors of one module come together, however little is prefetched; small ones are always there."""
+    experts = [
+        Weight(f"l.{i}.experts.{n}", torch.Size((8, 1000, 100)), True, f"l.{i}.experts") for i in (0, 1) for n in "ab"
+    ]
+    norm = Weight("norm", torch.Size((64,)), True, "norm")
+    made = setting(Zero(3, prefetch=0, reuse=0), world=8, weights=[*experts, norm])
+    assert script_of(made).gathered_numel() == 2 * 800_000 + 64
+    script_of(made).write(passes=1, steps=1)
+    assert any(made.device.parts[n] == part.GATHERED and size == 4 * (1_600_064) for n, size in made.device.events)
+
+
+def test_a_save_keeps_its_copy_on_the_host():
+    made = setting(copy=12_000_000)
+    script_of(made).write(passes=1, steps=3)
+    assert made.host.peak()[1][part.COPY] == 12_000_000
+
+
+def test_the_caching_allocator_keeps_segments():
+    """Sizes by hand after its rules: 2 MiB for small blocks, 20 MiB for middle ones, whole ones above."""
+    assert caching_peak([(0, 100)]) == 2 * MIB
+    assert caching_peak([(0, 3 * MIB)]) == 20 * MIB
+    assert caching_peak([(0, 31 * MIB)]) == 32 * MIB
+    assert caching_peak([(0, 30 * MIB), (0, FREED), (1, 16 * MIB), (2, 14 * MIB)]) == 30 * MIB, "a hole is cut in two"
+    holes = [(0, 10 * MIB), (1, 10 * MIB), (0, FREED), (1, FREED), (2, 20 * MIB)]
+    assert caching_peak(holes) == 40 * MIB, "two segments do not become one"
+
+
+def test_the_host_is_asked():
+    """Large pieces go back to the system, small holes do not always: never less than what lives."""
+    tape = Tape()
+    for _ in range(3):
+        numbers = [tape.take("x", MIB) for _ in range(8)]
+        tape.give(*numbers)
+    found = host_peak(tape.events)
+    assert found is not None and 8 * MIB <= found < 16 * MIB
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), hidden_size=64, num_hidden_layers=4)
+
+
+def predictor(folder, *words, world=1, on_cpu=True, model=None):
+    cfg = compose("train", [f"model.path={folder}", "dataset.path=x", "device=cpu", "micro_batch_tokens=1024", *words])
+    dtype = torch.float32 if "model.precision=fp32" in words else torch.bfloat16
+    made = model or Model(cfg, folder)
+    return Predictor(cfg, made, dtype=dtype, on_cpu=on_cpu, kind=RowKind.packed, world=world, data=Data(), base_bytes=0)
+
+
+def parts_of(folder, *words, **more):
+    forecast = predictor(folder, "tuning=full", "model.precision=fp32", *words, on_cpu=False, **more).forecast()
+    return forecast, forecast.parts
+
+
+def test_logits_are_counted_as_the_loss_makes_them(folder):
+    """In fp32: logits, log-softmax and two gradients; nothing else is as wide as the vocabulary."""
+    one = predictor(folder, "tuning=full", "model.precision=fp32")
+    found = one.model.traced(torch.float32, one.shape, recompute=False)
+    sizes = {size for number, size in found.events if number in found.wide and size > 0}
+    assert one.shape.supervised * one.model.vocabulary * 4 in sizes
+    _, parts = parts_of(folder)
+    assert parts[part.LOGITS] >= 3 * one.shape.supervised * one.model.vocabulary * 4
+
+
+def test_recomputation_leaves_a_layers_input(folder):
+    kept, recomputed = (
+        parts_of(folder, f"activation_checkpointing={word}")[1][part.ACTIVATIONS] for word in ("false", "true")
+    )
+    assert recomputed < kept / 2
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_share_of_the_step(folder):
+    assert predictor(folder, "batch_tokens=1024", "max_length=128", world=4).shape.tokens == 256
+    assert predictor(folder, "batch_tokens=99999", "max_length=128").shape.tokens == 1024
+    assert fullest(RowKind.single, 1024, 300, 1.0).tokens == 300
+    assert fullest(RowKind.packed, 1024, 300, 0.5).supervised == 512
+
+
+def test_what_cannot_be_traced_is_said_and_estimated(folder):
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x * float(x.sum().item())
+
+    one = predictor(folder, "tuning=full", "model.precision=fp32")
+    module = one.module
+    module.model.layers[0].mlp = Asks()
+    forecast = one.forecast()
+    assert forecast.parts[part.ACTIVATIONS] > 0
+    assert len(forecast.unknown) == 1 and "estimated as 34 bytes" in forecast.unknown[0]
+
+
+def test_disk_and_communication(folder):
+    forecast, _ = parts_of(folder, "sharding=zero3", world=4)
+    trained = sum(p.numel() for p in predictor(folder, "tuning=full", "model.precision=fp32").module.parameters())
+    assert forecast.checkpoint_bytes == 12 * trained
+    gathered = forecast.sent_bytes["weights, gathered forward and backward"]
+    assert gathered == int(2 * 4 * trained * 3 / 4), "once forward, once backward; a rank has a quarter already"
+
+
+def test_room_is_read():
+    assert room("64GiB x 8") == (64 * GIB, 8)
+    assert room("80GB*2") == (80 * 10**9, 2)
+    assert room("24g") == (24 * GIB, None)
+    for wrong in ("", "x 8", "64", "64GiB x 0", "lots"):
+        with pytest.raises(ConfigError):
+            room(wrong)
