@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -54,6 +54,8 @@ class Fault:
     times: int = 1
     lines: int = 1
     message: str = "as ordered"
+    act: Callable[[], None] = lambda: None
+    """What happens then."""
 
 
 @dataclass
@@ -116,6 +118,7 @@ class Cluster:
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
                     fault.times -= 1
+                    fault.act()
                     return fault
         return None
 

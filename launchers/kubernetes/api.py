@@ -7,38 +7,22 @@ out twice follows from the object's name, which is ours to choose: the second on
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, CrosstuneError, RunFailedError
+from configs.errors import ConfigError
 from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
 from launchers.kubernetes import Manifest
+from launchers.kubernetes.connection import ExistsError, LostError, NotThereError, connect, refused, words_of
 
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT = (5, 30)
 """Seconds to connect, and to wait for an answer."""
 STREAM_TIMEOUT = (5, 300)
 """The same of a stream, which may be silent for long."""
 TRY_AGAIN = (429, 500, 502, 503, 504)
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 10.0
-WORDS = 1200
-"""Of the server, at most, in a message."""
-
-
-class LostError(RunFailedError):
-    """The API server did not answer for too long."""
-
-
-class NotThereError(ConfigError):
-    """It knows no such object, or no such kind of object."""
-
-
-class ExistsError(ConfigError):
-    """There is an object of this name already."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +140,7 @@ class Api:
                     now[pod["metadata"]["uid"]] = pod
                 if test(list(now.values())):
                     return list(now.values())
+            time.sleep(FIRST_PAUSE_SECONDS)
 
     def _watch(self, kind: Resource, label: str, version: str, seconds: float) -> Iterator[Manifest]:
         """Changes since a state, until the time is over or the server, or the connection, ends it."""
@@ -172,8 +157,8 @@ class Api:
                     return  # 410: the state is too old for the server; the caller lists anew
                 if event.get("type") != "BOOKMARK":
                     yield event
-        except (ConnectionError, json.JSONDecodeError, NotThereError):
-            time.sleep(FIRST_PAUSE_SECONDS)
+        except (ConnectionError, json.JSONDecodeError):
+            return
 
     def log(self, pod: str, container: str, *, follow: bool, since_seconds: int | None) -> Iterator[str]:
         """Lines that a container printed, each behind the time when it did.
@@ -195,9 +180,9 @@ class Api:
         try:
             response = self._send("GET", kind, name, query, None, STREAM_TIMEOUT)
             if response.status in TRY_AGAIN:
-                raise ConnectionError(f"{response.status} {_words(ApiException(http_resp=response))}")
+                raise ConnectionError(f"{response.status} {words_of(ApiException(http_resp=response))}")
             if response.status >= 400:
-                raise _refused(ApiException(http_resp=response), f"{kind.kind} {name}")
+                raise refused(ApiException(http_resp=response), f"{kind.kind} {name}")
             yield from response.stream(amt=None, decode_content=False)
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionError(str(error)) from None
@@ -230,8 +215,8 @@ class Api:
                     return dict(json.loads(data))
                 refusal = ApiException(http_resp=response)
                 if response.status not in TRY_AGAIN:
-                    raise _refused(refusal, where)
-                reason, wait = f"{response.status} {_words(refusal)}", response.headers.get("Retry-After", "")
+                    raise refused(refusal, where)
+                reason, wait = f"{response.status} {words_of(refusal)}", response.headers.get("Retry-After", "")
                 wait_seconds = float(wait) if wait.isdecimal() else 0.0
             except (urllib3.exceptions.HTTPError, json.JSONDecodeError) as error:
                 reason, wait_seconds = str(error), 0.0
@@ -271,59 +256,6 @@ class Api:
             return self.client.call_api(*request, _request_timeout=timeout).response
         except ApiException as error:  # how the client tells a certificate that does not fit
             raise ConfigError(self.client.configuration.host, str(error.reason), remedy="see the kubeconfig") from None
-
-
-def connect(cfg: KubernetesLauncherConfig) -> tuple[Any, str]:
-    """The official client, and the namespace that its config names.
-
-    Raises:
-        ConfigError: it is not installed, or there is no usable config.
-    """
-    try:
-        from kubernetes import client, config
-    except ImportError:
-        raise ConfigError(
-            "launcher", "the client of Kubernetes is not installed here", remedy="pip install 'crosstune[k8s]'"
-        ) from None
-    settings = client.Configuration()
-    file = os.path.expanduser(cfg.kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config")
-    try:
-        if cfg.kubeconfig or any(os.path.exists(part) for part in file.split(os.pathsep)):
-            config.load_kube_config(file, context=cfg.context, client_configuration=settings)
-            contexts, active = config.list_kube_config_contexts(file)
-            chosen = next((each for each in contexts if each["name"] == cfg.context), active)
-            namespace = chosen["context"].get("namespace") or "default"
-        else:
-            config.load_incluster_config(client_configuration=settings)
-            namespace = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
-    except (config.ConfigException, OSError) as error:
-        raise ConfigError(
-            "launcher.kubeconfig", f"{file}: {error}", remedy="launcher.kubeconfig=FILE, launcher.context=NAME"
-        ) from None
-    settings.retries = False  # ours know which requests may be sent again
-    return client.ApiClient(settings), namespace
-
-
-def _refused(error: Any, where: str) -> CrosstuneError:
-    """A refusal in the server's own words."""
-    status, words = error.status, _words(error)
-    if status == 404:
-        return NotThereError(where, words)
-    if status == 409:
-        return ExistsError(where, words, remedy="is the job there already? crosstune status RUN")
-    if status in (401, 403):
-        return ConfigError(where, f"not allowed: {words}", remedy="kubectl auth can-i --list, launcher.namespace=...")
-    return ConfigError(where, f"refused by the server ({status}): {words}")
-
-
-def _words(error: Any) -> str:
-    """What the server says, without what it wraps it in."""
-    body = error.body or ""
-    try:
-        text = str(json.loads(body).get("message") or error.reason)
-    except (json.JSONDecodeError, AttributeError):
-        text = body.strip() or str(error.reason)
-    return text if len(text) <= WORDS else f"{text[:WORDS]} ..."
 
 
 def _same(there: Manifest, ours: Manifest) -> bool:

@@ -6,6 +6,7 @@ import re
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -20,7 +21,8 @@ from launchers.base import Launcher, tail
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes import pods as told
-from launchers.kubernetes.api import EVENTS, PODS, Api, LostError, Resource
+from launchers.kubernetes.api import EVENTS, PODS, Api, Resource
+from launchers.kubernetes.connection import LostError
 from launchers.kubernetes.pod import JOB_LABEL, PodTemplate, object_name
 from launchers.spec import LaunchSpec
 
@@ -113,9 +115,14 @@ class KubernetesLauncher(Launcher):
             owner = self._as_owner(created)
             for kind, each in made[:-1]:
                 self.api.patch(kind, each, {"metadata": {"ownerReferences": [owner]}})
+        except LostError as error:
+            kinds = ",".join(each.plural for each in (self.resource, *self.others.values()))
+            there = f"kubectl -n {self.api.namespace} delete {kinds} {object_name(job.spec, job.attempt)}"
+            raise LostError(error.where, error.found, remedy=f"{error.remedy}; what may be there: {there}") from None
         except CrosstuneError:
             for kind, each in reversed(made):
-                self.api.delete(kind, each)
+                with suppress(CrosstuneError):  # what was refused first is told
+                    self.api.delete(kind, each)
             raise
         return {"kind": self.resource.kind, "namespace": self.api.namespace, "name": made[-1][1]}
 

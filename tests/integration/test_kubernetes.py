@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from configs.compose import build, compose
 from configs.errors import ConfigError, CrosstuneError
 from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Mark, State, Word, state_of
-from launchers.kubernetes.api import ExistsError, LostError
 from launchers.kubernetes.base import KubernetesLauncher
+from launchers.kubernetes.connection import ExistsError, LostError
 from launchers.torchrun import free_port
 from tests.command import crosstune, metrics_of
 from tests.fake_kubelet import Kubelet
@@ -171,10 +172,9 @@ def test_a_lost_answer_makes_no_second_job(how: int | str, cluster: Cluster, kub
 
 def test_a_name_taken_by_another_is_not_taken_for_ours(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
     made = Submitted(kubeconfig, tmp_path)
-    about = {"name": SPEC.name, "annotations": {"crosstune/run": "/another/run"}}
-    cluster.faults.append(Fault("POST", r"/jobs\?fieldValidation=Strict$", "before"))
-    threading.Timer(0.1, cluster.put, ("jobs", {"metadata": about})).start()
-    cluster.faults.append(Fault("POST", r"/jobs\?fieldValidation=Strict$", 503))
+    other = {"metadata": {"name": SPEC.name, "annotations": {"crosstune/run": "/another/run"}}}
+    act = partial(cluster.put, "jobs", other)
+    cluster.faults.append(Fault("POST", r"/jobs\?fieldValidation=Strict$", "before", act=act))
     with pytest.raises(ExistsError):
         made.submit()
 
