@@ -196,13 +196,14 @@ def ssh_fault(host: str, code: int, complaints: str) -> ConfigError:
     """
     said = complaints.splitlines()
     last = said[-1] if said else "no message"
+    remedy = "install Python 3.8 or newer there, or python=PATH of one"
     if code == NO_PYTHON:
-        remedy = "install Python 3.8 or newer there, or python=PATH of one"
         return ConfigError(host, "has no Python: neither the job's nor a python3", remedy=remedy)
+    if "SyntaxError" in last:
+        return ConfigError(host, "does not have the job's Python, and its python3 is older than 3.8", remedy=remedy)
     if code != SSH_FAILED:
         return ConfigError(host, f"ended with code {code} before it could begin: {last}")
     for pattern, found, helps in COMPLAINTS:
         if re.search(pattern, complaints):
-            remedy = helps.format(host=shlex.quote(host)) if helps else ""
-            return ConfigError(host, found.format(last=last), remedy=remedy or None)
+            return ConfigError(host, found.format(last=last), remedy=helps and helps.format(host=shlex.quote(host)))
     return Unreachable(host, f"cannot be reached: {re.sub(r'^ssh: ', '', last)}")

@@ -152,7 +152,7 @@ class _Session:
         self.secrets = secret_values(job.spec.secrets, os.environ)
 
     def assemble(self, hosts: dict[int, str], spares: list[str]) -> Gathered:
-        """Machines that are ready. A later attempt replaces those that are away by spares, or waits for them.
+        """Machines that are ready. Spares replace those that are away; without one, a later attempt waits for them.
 
         Args:
             hosts: by number; brought up to date.
@@ -165,7 +165,7 @@ class _Session:
                 self._tell_unshared(hosts, gathered)
                 return gathered
             away = {node for node, faults in gathered.faults.items() if isinstance(faults[0], Unreachable)}
-            if not later or away != set(gathered.faults):
+            if away != set(gathered.faults) or (not later and len(away) > len(spares)):
                 raise in_one(gathered.faults)
             for node in sorted(away):
                 if spares:

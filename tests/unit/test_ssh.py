@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -114,6 +115,7 @@ def test_ssh_asks_nothing_and_the_users_options_come_before_ours():
             "cannot be reached: connect to host n1 port 22: ",
         ),
         (127, "", "has no Python"),
+        (1, "line 16\nSyntaxError: future feature annotations is not defined", "its python3 is older than 3.8"),
         (1, "This account is currently not available.", "ended with code 1 before it could begin: This account is"),
     ],
 )
@@ -150,6 +152,18 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody():
             time.sleep(0.01)
         terminal.show("last")
     assert shown[0] == "0" and shown[-2].endswith(" lines left out here ...") and shown[-1] == "last"
+
+
+def test_the_agent_is_for_old_pythons_too():
+    """Of a host on which nothing is installed. Annotations are not evaluated; all else must be known to 3.8."""
+    source = inspect.getsource(agent)
+    ast.parse(source, feature_version=(3, 8))
+    assert "from __future__ import annotations" in source
+    modules = {node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    modules |= {
+        name.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for name in node.names
+    }
+    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names
 
 
 # The agent itself, started as a login shell would start it.
