@@ -246,12 +246,16 @@ def root_cause(marks: Sequence[Mark]) -> tuple[Mark, CrosstuneError] | None:
     left = [mark for mark in marks if mark.fault]
     if not left:
         return None
-    first = min(left, key=lambda mark: (_follows(mark.fault or {}), float((mark.fault or {}).get("time", mark.began))))
+    first = min(left, key=lambda mark: (_remote(mark.fault or {}), float((mark.fault or {}).get("time", mark.began))))
     assert first.fault is not None
     return first, from_json(first.fault)
 
 
-def _follows(fault: Mapping[str, Any]) -> bool:
-    """Whether it is of a kind that mostly follows from another rank's end: nobody foresaw it, or nobody told it."""
-    kinds = {each.get("kind") for each in fault.get("errors", [])}
-    return kinds <= {"UnexpectedError", "WorkerLostError"}
+FOLLOW = ("WorkerLostError", "UnexpectedError", "StoppedError")
+"""Kinds of faults from the likeliest cause to the least: a killed process, which its parent tells only at the end; what
+nobody foresaw, mostly the loss of a peer; a save upon the signal with which a launcher ends the other machines."""
+
+
+def _remote(fault: Mapping[str, Any]) -> int:
+    """How far a fault is from being a cause; 0: a rank knew what was wrong."""
+    return max((FOLLOW.index(each["kind"]) + 1 for each in fault["errors"] if each["kind"] in FOLLOW), default=0)

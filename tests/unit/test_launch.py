@@ -131,8 +131,11 @@ def test_a_state_is_the_schedulers_word_and_the_marks(
 def test_the_root_cause_is_the_first_fault_and_not_what_followed() -> None:
     late = mark(1, 3, fault=fault("DataError", 12.0, rank=3))
     follows = mark(0, 3, fault=fault("UnexpectedError", 11.0))  # "connection closed by peer", told sooner
-    found = root_cause([follows, mark(2, 3), late])
+    stopped = mark(2, 75, fault=fault("StoppedError", 10.0))
+    found = root_cause([follows, mark(3, 3), stopped, late])
     assert found is not None and found[0] is late and "DataError of rank 3" in str(found[1])
+    killed = mark(1, 3, fault=fault("WorkerLostError", 13.0, rank=3))
+    assert root_cause([follows, stopped, killed])[0] is killed  # type: ignore[index]
     assert root_cause([follows, mark(1, 3, fault=fault("UnexpectedError", 10.5, rank=2))])[0].node == 1  # type: ignore[index]
     assert root_cause([mark(0, 3)]) is None
     assert isinstance(from_json(fault("NoSuchKind", 1.0)), Exception)
