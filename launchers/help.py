@@ -29,7 +29,7 @@ TYPED_MOST = (
     "out",
     "checkpoint",
     "data",
-    *("from", "to", "steps", "kills", "shrink"),
+    *("from", "to", "steps", "kills", "shrink", "fit"),
 )
 WIDTH = 118
 

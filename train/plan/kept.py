@@ -34,8 +34,8 @@ def foretell(
     """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
     from train.plan.predict import Data, Model, Predictor, process_bytes
 
-    run.plan.unlink(missing_ok=True)
     try:
+        run.plan.unlink(missing_ok=True)  # of a run that is resumed, maybe on other devices
         forecast = Predictor(
             cfg,
             Model(cfg, model_dir),
@@ -69,16 +69,18 @@ class PredictionKept(Hook):
         """One line, where there is something to compare."""
         if not self.peak_gib or not self.run.plan.is_file():
             return
-        plan: dict[str, Any] = json.loads(self.run.plan.read_text(encoding="utf-8"))
-        predicted = plan["device_bytes"] / 2**30
+        try:
+            plan: dict[str, Any] = json.loads(self.run.plan.read_text(encoding="utf-8"))
+            predicted = float(plan["device_bytes"]) / 2**30
+            write_whole(self.run.plan, json.dumps(plan | {"measured_peak_gib": self.peak_gib}, indent=2) + "\n")
+        except (OSError, ValueError, KeyError, StorageError) as error:  # what ended the run must be heard, not this
+            logger.warning("plan: predicted memory cannot be compared (%s)", first_line(error))
+            return
         off = predicted / self.peak_gib - 1
         logger.info(
-            "peak memory: predicted %.2f GiB, measured %.2f GiB (%s)",
+            "peak memory: predicted %.2f GiB, measured %.2f GiB (%.0f %% %s)",
             predicted,
             self.peak_gib,
-            f"{abs(off):.0%} {'above' if off > 0 else 'below'} what it was",
+            abs(off) * 100,
+            "too much" if off > 0 else "too little",
         )
-        try:
-            write_whole(self.run.plan, json.dumps(plan | {"measured_peak_gib": self.peak_gib}, indent=2) + "\n")
-        except StorageError as error:
-            logger.warning("plan: %s", first_line(error))
