@@ -49,10 +49,11 @@ def request(*words: str) -> Request:
 
 def healthy(node: int) -> dict[str, Any]:
     """The facts of a node on which nothing is wrong."""
+    asked = range(4) if node == 0 else (0, node)
     eth = {"addresses": [f"10.0.0.{node}", "fe80::1"], "up": True}
     disk = {"path": "/shared/run", "folder": "/shared", "free_bytes": 500 * GIB, "total_bytes": 900 * GIB}
     facts: dict[str, Any] = {
-        "names": {"own": f"n{node}", "known": {name: {"addresses": [f"10.0.0.{i}"]} for i, name in enumerate(NAMES)}},
+        "names": {"own": f"n{node}", "known": {NAMES[i]: {"addresses": [f"10.0.0.{i}"]} for i in asked}},
         "network": {
             "here": {"lo": {"addresses": ["127.0.0.1"], "up": True}, "eth0": eth},
             "chosen": {},
@@ -148,7 +149,7 @@ MISSING = {"level": "missing", "what": "nproc: 9 processes", "remedy": "lower np
     ("change", "level", "check", "nodes", "says"),
     [
         (put(2, "names/known/n0", NOT_HERE), "fault", "names", (2,), "'n0' does not resolve: Name or"),
-        (put(2, "names/known/n3", NOT_HERE), "warning", "names", (2,), "'n3' does not resolve"),
+        (put(2, "names/known/n2", NOT_HERE), "fault", "names", (2,), "'n2' does not resolve"),
         (put(0, "names/known/n3", NOT_HERE), "fault", "names", (0,), "'n3' does not resolve"),
         (put(2, "names/known/n0/addresses", ["10.9.9.9"]), "fault", "names", (2,), "and that machine has 10.0.0.0"),
         (put(2, "names/known/n0/addresses", ["127.0.0.1"]), "fault", "names", (2,), "this node itself"),
@@ -227,7 +228,7 @@ def test_the_same_finding_on_several_nodes_is_one_and_faults_come_first():
 
 
 def test_behind_a_network_that_translates_addresses_names_are_not_called_wrong():
-    change = both(*(put(n, "names/known/n1/addresses", ["192.168.9.1"]) for n in range(4)))
+    change = both(*(put(node, "names/known/n0/addresses", ["192.168.9.1"]) for node in range(4)))
     assert judge(request(), answers(change)) == []
 
 

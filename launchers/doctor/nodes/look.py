@@ -70,8 +70,10 @@ def local_checks(request: Request) -> dict[str, Callable[[], Any]]:
     """What needs no other machine and no device, by name."""
     # Machine 0 is its own master: what leads to the others is its route to any of them.
     peer = request.master if request.node else next(iter(request.names[1:]), "")
+    # All need the first one's name, and only that one connects to the others: a name server is spared n * n questions.
+    wanted = [request.master, request.name] if request.node else [request.master, *request.names]
     checks: dict[str, Callable[[], Any]] = {
-        "names": lambda: network.names([*request.names, *([request.master] if request.master else [])]),
+        "names": lambda: network.names(list(filter(None, wanted))),
         "network": lambda: network.interfaces(peer if request.rendezvous else ""),
         "limits": machine.limits,
         "shm": machine.shared_memory,

@@ -13,20 +13,26 @@ FIREWALL = "open TCP between the nodes, the rendezvous port and those from 1024 
 
 
 def of_names(request: Request, answers: Sequence[Answer]) -> Iterator[Finding]:
-    """Names that mean nothing on a node, or the wrong machine. The first node's is what every rank needs."""
+    """Names that mean nothing, or the wrong machine, on a node that needs them.
+
+    An address that a machine does not know may still lead to it, behind a network that translates addresses: it is
+    wrong only where another node has the right one.
+    """
     if not request.meets:
         return
     numbers = {name: number for number, name in reversed(list(enumerate(request.names)))}
     if request.master:
         numbers.setdefault(request.master, 0)
-    owned = {answer.node: _own_addresses(answer) for answer in answers}
-    for answer in answers:
-        for name, number in numbers.items():
-            level = FAULT if number in (0, answer.node) or answer.node == 0 else WARNING
-            what = _wrong(name, number, answer, answers, owned[number])
+    for name, number in numbers.items():
+        owned = _own_addresses(answers[number])
+        known = {answer.node: _meaning(name, answer) for answer in answers}
+        right = any(owned & set(entry.get("addresses", ())) for entry in known.values())
+        for node, entry in known.items():
+            what = _wrong(entry, owned if right else set()) if node != number or "failed" in entry else None
             if what:
                 remedy = f"DNS, or a line for {name} in /etc/hosts of this node"
-                yield Finding(level, "names", (answer.node,), f"'{name}' {what}", remedy)
+                yield Finding(FAULT, "names", (node,), f"'{name}' {what}", remedy)
+    for answer in answers:
         yield from _own_name(request, answer)
 
 
@@ -36,21 +42,19 @@ def _own_addresses(answer: Answer) -> set[str]:
     return {each for interface in here for each in interface["addresses"] if not is_local(each)}
 
 
-def _wrong(name: str, number: int, answer: Answer, answers: Sequence[Answer], owned: set[str]) -> str | None:
-    """What is wrong with the meaning of a name on a node; None where nothing is known to be.
+def _wrong(entry: dict[str, Any], owned: set[str]) -> str | None:
+    """What is wrong with the meaning of another machine's name; None where nothing is known to be.
 
-    An address that the machine does not know may still lead to it, behind a network that translates addresses: it is
-    wrong only where another node has the right one.
+    Args:
+        entry: what the name means on a node; empty: it was not looked up there.
+        owned: addresses of that machine; empty: not to be compared with.
     """
-    entry = _meaning(name, answer)
     if "failed" in entry:
         return f"does not resolve: {entry['failed']}"
     addresses = entry.get("addresses")
-    if not addresses or number == answer.node:
-        return None
-    if all(is_loopback(each) for each in addresses):
+    if addresses and all(is_loopback(each) for each in addresses):
         return f"is {addresses[0]} here, this node itself"
-    if not owned & set(addresses) and any(owned & set(_meaning(name, each).get("addresses", ())) for each in answers):
+    if addresses and owned and not owned & set(addresses):
         return f"is {addresses[0]} here, and that machine has {', '.join(sorted(owned))}"
     return None
 
