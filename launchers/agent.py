@@ -193,6 +193,7 @@ class Agent:
             step()
         except Fault as fault:
             self.wire.send("fault", faults=[fault.args])
+        self.wire.heard = time.monotonic()  # what came meanwhile has not been read
 
     # What is looked at before anything starts.
 

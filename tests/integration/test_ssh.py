@@ -331,9 +331,11 @@ def test_the_first_ctrl_c_saves_and_the_second_ends_at_once(kit, tmp_path):
         kit.nothing_is_left(1)
 
 
-def test_whoever_kills_the_client_leaves_nothing(kit, tmp_path):
+def test_whoever_kills_the_client_leaves_nothing_even_behind_a_jump_host(kit, tmp_path):
     run = tmp_path / "run"
-    process = kit.start(kit.fake(run, "saves", "saves"))
+    with kit.lab.ssh_config.open("a") as config:
+        config.write(f"Host far\n  HostName {kit.lab.address('n1')}\n  HostKeyAlias n1\n  ProxyJump n2\n")
+    process = kit.start(kit.fake(run, "saves", "saves", hosts="n0,far"))
     up(run, process)
     process.kill()
     process.communicate()
