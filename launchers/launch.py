@@ -21,7 +21,7 @@ from launchers.base import Launcher
 from launchers.doctor.nodes.before import before_submit
 from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
-from launchers.run_dir import make_writable, new_run, with_run_dir
+from launchers.run_dir import LOCK, make_writable, new_run, with_run_dir
 from launchers.spec import make_spec
 from launchers.status import launcher_of, opened
 
@@ -135,6 +135,7 @@ def _write_files(planned: Plan) -> None:
 def _take_back(planned: Plan) -> None:
     """The job was refused: its folder is as it was, and may be used again."""
     shutil.rmtree(planned.folder.path, ignore_errors=True)
+    (planned.folder.run_dir / LOCK).unlink(missing_ok=True)
     with suppress(OSError):
         planned.folder.run_dir.rmdir()
 
