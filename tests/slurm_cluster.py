@@ -52,6 +52,7 @@ SlurmctldParameters={controller}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
+EnforcePartLimits=ALL
 SlurmdTimeout=15
 KillWait=5
 GresTypes=gpu,npu

@@ -40,7 +40,7 @@ class SlurmLauncher(Launcher):
         self._asked: tuple[float, bool] | None = None
 
     def faults(self, spec: LaunchSpec) -> Iterator[CrosstuneError]:
-        """Times that leave no room for a save, and names that cannot be written where they must."""
+        """Times that leave no room for a save, and names that cannot stand where Slurm reads them."""
         lead = self.cfg.signal_lead_seconds
         if lead <= spec.grace_seconds:
             yield ConfigError(
@@ -54,6 +54,9 @@ class SlurmLauncher(Launcher):
                 f"{spec.time_limit_minutes}, but the run is told to save launcher.signal_lead_seconds={lead} before",
                 remedy="a longer limit, or a shorter lead with a shorter guard.grace_seconds",
             )
+        if set(spec.run_dir) & set("%\\"):
+            remedy = "another run_dir: Slurm takes both for its own in the path of its output"
+            yield ConfigError("run_dir", f"'{spec.run_dir}'", allowed="no percent sign or backslash", remedy=remedy)
         gres = self.cluster.gres
         if gres is not None and not GRES.fullmatch(gres):
             yield ConfigError("cluster.gres", f"'{gres}'", allowed="name or name:type, without a number")

@@ -158,7 +158,7 @@ def test_a_preempted_run_saves_and_waits_in_the_queue(site, preempted):
 
 
 def test_two_machines_whatever_the_paths_and_the_environment_hold(site, in_peace):
-    run = site.home / "run of 'mine' \"x\" $(touch pwned); `touch pwned` \\ #"
+    run = site.home / "run of 'mine' \"x\" $(touch pwned); `touch pwned` #\nx"
     look = site.home / "what is $(touch pwned) here.sh"
     look.write_text('env -0 > "$HOME_OF_TEST/seen-$SLURM_PROCID"\n')
     quoted = str(run).replace("'", "\\'")
@@ -252,6 +252,21 @@ def test_a_run_that_meets_its_time_limit_again_and_again_ends_like_one_in_peace(
     assert site.status(run)["state"] in ("preempted", "running")
     assert site.ended(run)["state"] == "succeeded", site.all_words(run)
     assert steps_of(run) == list(range(1, STEPS + 1)) and same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_is_resumed_as_a_job_of_its_own(site, in_peace):
+    run = site.home / "resumed"
+    site.launched(f"run_dir={run}", SLOWLY)
+    site.wait_for_steps(run)
+    site.crosstune("cancel", str(run))
+    assert site.ended(run)["state"] == "cancelled", site.all_words(run)
+    first = site.job_id(run)
+    site.crosstune("resume", str(run))
+    assert site.job_id(run) != first
+    done = site.ended(run)
+    assert (done["state"], done["attempt"]) == ("succeeded", 1), site.all_words(run)
+    assert same(final_weights(run), in_peace)
 
 
 @pytest.mark.slow

@@ -140,6 +140,12 @@ fake = Path(os.environ["FAKE"])
 (fake / "seen.json").write_text(json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ)}))
 sys.exit(int((fake / "code").read_text()))
 """
+APPTAINER = """#!/bin/bash
+printf '%s\\0' "$@" > "$FAKE/words"
+while [ "$1" != image.sif ]; do shift; done
+shift
+"$@"
+"""
 RUNNING = "JobId=7 JobName=demo JobState=RUNNING Reason=None Dependency=(null) Restarts=0 \n"
 
 
@@ -220,6 +226,21 @@ def test_every_value_arrives_unchanged_and_runs_nothing(machine):
     place = {name: seen["environment"][f"CROSSTUNE_{name}"] for name in ("NODE", "MASTER", "ATTEMPT")}
     assert place == {"NODE": "0", "MASTER": "10.0.0.1", "ATTEMPT": "4"}
     assert not list(machine.home.rglob("pwned"))
+
+
+def test_apptainer_gets_the_folders_and_the_command_unchanged(machine):
+    (machine.fake / "apptainer").write_text(APPTAINER)
+    (machine.fake / "apptainer").chmod(0o755)
+    machine.run_dir = machine.home / "run $(touch pwned) 'a' \"b\" \\ * \n;"
+    cfg = settings(container=Container.apptainer, image="image.sif", mounts=["/d a:/d"], container_args=["--nv"])
+    code, shown = machine.run(cfg=cfg)
+    assert code == 0, shown
+    words = (machine.fake / "words").read_bytes().decode().split("\0")[:-1]
+    mounts = f"{machine.run_dir}:{machine.run_dir},/home/me:/home/me,/d a:/d"
+    job_file = str(machine.run_dir / "launch" / "job.json")
+    inside = [str(machine.python), "-P", "-m", "launchers.node", job_file]
+    assert words == ["exec", "--bind", mounts, "--nv", "image.sif", *inside]
+    assert machine.seen()["argv"][-1] == job_file and not list(machine.home.rglob("pwned"))
 
 
 RECORD = RUNNING.strip() + " JOB_GRES=npu:6   Nodes=n[1-2] CPU_IDs=3 Mem=0 GRES={} MinCPUsNode=1 \n"
@@ -364,6 +385,8 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(values, told):
         (replace(SPEC, time_limit_minutes=3), settings(), ClusterConfig(), "time_limit_minutes"),
         (SPEC, settings(export=["NOT_SET_HERE"]), ClusterConfig(), "NOT_SET_HERE"),
         (SPEC, settings(), ClusterConfig(gres="gpu:8"), "cluster.gres"),
+        (replace(SPEC, run_dir="/runs/100%"), settings(), ClusterConfig(), "no percent sign or backslash"),
+        (replace(SPEC, run_dir="/runs/a\\b"), settings(), ClusterConfig(), "no percent sign or backslash"),
         (
             replace(SPEC, run_dir="/a:b"),
             settings(container=Container.pyxis, image="x"),
