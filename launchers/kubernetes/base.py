@@ -167,14 +167,9 @@ class KubernetesLauncher(Launcher):
             word, detail = Word.running, "it is being ended"
         elif word is Word.pending and not pods:
             troubles = self._event(api, name)
-        elif word is Word.failed and self._run_said(pods, folder):
-            word = Word.ended
+        elif word is Word.failed and any(mark.exit_code is not None for mark in folder.marks()):
+            word = Word.ended  # the run itself tells how: what its controller made of it says nothing more
         return Report(word, "; ".join(part for part in (detail, troubles) if part))
-
-    def _run_said(self, pods: list[Manifest], folder: JobFolder) -> bool:
-        """Whether the run itself tells how it ended: then what its controller made of it says nothing more."""
-        codes = [told.exit_code(pod) for pod in pods] + [mark.exit_code for mark in folder.marks()]
-        return any(code in told.OURS for code in codes)
 
     def _event(self, api: Api, name: str) -> str:
         """The last warning about a job that has no pods yet."""

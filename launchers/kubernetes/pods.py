@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from configs.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, EXIT_USER_FAULT, first_line
+from configs.errors import first_line
 from launchers.kubernetes import Manifest
 
-OURS = (EXIT_DONE, EXIT_USER_FAULT, EXIT_RUN_FAILED, EXIT_RESUMABLE)
-"""Exit codes by which a run itself tells how it ended."""
 USUAL_WAITS = ("ContainerCreating", "PodInitializing")
-OUTSIDE = ("OOMKilled", "ContainerCannotRun", "StartError", "DeadlineExceeded")
-"""Reasons of a container's end that are not the run's own."""
 LONGEST = 300
 
 
@@ -49,15 +45,6 @@ def _troubles(pod: Manifest) -> Iterator[str]:
             yield _told(waiting["reason"], waiting.get("message"))
         if ended.get("exitCode"):
             yield _told(f"{ended.get('reason', 'Error')}, exit code {ended['exitCode']}", ended.get("message"))
-
-
-def exit_code(pod: Manifest) -> int | None:
-    """Of its container; None: it has not ended, or was ended from outside."""
-    for each in pod.get("status", {}).get("containerStatuses") or []:
-        ended = each.get("state", {}).get("terminated")
-        if ended and ended.get("reason") not in OUTSIDE:
-            return int(ended.get("exitCode", 0))
-    return None
 
 
 def all_troubles(pods: Sequence[tuple[int | None, Manifest]]) -> str:

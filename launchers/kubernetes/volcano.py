@@ -22,8 +22,8 @@ INDEX = "volcano.sh/task-index"
 WORDS = {
     **dict.fromkeys(("Pending", "Restarting", ""), Word.pending),
     **dict.fromkeys(("Running", "Completing", "Terminating", "Aborting"), Word.running),
-    **dict.fromkeys(("Completed", "Terminated"), Word.ended),
-    "Failed": Word.failed,
+    **dict.fromkeys(("Failed", "Terminated"), Word.failed),
+    "Completed": Word.ended,
     "Aborted": Word.cancelled,
 }
 

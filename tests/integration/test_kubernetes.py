@@ -249,6 +249,15 @@ def test_how_a_job_ended(
     assert made.state() is expected
 
 
+def test_a_job_that_never_came_to_its_run_has_failed(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
+    """No crosstune in the image, or a setup script that is not there: nobody left a mark."""
+    made = Submitted(kubeconfig, tmp_path).submit()
+    assert made.state() is State.pending
+    cluster.set_pod(add_pod(cluster, made.job.handle["name"], 0), "Failed", **ended(2))
+    set_job(cluster, "jobs", state={"phase": "Terminated"})
+    assert made.state() is State.failed and "node 0: Error, exit code 2" in made.word()[1]
+
+
 @pytest.mark.parametrize("kind", ["trainjob", "pytorchjob", "ascendjob"])
 def test_states_of_jobs_with_conditions(kind: str, cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
     made = Submitted(kubeconfig, tmp_path, kind).submit()
