@@ -1,5 +1,6 @@
 """launcher=ssh: this command holds a connection to an agent (`launchers.agent`) on each machine.
 
 `launcher` is the seam; `hosts` says which machines; `connection` is ssh to one of them; `gather` connects to all and
-has each look whether it can take part; `attempt` runs one attempt on them to its end.
+has each look whether it can take part; `session` replaces or awaits those that are away, and says what each is told;
+`attempt` runs one attempt on them to its end; `terminal` shows what they print.
 """
