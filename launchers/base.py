@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,27 @@ class Launcher(ABC):
             job: the job.
             folder: of the job.
             node: the machine's number.
-            follow: go on until the job has ended.
+            follow: go on until the job has ended, from attempt to attempt.
         """
-        marks = folder.marks()
-        attempt = marks[0].attempt if marks else job.attempt
-        yield from tail(folder.output(attempt, node), lambda: follow and not self.is_over(job, folder))
+        attempt = -1
+        while (latest := _latest_attempt(job, folder)) > attempt:  # it may be started again meanwhile
+            attempt = latest
+            yield from tail(folder.output(attempt, node), partial(self._grows, job, folder, attempt, follow))
+
+    def _grows(self, job: Job, folder: JobFolder, attempt: int, follow: bool) -> bool:
+        return follow and attempt == _latest_attempt(job, folder) and not self.is_over(job, folder)
 
     def is_over(self, job: Job, folder: JobFolder) -> bool:
         """Whether nothing more will come."""
         from launchers.job import Word
 
         return self.report(job, folder).word not in (Word.pending, Word.running)
+
+
+def _latest_attempt(job: Job, folder: JobFolder) -> int:
+    """By the names of folders alone: a log that is followed asks often, and the marks may be hundreds of files."""
+    begun = [int(path.name) for path in (folder.path / "attempts").glob("[0-9]*")]
+    return max(begun, default=job.attempt)
 
 
 def tail(path: Path, more: Any) -> Iterator[str]:
