@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from configs.errors import (
@@ -19,6 +20,7 @@ from configs.errors import (
     EXIT_USER_FAULT,
     CrosstuneError,
     RunFailedError,
+    StorageError,
     WorkerLostError,
 )
 from launchers.failure import as_json
@@ -50,7 +52,6 @@ class _Machine:
     mark: Mark | None = None
     code: int | None = None
     """Of its end."""
-    lost: bool = False
     step: int = -1
     last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
 
@@ -93,6 +94,10 @@ class Attempt:
         self._passed, self._cancelled, self._looked = 0, False, time.monotonic()
         self._plan: deque[tuple[float, str]] = deque()
         """What machines that do not end are still told, and when."""
+        self._begin = float("inf")
+        """When the first of it is due, or was."""
+        self._keeps = True
+        """This machine's disk takes marks and logs."""
         self._told_environment = False
         self._width = len(str(len(self.machines) - 1))
 
@@ -123,11 +128,6 @@ class Attempt:
         """The newest checkpoint that a machine told of; -1: none did."""
         return max(machine.step for machine in self.machines.values())
 
-    @property
-    def lost(self) -> set[int]:
-        """Machines whose connection ended before their part did."""
-        return {node for node, machine in self.machines.items() if machine.lost}
-
     def _hear(self, node: int, machine: _Machine, frame: dict[str, Any]) -> None:
         machine.heard, machine.heard_at = time.monotonic(), time.time()
         kind = frame["kind"]
@@ -136,7 +136,7 @@ class Attempt:
         elif kind == "mark":
             machine.mark = Mark(**frame["mark"])
             if not machine.shared or machine.mark.ended is not None:  # a mark of the begin may be behind the times
-                self.folder.mark(machine.mark)
+                self._keep(self.folder.mark, machine.mark)
             self._compare_environments()
         elif kind == "fault":
             [(where, found, remedy)] = frame["faults"]
@@ -155,20 +155,30 @@ class Attempt:
         machine.last.append(text)
         self._show(text if len(self.machines) == 1 else f"{node:{self._width}}: {text}")
         if not machine.shared:  # for `crosstune logs` here
-            path = self.folder.output(self.number, node)
-            make_folder(path.parent)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
+            self._keep(self._write_line, self.folder.output(self.number, node), text)
+
+    def _write_line(self, path: Path, text: str) -> None:
+        make_folder(path.parent)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+    def _keep(self, write: Callable[..., None], *content: object) -> None:
+        """Writes into the folder here; a job that runs elsewhere does not end because this disk is full."""
+        try:
+            write(*content)
+        except (OSError, StorageError) as error:
+            if self._keeps:
+                self._show(f"{self.folder.run_dir} takes no more marks and logs here: {error}")
+            self._keeps = False
 
     def _say(self, node: int, machine: _Machine, text: str) -> None:
         self._show(f"node {node} ({machine.connection.host}): {text}")
 
     def _unmarked(self, machine: _Machine, code: int) -> CrosstuneError:
         said = "; ".join(line.strip() for line in machine.last if line.strip()) or "without a word"
-        return RunFailedError(machine.connection.host, f"ended with exit code {code}: {said}")
+        return WorkerLostError(machine.connection.host, f"ended with exit code {code}: {said}")
 
     def _lose(self, node: int, machine: _Machine, why: str) -> None:
-        machine.lost = True
         self._say(node, machine, f"lost: {why}")
         remedy = "the machine ends its part by itself; is it up, and the network to it?"
         self._ended(node, machine, EXIT_RUN_FAILED, WorkerLostError(machine.connection.host, why, remedy=remedy))
@@ -189,16 +199,20 @@ class Attempt:
             mark = machine.mark or Mark(node, self.number, name, 0, machine.began, "", ended)
             told = mark.fault or {"rank": None, "time": ended, **as_json(fault)}
             machine.mark = replace(mark, ended=ended, exit_code=code, fault=told)
-            self.folder.mark(machine.mark)
-        if code != EXIT_DONE and not self._plan:
-            patience = self._grace if code == EXIT_RESUMABLE or self._stops.heard else SETTLE_SECONDS
-            self._end_others(patience, f"node {node} ({machine.connection.host}) ended with exit code {code}")
+            self._keep(self.folder.mark, machine.mark)
+        if code != EXIT_DONE:
+            self._end_others(node, machine, code)
 
-    def _end_others(self, patience: float, why: str) -> None:
-        begin = time.monotonic() + patience
-        if not all(machine.over for machine in self.machines.values()) and patience == SETTLE_SECONDS:
-            self._show(f"{why}: the other machines end, too")
-        self._plan += [(begin, "stop"), (begin + STEP_SECONDS, "stop"), (begin + 2 * STEP_SECONDS, "kill")]
+    def _end_others(self, node: int, machine: _Machine, code: int) -> None:
+        """Plans the end of machines that do not end by themselves; a failure hastens what a save has planned."""
+        saves = code == EXIT_RESUMABLE or self._cancelled or bool(self._stops.heard)
+        begin = time.monotonic() + (self._grace if saves else SETTLE_SECONDS)
+        if begin > self._begin or all(machine.over for machine in self.machines.values()):
+            return
+        if not saves:
+            self._say(node, machine, f"ended with exit code {code}: the other machines end, too")
+        self._begin = begin
+        self._plan = deque([(begin, "stop"), (begin + STEP_SECONDS, "stop"), (begin + 2 * STEP_SECONDS, "kill")])
 
     def _look_around(self) -> None:
         now = time.monotonic()

@@ -222,7 +222,7 @@ def test_a_dead_worker_ends_all_and_the_run_goes_on_from_its_checkpoint(kit, und
     shown, _ = process.communicate(timeout=300)
     print(f"a worker killed, restart, end: {time.monotonic() - began:.1f} s")
     assert process.returncode == 0, shown
-    assert "node 1 (n1) ended with exit code 3: the other machines end, too" in shown, shown
+    assert "node 1 (n1): ended with exit code 3: the other machines end, too" in shown, shown
     assert "attempt 0 ended with exit code 3: starting again from step " in shown, shown
     kit.nothing_is_left(5)
     assert same(final_weights(run), undisturbed)

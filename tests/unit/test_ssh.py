@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ from configs.errors import ConfigError
 from configs.schema.launcher_ssh import SshLauncherConfig
 from launchers import agent
 from launchers.base import Launcher, with_setup
+from launchers.job import JobFolder, Mark, root_cause
 from launchers.spec import LaunchSpec
-from launchers.ssh.attempt import worst
+from launchers.ssh.attempt import Attempt, worst
 from launchers.ssh.connection import (
     Connection,
     Unreachable,
@@ -37,6 +39,7 @@ from launchers.ssh.connection import (
 from launchers.ssh.gather import in_one
 from launchers.ssh.hosts import host_faults, parse_hostfile, to_hostfile
 from launchers.ssh.terminal import ROOM, Terminal
+from launchers.supervise import StopSignals
 
 HOSTFILE = """# the new rack
 n1 slots=8
@@ -152,6 +155,82 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody():
             time.sleep(0.01)
         terminal.show("last")
     assert shown[0] == "0" and shown[-2].endswith(" lines left out here ...") and shown[-1] == "last"
+
+
+class Recorder:
+    """A connection that only notes what is sent."""
+
+    def __init__(self, node: int) -> None:
+        self.node, self.host = node, f"n{node}"
+        self.sent: list[str] = []
+        self.closed = False
+
+    def send(self, kind: str, **content: object) -> None:
+        self.sent.append(kind)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def complaints(self) -> str:
+        return "Timeout, server n1 not responding."
+
+
+def attempt_of(folder: Path, events: list[tuple[int, dict[str, Any]]], *, shared: bool = True) -> Any:
+    """An attempt of two machines that has heard all events; the connections and what was shown."""
+    inbox, shown, connections = queue.Queue[Any](), list[str](), [Recorder(0), Recorder(1)]
+    for node, frame in events:
+        inbox.put((connections[node], frame))
+    (folder / "launch").mkdir(exist_ok=True)
+    answers = dict.fromkeys(range(2), {"shared": shared})
+    times = {"silence_seconds": 60, "grace_seconds": 60}
+    job = JobFolder(folder / "launch")
+    attempt = Attempt(0, job, connections, answers, inbox, StopSignals(), **times, show=shown.append)
+    return attempt, connections, shown, inbox
+
+
+def mark_of(node: int, environment: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "mark", "mark": {**vars(Mark(node, 0, f"n{node}", 7, 1.0, environment)), **more}}
+
+
+ENDED = {"kind": "ended", "why": "", "left": [], "step": 4}
+
+
+def test_environments_that_differ_are_said_and_marks_of_the_begin_do_not_overwrite_those_of_the_end(tmp_path):
+    begins = [(0, mark_of(0, "aaa")), (1, mark_of(1, "bbb"))]
+    for shared, ends in ((True, []), (False, [None, None])):
+        attempt, connections, shown, _ = attempt_of(
+            tmp_path, [*begins, (0, ENDED | {"code": 0}), (1, ENDED | {"code": 0})], shared=shared
+        )
+        assert attempt.run(lambda node: {}) == 0 and attempt.step == 4
+        assert shown == ["the machines' environments differ (n0 aaa, n1 bbb): crosstune doctor nodes says in what"]
+        assert [mark.ended for mark in JobFolder(tmp_path / "launch").marks()] == ends
+        assert all(connection.sent == ["start"] and connection.closed for connection in connections)
+
+
+def test_a_failure_hastens_the_end_that_a_save_had_planned_and_a_lost_machine_has_a_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr("launchers.ssh.attempt.SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr("launchers.ssh.attempt.STEP_SECONDS", 0.3)
+    line = {"kind": "line", "text": "half a word"}
+    attempt, connections, shown, inbox = attempt_of(tmp_path, [(1, line), (1, {"kind": "closed", "code": 255})])
+    attempt._begin = time.monotonic() + 60  # as after a machine that saved
+    stopper = threading.Timer(1.5, lambda: inbox.put((connections[0], ENDED | {"code": 137})))
+    stopper.start()
+    assert attempt.run(lambda node: {}) == 3
+    assert connections[0].sent == ["start", "stop", "stop", "kill"]
+    assert "node 1 (n1): lost: Timeout, server n1 not responding." in shown and "1: half a word" in shown
+    marks = JobFolder(tmp_path / "launch").marks()
+    assert [mark.exit_code for mark in marks] == [137, 3]
+    mark, fault = root_cause(marks)
+    assert mark.node == 1 and fault.render().startswith("n1: Timeout, server n1 not responding.")
+
+
+def test_a_full_disk_here_is_said_once_and_ends_no_job(tmp_path):
+    (tmp_path / "logs").write_text("in the way")
+    lines = [(0, {"kind": "line", "text": text}) for text in "ab"]
+    ends = [(node, ENDED | {"code": 0}) for node in range(2)]
+    attempt, _, shown, _ = attempt_of(tmp_path, [*lines, *ends], shared=False)
+    assert attempt.run(lambda node: {}) == 0
+    assert len(shown) == 3 and "takes no more marks and logs here: " in shown[1]
 
 
 def test_the_agent_is_for_old_pythons_too():
