@@ -1,8 +1,8 @@
 """The agent of launcher=ssh: runs a machine's part of a job, and leaves nothing behind once it is over.
 
 ssh starts it as ``python -c BOOTSTRAP``, which reads this very file from standard input: nothing needs to be installed
-for it. So it takes the standard library only, any Python from 3.8 on, and Linux. It runs `launchers.node`, whose Python
-and crosstune may be others than its own.
+for it, and all of it is in one file. So it takes the standard library only, any Python from 3.8 on, and Linux. It runs
+`launchers.node`, whose Python and crosstune may be others than its own.
 
 Both ways goes one JSON object a line, behind the character RS that tells it from what a login shell may say (RFC 7464):
 

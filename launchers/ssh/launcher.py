@@ -60,6 +60,8 @@ class SshLauncher(ForegroundLauncher):
         hosts, _ = parse_hostfile((folder.path / HOSTS).read_text(encoding="utf-8"), HOSTS)
         names = [host.name for host in hosts]
         self._hosts, self._spares = dict(enumerate(names[: job.spec.nodes])), names[job.spec.nodes :]
+        if self._spares:
+            self.note(f"machines: {', '.join(self._hosts.values())}; spares: {', '.join(self._spares)}")
         return super().submit(job, folder)
 
     def newest_step(self, folder: JobFolder) -> int:
