@@ -399,7 +399,7 @@ def test_a_file_that_a_shared_folder_has_is_not_written_again(far, tmp_path):
 
 
 def test_a_newer_agent_ends_one_that_is_cut_off_and_refuses_its_own_twin(far, tmp_path):
-    one = far(STUBBORN)
+    one = far(STUBBORN, grace=60)  # to save, which it no longer can
     one.start()
     one.until("line")
     daemon = daemon_of(tmp_path)
