@@ -70,6 +70,9 @@ class Setting:
     micro_batch: Pass
     reserve_buckets: bool
     """Buffers count whole, as an accelerator's allocator takes them; else only as far as they are written to."""
+    gather_buffers: int = 1
+    """Buffers as large as what ZeRO-3 gathers: that of the all-gather, and over gloo a copy of it (seen: 123 MiB
+    more than the 122 MiB that were gathered)."""
     copy: int = 0
     """Bytes of the copy that an asynchronous save keeps on the host, from the second step on; 0: none."""
     device: Tape = field(default_factory=Tape)
@@ -273,8 +276,8 @@ class Stage3(ZeroScript):
         numbers = [(weight, device.take(part.WEIGHTS, size * pieces[weight.name])) for weight in self.set.weights]
         device.take(part.WEIGHTS, size * sum(pieces[weight.name] for weight in self.set.trained))
         device.give(*[number for weight, number in numbers if weight.trained])  # now views of the buffer
-        if size < FP32 or self.zero.offload:
-            self.home.take(part.MASTERS, FP32 * self.share)
+        # In fp32, too: it compares a torch.device with its name, finds them unlike, and clones.
+        self.home.take(part.MASTERS, FP32 * self.share)
         gradients = self.home.take(part.GRADIENTS if self.zero.offload else part.BUILD, FP32 * self.share)
         device.take(part.BUCKETS, FP32 * self._bucket())
         self.home.take(part.GRADIENTS, FP32 * self.share)
@@ -285,19 +288,23 @@ class Stage3(ZeroScript):
     def begin_pass(self) -> None:
         """The weights that are gathered at once, at the most."""
         # A rank alone has all of them and copies nothing.
-        numel = self.gathered_numel() if self.set.world > 1 else 0
+        if self.set.world == 1:
+            return
+        # Of the large ones also the flat buffer that the all-gather fills, and what the library copies on its way.
+        large, always = self.gathered_numel()
+        numel = always + large * (1 + self.set.gather_buffers)
         self._gathered = [self.device.take(part.GATHERED, self.set.size * numel)]
 
-    def gathered_numel(self) -> int:
-        """Elements gathered at once: small ones always, a module with what is prefetched, what is used again soon."""
-        small = sum(w.numel for w in self.set.weights if w.numel <= self.zero.persistent)
+    def gathered_numel(self) -> tuple[int, int]:
+        """Elements gathered at once: large ones (a module, what is prefetched, what is used again soon), and small."""
         modules: dict[str, int] = {}
         for weight in self.set.weights:
             if weight.numel > self.zero.persistent:
                 modules[weight.module] = modules.get(weight.module, 0) + weight.numel
-        large = sum(modules.values())
-        at_once = max(modules.values(), default=0) + self.zero.prefetch + self.zero.reuse
-        return small + min(large, max(at_once, 0), max(self.zero.max_live, max(modules.values(), default=0)))
+        most = max(modules.values(), default=0)
+        at_once = min(most + self.zero.prefetch + self.zero.reuse, max(self.zero.max_live, most))
+        small = sum(weight.numel for weight in self.set.weights if weight.numel <= self.zero.persistent)
+        return min(sum(modules.values()), at_once), small
 
     def end_pass(self, last: bool) -> None:
         """Gradients of a bucket are laid out anew for the reduce-scatter."""

@@ -290,6 +290,7 @@ class Predictor:
             step=self.optimizer_events,
             micro_batch=self._micro_batch(),
             reserve_buckets=not self.on_cpu,
+            gather_buffers=2 if self.on_cpu else 1,
             device=device,
             host=device if self.on_cpu else Tape(),
             copy=self._state_bytes // self.world if self._copies else 0,
