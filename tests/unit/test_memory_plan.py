@@ -13,10 +13,11 @@ from tests.tiny import save_tiny_model
 from train.data.plan import RowKind
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
-from train.plan.engines import Setting, Weight, Zero, script_of
+from train.plan.engines import Setting, Weight, Zero
 from train.plan.predict import Data, Model, Predictor
 from train.plan.tape import Tape
 from train.plan.trace import FREED, Pass, fullest, trace_optimizer
+from train.plan.zero_engines import script_of
 
 NOTHING = Pass([], 0, [], set())
 GIB = 2**30

@@ -1,24 +1,22 @@
-"""What each engine allocates on a rank: ours as `train/engine/plain.py` does it, DeepSpeed 0.19.8 as its source has it.
+"""A run's allocations on one rank, engine by engine: what they are made from, and the plain engine's.
 
-Sizes are those of rank 0, whose share is never smaller than another's. Where DeepSpeed keeps something in host memory
-(offload) it goes on the host's tape, which for a CPU is the same one.
+Sizes are those of rank 0, whose share is never smaller than another's. What is kept in host memory goes on the host's
+tape, which for a CPU is the same one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from train.engine.reduce import BUCKET_NUMEL
 from train.plan import tape as part
 from train.plan.tape import Tape
 from train.plan.trace import Event, Pass
 
 FP32 = 4
-REDUCER_NUMEL = 16 * 2**20
-"""`train.engine.reduce.BUCKET_NUMEL`; here without importing what imports torch.distributed."""
 
 
 @dataclass(frozen=True)
@@ -154,181 +152,12 @@ class Plain(Script):
         if size < FP32:
             for weight in self.set.trained:
                 self.device.take(part.MASTERS, FP32 * weight.numel)
-        for bucket in chunks([weight.numel for weight in reversed(self.set.trained)], REDUCER_NUMEL):
+        for bucket in chunks([weight.numel for weight in reversed(self.set.trained)], BUCKET_NUMEL):
             self.device.take(part.GRADIENTS, FP32 * bucket)
 
     def step(self) -> None:
         """Over each parameter's master."""
         self._optimize([weight.shape for weight in self.set.trained], self.device)
-
-
-class ZeroScript(Script):
-    """What DeepSpeed's optimizers share."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        assert setting.zero is not None
-        self.zero = setting.zero
-        self.numel = sum(weight.numel for weight in setting.trained)
-        self.shares = [math.ceil(sum(w.numel for w in group) / setting.world) for group in setting.groups]
-        """Elements of each group on one rank."""
-        self.home = self.host if self.zero.offload else self.device
-        """Where masters and state are."""
-
-    @property
-    def share(self) -> int:
-        """Trained elements on one rank."""
-        return sum(self.shares)
-
-    def _bucket(self) -> int:
-        """Elements of a reduce bucket that are really used."""
-        fill = max(self.numel if self.numel <= self.zero.bucket else self.zero.bucket, 1)
-        return self.zero.bucket if self.set.reserve_buckets else fill
-
-
-class Stage12(ZeroScript):
-    """`DeepSpeedZeroOptimizer`: stage 2, and stage 1 in fp32."""
-
-    def build(self) -> None:
-        """Trained weights move into one flat buffer a group; each rank clones its share as masters."""
-        size, device = self.set.size, self.device
-        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
-        first = []
-        for group, share in zip(self.set.groups, self.shares, strict=True):
-            before = device.take(part.BUILD, size * sum(weight.numel for weight in group))
-            device.take(part.WEIGHTS, size * sum(weight.numel for weight in group))
-            device.give(before)
-            self.home.take(part.MASTERS, FP32 * share)
-            if self.zero.offload:
-                self.host.take(part.WEIGHTS, size * share)
-            first.append((self.home, self.home.take(part.GRADIENTS, FP32 * share)))
-        if self.zero.offload:
-            largest = max(weight.numel for weight in self.set.trained)
-            self.host.take(part.BUCKETS, size * largest)
-            device.take(part.BUCKETS, size * largest)
-        else:
-            for tape, number in first:
-                tape.give(number)
-        self._held: list[int] = []
-        self._ipg: list[int] = []
-
-    def begin_pass(self) -> None:
-        """The reduce bucket is made anew for each backward pass."""
-        buffers = 2 if self.zero.overlap else 1
-        self._ipg = [self.device.take(part.BUCKETS, self.set.size * self._bucket()) for _ in range(buffers)]
-
-    def end_pass(self, last: bool) -> None:
-        """The rank's own share of the gradients is copied out of the bucket."""
-        device = self.device
-        if not self.zero.offload and not self._held:
-            self._held = [device.take(part.GRADIENTS, FP32 * self.share)]
-        if self.set.size < FP32 or self.set.world > 1:
-            # Laid out anew, in fp32, for the sum over the ranks.
-            device.give(device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
-        device.give(*self._ipg)
-
-    def step(self) -> None:
-        """One group after the other; the gradients of all of them wait."""
-        for share in self.shares:
-            flat = None if self.zero.offload else self.device.take(part.GRADIENTS, FP32 * share)
-            self._optimize([torch.Size((share,))], self.home)
-            if flat is not None:
-                self.device.give(flat)
-        self.device.give(*self._held)
-        self._held = []
-
-
-class Bf16Stage1(ZeroScript):
-    """`BF16_Optimizer`: stage 1 with bf16 weights; every rank holds all gradients in fp32."""
-
-    def build(self) -> None:
-        """Flat bf16 weights, fp32 gradients of all of them, masters of the rank's share."""
-        size, device = self.set.size, self.device
-        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
-        for group, share in zip(self.set.groups, self.shares, strict=True):
-            numel = sum(weight.numel for weight in group)
-            before = device.take(part.BUILD, size * numel)
-            device.take(part.WEIGHTS, size * numel)
-            device.give(before)
-            device.take(part.MASTERS, FP32 * share)
-            device.take(part.GRADIENTS, FP32 * numel)
-
-    def begin_pass(self) -> None:
-        """Gradients in bf16, added to the fp32 ones when the pass is over."""
-        self._low = self.device.take(part.GRADIENTS, self.set.size * self.numel)
-
-    def end_pass(self, last: bool) -> None:
-        """See `begin_pass`."""
-        self.device.give(self._low)
-
-    def step(self) -> None:
-        """Over the flat masters."""
-        self._optimize([torch.Size((share,)) for share in self.shares], self.device)
-
-
-class Stage3(ZeroScript):
-    """`DeepSpeedZeroOptimizer_Stage3`: weights too are spread, and gathered where they are used."""
-
-    def build(self) -> None:
-        """Each rank's pieces of all weights; buckets and gradients stay for the whole run."""
-        size, world, device = self.set.size, self.set.world, self.device
-        pieces = {weight.name: math.ceil(weight.numel / world) for weight in self.set.weights}
-        numbers = [(weight, device.take(part.WEIGHTS, size * pieces[weight.name])) for weight in self.set.weights]
-        device.take(part.WEIGHTS, size * sum(pieces[weight.name] for weight in self.set.trained))
-        device.give(*[number for weight, number in numbers if weight.trained])  # now views of the buffer
-        # In fp32, too: it compares a torch.device with its name, finds them unlike, and clones.
-        self.home.take(part.MASTERS, FP32 * self.share)
-        gradients = self.home.take(part.GRADIENTS if self.zero.offload else part.BUILD, FP32 * self.share)
-        device.take(part.BUCKETS, FP32 * self._bucket())
-        self.home.take(part.GRADIENTS, FP32 * self.share)
-        if not self.zero.offload:
-            self.home.give(gradients)
-        self._gathered: list[int] = []
-
-    def begin_pass(self) -> None:
-        """The weights that are gathered at once, at the most."""
-        # A rank alone has all of them and copies nothing.
-        if self.set.world == 1:
-            return
-        # Of the large ones also the flat buffer that the all-gather fills, and what the library copies on its way.
-        large, always = self.gathered_numel()
-        numel = always + large * (1 + self.set.gather_buffers)
-        self._gathered = [self.device.take(part.GATHERED, self.set.size * numel)]
-
-    def gathered_numel(self) -> tuple[int, int]:
-        """Elements gathered at once: large ones (a module, what is prefetched, what is used again soon), and small."""
-        modules: dict[str, int] = {}
-        for weight in self.set.weights:
-            if weight.numel > self.zero.persistent:
-                modules[weight.module] = modules.get(weight.module, 0) + weight.numel
-        most = max(modules.values(), default=0)
-        at_once = min(most + self.zero.prefetch + self.zero.reuse, max(self.zero.max_live, most))
-        small = sum(weight.numel for weight in self.set.weights if weight.numel <= self.zero.persistent)
-        return min(sum(modules.values()), at_once), small
-
-    def end_pass(self, last: bool) -> None:
-        """Gradients of a bucket are laid out anew for the reduce-scatter."""
-        self.device.give(self.device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
-        self.device.give(*self._gathered)
-
-    def step(self) -> None:
-        """One sub-group after the other."""
-        for share in self.shares:
-            for piece in chunks([share], self.zero.sub_group):
-                flat = None if self.zero.offload else self.device.take(part.GRADIENTS, FP32 * piece)
-                self._optimize([torch.Size((piece,))], self.home)
-                if flat is not None:
-                    self.device.give(flat)
-
-
-def script_of(setting: Setting) -> Script:
-    """The script of the engine that the setting asks for."""
-    if setting.zero is None:
-        return Plain(setting)
-    if setting.zero.stage == 3:
-        return Stage3(setting)
-    low = setting.size < FP32
-    return Bf16Stage1(setting) if setting.zero.stage == 1 and low and not setting.zero.offload else Stage12(setting)
 
 
 def chunks(numels: Sequence[int], most: int) -> list[int]:

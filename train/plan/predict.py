@@ -34,9 +34,10 @@ from train.objectives.base import Objective
 from train.observe.flops import flops_per_token
 from train.ops.packed_attention import register
 from train.plan.allocators import caching_peak, host_peak
-from train.plan.engines import FP32, Setting, Weight, Zero, script_of
+from train.plan.engines import FP32, Setting, Weight, Zero
 from train.plan.tape import Tape
 from train.plan.trace import Event, Pass, Shape, fullest, trace, trace_optimizer
+from train.plan.zero_engines import script_of
 from train.tuning.base import Tuning
 
 KERNELS = 40 * 2**20
