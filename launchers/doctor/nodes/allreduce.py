@@ -31,6 +31,8 @@ from launchers.torchrun import end_with_parent
 ROUNDS = 5
 LAST_SECONDS = 3.0
 """For the ranks' last signs of life: all give up at the same time, since they began together."""
+LINGER_SECONDS = 1.0
+"""For rank 0, whose store ends with it: the others still read there."""
 KILL_SECONDS = 15.0
 """Beyond its time, for a process to say itself what went wrong."""
 
@@ -141,10 +143,16 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
         # A connection of its own: an operation that hangs keeps the other one.
         second = store(serves=False)
         speed, error = _within(half, lambda: measure(config, second, size, half))
-        # Who is gone; else who never got so far that the others could have met it.
-        silent = roll.call("over", LAST_SECONDS) or roll.absent("active")
     except (RuntimeError, dist.DistError) as lost:
         return _failure(str(lost), silent=[0] if rank else [])
+    try:
+        # Who is gone; else who never got so far that the others could have met it.
+        silent = roll.call("over", LAST_SECONDS) or roll.absent("active")
+    except (RuntimeError, dist.DistError):
+        silent = [0] if rank else []
+    if rank == 0:
+        time.sleep(LINGER_SECONDS)
+    # A figure stands, whoever has left since.
     return {"gb_per_s": speed, "silent": [], "error": None} if error is None else _failure(error, silent)
 
 
