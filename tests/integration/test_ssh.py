@@ -166,7 +166,7 @@ def undisturbed(kit, tmp_path_factory) -> dict[str, torch.Tensor]:
     began = time.monotonic()
     words = [*kit.launch(run, "secrets=[CROSSTUNE_TOKEN]"), f'+environment.ODD="{ODD_VALUE}"']
     process = kit.start(words, CROSSTUNE_TOKEN=SECRET)
-    wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None, 120)
+    wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None, 240)
     seen = subprocess.run(["ps", "-eww", "-o", "args="], capture_output=True, text=True).stdout
     environments = [ranks_environment(process) for process in psutil.process_iter() if is_rank(process, run)]
     shown, _ = process.communicate(timeout=300)
@@ -215,7 +215,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_dead_worker_ends_all_and_the_run_goes_on_from_its_checkpoint(kit, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = kit.start(kit.launch(run, "restarts=1"))
-    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 120)
+    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 240)
     began = time.monotonic()
     rank = next(one for one in psutil.process_iter() if is_rank(one, run) and one.environ()["RANK"] == "1")
     rank.kill()
@@ -232,7 +232,7 @@ def test_a_cut_link_is_found_and_the_run_goes_on_when_it_is_back(kit, undisturbe
     run = tmp_path / "run"
     process = kit.start(kit.launch(run, "restarts=1"))
     assert process.stdout is not None
-    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 120)
+    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 240)
     began = time.monotonic()
     kit.lab.link("n1", up=False)
     shown = ""
@@ -255,7 +255,7 @@ def test_a_cut_link_is_found_and_the_run_goes_on_when_it_is_back(kit, undisturbe
 def test_a_killed_client_leaves_nothing_and_resume_goes_on(kit, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = kit.start(kit.launch(run))
-    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 120)
+    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 240)
     assert process.poll() is None, process.communicate()
     process.kill()
     print(f"client killed: nothing left after {kit.nothing_is_left(60):.1f} s")
@@ -271,7 +271,7 @@ def test_a_killed_client_leaves_nothing_and_resume_goes_on(kit, undisturbed, tmp
 def test_the_rendezvous_host_dies_and_a_spare_takes_its_place(kit, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = kit.start(kit.launch(run, "restarts=1", hosts="n0,n1,n2"))
-    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 120)
+    wait_for(lambda: saved(run, EVERY) or process.poll() is not None, 240)
     began = time.monotonic()
     kit.lab.switch_off("n0")
     try:

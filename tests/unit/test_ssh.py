@@ -339,7 +339,7 @@ def gone(process: psutil.Process, seconds: float) -> bool:
 
 @pytest.mark.parametrize("how", ["the connection ends", "silence", "killed by word"])
 def test_whatever_ends_the_part_nothing_is_left_even_of_daemons_that_ignore_signals(far, tmp_path, how):
-    one = far(STUBBORN, silence=2)
+    one = far(STUBBORN, silence=2 if how == "silence" else 300)
     one.start()
     assert one.until("line")["text"] == "up"
     daemon = daemon_of(tmp_path)
