@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from configs.compose import compose, save_resolved
 from configs.errors import EXIT_USER_FAULT
 from launchers.cli import main
 from tests.command import crosstune, write_uneven_records
@@ -54,15 +55,15 @@ def test_a_run_takes_what_it_was_predicted_to_take(place, tmp_path, words):
     assert f"predicted {predicted:.1f} GiB" in (run / "report.html").read_text()
 
 
-def planned(capfd, *words):
-    assert main(["plan", "--json", *words]) == 0
-    return json.loads(capfd.readouterr().out.splitlines()[-1])
+def planned(*words):
+    said = crosstune("plan", "--json", *words).splitlines()
+    return json.loads(next(line for line in said if line.startswith("{")))
 
 
-def test_a_plan_needs_a_config_json_only(place, tmp_path, capfd):
+def test_a_plan_needs_a_config_json_only(place, tmp_path):
     (tmp_path / "config.json").write_text((place / "model" / "config.json").read_text())
     words = words_of(place, "tuning=full", f"model.path={tmp_path}")
-    result = planned(capfd, *words, "sharding=zero3", "nproc=4", "plan.flops=1e12")
+    result = planned(*words, "sharding=zero3", "nproc=4", "plan.flops=1e12")
     assert result["processes"] == 4 and result["trained"] == result["parameters"]
     assert sum(result["parts"].values()) == result["device_bytes"]
     assert result["checkpoint_bytes"] == 12 * result["trained"]
@@ -71,14 +72,14 @@ def test_a_plan_needs_a_config_json_only(place, tmp_path, capfd):
     assert any("supervised" in note for note in result["notes"]), "what is assumed is said"
 
 
-def test_fit_tells_what_fits_and_why_the_rest_does_not(place, capfd):
+def test_fit_tells_what_fits_and_why_the_rest_does_not(place):
     words = [*words_of(place, "tuning=full", "plan.reserve_gib=0"), "device=ascend", "micro_batch_tokens=1400"]
-    whole = planned(capfd, *words, "nproc=2", "sharding=zero2", "plan.reserve_gib=0.5")
+    whole = planned(*words, "nproc=2", "sharding=zero2", "plan.reserve_gib=0.5")
     assert whole["beside_bytes"] == {
         "reserve for context and libraries": 2**29,
         "collective library, two buffers a communicator": 2 * 2 * 200 * 2**20,
     }
-    lines = planned(capfd, *words, "device=auto", "--fit", "700MiB x 2")["fits"]
+    lines = planned(*words, "device=auto", "--fit", "700MiB x 2")["fits"]
     fitting = [line for line in lines if line["fits"]]
     assert 0 < len(fitting) < len(lines) == 24
     assert lines[: len(fitting)] == fitting and all(line["needs_bytes"] <= 700 * 2**20 for line in fitting)
@@ -86,14 +87,10 @@ def test_fit_tells_what_fits_and_why_the_rest_does_not(place, capfd):
     assert {line["micro_batch_tokens"] for line in lines} <= {1400, 700, 350, 256}
 
 
-def test_a_plan_of_a_run_that_was(place, tmp_path, capfd):
-    assert main(["train", *words_of(place), "--cfg", "job"]) == 0
+def test_a_plan_of_a_run_that_was(place, tmp_path):
     resolved = tmp_path / "resolved.yaml"
-    from configs.compose import compose, save_resolved
-
     save_resolved(compose("train", words_of(place, "sharding=zero1")), resolved)
-    capfd.readouterr()
-    assert planned(capfd, "--resolved", str(resolved), "nproc=2")["processes"] == 2
+    assert planned("--resolved", str(resolved), "nproc=2")["processes"] == 2
 
 
 @pytest.mark.parametrize(
