@@ -24,7 +24,7 @@ from train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 ROOT = str(Path(__file__).parents[2])
-STEPS = 60
+STEPS = 100
 ENDLESS = 100_000
 SLOWLY = "eval_every=1"
 """Leaves the weights as they are, and the time to do something to the run."""
@@ -160,11 +160,10 @@ def test_a_preempted_run_saves_and_waits_in_the_queue(site, preempted):
 def test_two_machines_whatever_the_paths_and_the_environment_hold(site, in_peace):
     run = site.home / "run of 'mine' \"x\" $(touch pwned); `touch pwned` #\nx"
     look = site.home / "what is $(touch pwned) here.sh"
-    look.write_text('env -0 > "$HOME_OF_TEST/seen-$SLURM_PROCID"\n')
+    look.write_text('env -0 > "$(dirname "${BASH_SOURCE[0]}")/seen-$SLURM_PROCID"\n')
     quoted = str(run).replace("'", "\\'")
     site.launched(
         f"run_dir='{quoted}'",
-        f"+environment.HOME_OF_TEST='{site.home}'",
         f"cluster.setup=['{look}']",
         "secrets=[TOKEN]",
         "cluster.devices_per_node=3",
@@ -243,15 +242,18 @@ def test_the_preempted_run_goes_on_and_ends_like_one_in_peace(site, preempted, i
 
 
 @pytest.mark.slow
-def test_a_run_that_meets_its_time_limit_again_and_again_ends_like_one_in_peace(site, in_peace):
-    """Slurm counts in minutes and is late by seconds: the lead leaves each attempt time for a few steps at least."""
-    run = site.home / "limited"
-    slow = ["guard.grace_seconds=5", "launcher.signal_lead_seconds=15", "time_limit_minutes=1", "restarts=20"]
-    site.launched(f"run_dir={run}", SLOWLY, *slow)
+def test_a_run_that_meets_its_time_limit_saves_before_and_goes_on(site):
+    """Slurm looks at limits every half minute, and counts them in minutes: the limit is drawn near once it runs."""
+    run, peaceful, long = site.home / "limited", site.home / "in-peace-for-long", "max_steps=600"
+    site.launched(f"run_dir={run}", SLOWLY, long, "time_limit_minutes=30")
+    site.wait_for_steps(run)
+    site.slurm.run("scontrol", "update", f"JobId={site.job_id(run)}", "EndTime=now+75seconds")
     site.wait_for_requeue(run)
+    assert [mark.exit_code for mark in JobFolder.of_run(run).marks(0)] == [75, 75], site.all_words(run)
     assert site.status(run)["state"] in ("preempted", "running")
+    site.crosstune("train", *site.words(f"run_dir={peaceful}", "nproc=2", long))
     assert site.ended(run)["state"] == "succeeded", site.all_words(run)
-    assert steps_of(run) == list(range(1, STEPS + 1)) and same(final_weights(run), in_peace)
+    assert steps_of(run) == list(range(1, 601)) and same(final_weights(run), final_weights(peaceful))
 
 
 @pytest.mark.slow
@@ -317,7 +319,7 @@ def test_a_cluster_that_sends_no_signal_of_the_users_at_a_preemption(tmp_path):
     """Slurm's default: SIGTERM to every process of the tasks, none to the batch script."""
     cluster = SlurmCluster(tmp_path / "slurm")
     try:
-        cluster.start(controller="")
+        cluster.start(controller="idle_on_node_suspend")
         site = made_site(cluster, tmp_path / "home")
         run = site.home / "preempted"
         site.launched(f"run_dir={run}", SLOWLY)
