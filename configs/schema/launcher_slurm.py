@@ -36,7 +36,7 @@ class Container(Enum):
 
     none = "none"
     pyxis = "pyxis"
-    """NVIDIA's plugin of srun, over enroot."""
+    """A plugin of srun, over enroot."""
     apptainer = "apptainer"
 
 
