@@ -24,7 +24,9 @@ from types import FrameType
 import psutil
 
 from configs.errors import EXIT_DONE, CrosstuneError, WorkerLostError
+from data_prep.pool import usable_cores
 from launchers.failure import ERROR_DIR, UnexpectedError, earliest_error
+from train.run_folder import STARTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Passed on to torchrun, which passes them on to the workers."""
@@ -149,9 +151,6 @@ def worker_environment(
         threads: per process; 0: the cores divided by `nproc`.
         alone: no other machine takes part.
     """
-    from train.devices.base import usable_cores
-    from train.guard.stop import STARTED
-
     environment = dict(base)
     environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, usable_cores() // nproc)))
     if alone:  # gloo would otherwise look up the host's name, which fails on a machine without a network

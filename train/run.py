@@ -24,7 +24,7 @@ from train.engine.base import Engine, World, init_world
 from train.faults import told
 from train.guard.heartbeat import Heartbeat
 from train.guard.limits import collective_seconds
-from train.guard.stop import STARTED, StopRequests
+from train.guard.stop import StopRequests
 from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
@@ -36,7 +36,7 @@ from train.ops.packed_attention import register
 from train.ops.select import KernelSelection
 from train.origin import Origin, begin, go_on
 from train.plan.kept import PredictionKept, foretell
-from train.run_folder import RunFolder
+from train.run_folder import STARTED, RunFolder
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
 

@@ -14,6 +14,8 @@ from configs.schema.model import Precision
 
 STOP_FILE = "PREEMPT"
 """In the run's folder: whoever makes it stops the run."""
+STARTED = "CROSSTUNE_STARTED"
+"""For workers: `time.time` at which the command began that started them."""
 
 
 @dataclass(frozen=True)

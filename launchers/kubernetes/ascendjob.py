@@ -34,7 +34,9 @@ class AscendJobLauncher(KubernetesLauncher):
         """See `KubernetesLauncher.faults`."""
         yield from super().faults(spec)
         if self.cluster.device != DEVICE or not spec.devices:
-            found = f"device={self.cluster.device}, but an AscendJob is for {DEVICE} alone"
+            found = (
+                f"device={self.cluster.device}, resource={self.cluster.resource}: an AscendJob is for {DEVICE} alone"
+            )
             yield ConfigError("cluster", found, remedy="cluster=ascend, or launcher=volcano")
 
     def objects(self, spec: LaunchSpec, pod: PodTemplate) -> dict[str, Manifest]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from configs.errors import CrosstuneError, DeviceError, ErrorGroup
 from configs.schema.device import DeviceConfig
 from configs.schema.model import Precision
+from data_prep.pool import usable_cores
 
 if TYPE_CHECKING:
     from train.ops.kernel import Kernel
@@ -289,8 +290,3 @@ def raise_all(faults: list[DeviceError]) -> None:
     if faults:
         error: CrosstuneError = faults[0] if len(faults) == 1 else ErrorGroup(faults)
         raise error
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, not the machine's count."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

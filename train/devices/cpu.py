@@ -8,7 +8,8 @@ import sys
 import psutil
 import torch
 
-from train.devices.base import Availability, Device, Memory, usable_cores
+from data_prep.pool import usable_cores
+from train.devices.base import Availability, Device, Memory
 
 
 class CpuDevice(Device):

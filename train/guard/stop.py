@@ -27,8 +27,6 @@ from train.checkpoint.layout import checkpoints, step_of
 from train.engine.base import World
 from train.run_folder import STOP_FILE
 
-STARTED = "CROSSTUNE_STARTED"
-"""For workers: `time.time` at which the command began that started them."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 1.0
 """A signal so soon after the first is the same wish: schedulers and `timeout` signal a process and then its group."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 
 from configs.files import write_whole
-from train.devices.base import Device, usable_cores
+from data_prep.pool import usable_cores
+from train.devices.base import Device
 from train.versions import versions_of
 
 PACKAGES = (
