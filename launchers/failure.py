@@ -26,6 +26,7 @@ from configs.errors import (
     RunFailedError,
     WorkerLostError,
 )
+from configs.files import write_whole
 
 ERROR_DIR = "CROSSTUNE_ERROR_DIR"
 """Folder in which a worker leaves its fault; set by the process that starts workers."""
@@ -88,9 +89,7 @@ def leave_error(error: CrosstuneError) -> None:
     folder = Path(os.environ[ERROR_DIR])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank{os.environ.get('RANK', '0')}.json"
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps({"time": time.time(), **as_json(error)}), encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps({"time": time.time(), **as_json(error)}))
 
 
 def last_words(error: CrosstuneError) -> None:

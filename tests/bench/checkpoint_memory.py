@@ -100,7 +100,7 @@ def case(millions: int, sharding: str, what: str, mode: str, folder: Path) -> No
             with closing(saver), peak() as figures:
                 before = figures["held"]
                 try:
-                    saver.save(TrainerState(1 + list(SaveMode).index(SaveMode(mode)), 0, 0, 0, 0), {})
+                    saver.save(TrainerState(1, 0, 0, 0, 0), {})
                     saver.wait()
                 except OutOfMemoryError as error:
                     print(json.dumps({"refused": str(error)}))

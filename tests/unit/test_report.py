@@ -111,6 +111,7 @@ def test_a_page_that_cannot_be_written_is_the_users_fault_to_mend(tmp_path: Path
     run.report.mkdir()
     with pytest.raises(StorageError, match=r"report\.html.*cannot be written: Is a directory"):
         write_report(run)
+    assert not list(run.path.glob(".report.html*"))
 
 
 def test_long_curves_are_thinned_and_keep_their_ends() -> None:

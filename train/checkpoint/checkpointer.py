@@ -14,7 +14,7 @@ from train.checkpoint.files import discard
 from train.checkpoint.host_memory import available_bytes
 from train.checkpoint.layout import TrainerState, checkpoints, step_of
 from train.checkpoint.retention import Retention
-from train.checkpoint.room import expected_bytes, memory_holds, require_room
+from train.checkpoint.room import copies_by_machine, expected_bytes, memory_holds, require_room
 from train.checkpoint.save import Moment, clear_torn, needed_in, site_of, write_checkpoint
 from train.checkpoint.snapshot import HostCopy, Share, Tensors, live_share
 from train.checkpoint.together import together
@@ -172,11 +172,13 @@ class Checkpointer:
 
     def _asynchronous(self, answers: list[dict[str, Any]]) -> bool:
         """Whether to write behind the steps; the same on all ranks."""
-        if self.cfg.mode is SaveMode.asynchronous and not memory_holds(answers, share=1):
-            # Linux would grant it, and then kill a process without a word.
-            raise self._no_memory(sum(answer["copy"] for answer in answers), "the copies of all ranks")
-        if self.cfg.mode is not SaveMode.auto:
-            return self.cfg.mode is SaveMode.asynchronous
+        if self.cfg.mode is SaveMode.synchronous:
+            return False
+        if self.cfg.mode is SaveMode.asynchronous:
+            for needed, free in copies_by_machine(answers):
+                if needed > free:  # Linux would grant it, and then kill a process without a word
+                    raise self._no_memory(needed, "the copies of a machine's ranks")
+            return True
         if self.cfg.every == 0:  # one checkpoint, at the end: no step could go on meanwhile
             return False
         if memory_holds(answers):

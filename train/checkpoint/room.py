@@ -62,18 +62,24 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def memory_holds(answers: Sequence[dict[str, Any]], share: float = MEMORY_SHARE) -> bool:
-    """Whether on every machine the memory that is free holds what its ranks would copy; the same on all ranks.
+def memory_holds(answers: Sequence[dict[str, Any]]) -> bool:
+    """Whether every machine has room to spare for what its ranks would copy; the same on all ranks.
+
+    Args:
+        answers: see `copies_by_machine`.
+    """
+    return all(needed <= MEMORY_SHARE * free for needed, free in copies_by_machine(answers))
+
+
+def copies_by_machine(answers: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Bytes that the ranks of each machine would copy, and bytes that are free there; the same on all ranks.
 
     Args:
         answers: of each rank: ``leads_node``, ``copy`` (bytes it would newly allocate), ``memory`` (bytes free).
-        share: of the free memory, what the copies may take.
     """
     machines: list[list[dict[str, Any]]] = []
     for answer in answers:  # the ranks of a machine follow one another
         if answer["leads_node"] or not machines:
             machines.append([])
         machines[-1].append(answer)
-    return all(
-        sum(rank["copy"] for rank in ranks) <= share * min(rank["memory"] for rank in ranks) for ranks in machines
-    )
+    return [(sum(rank["copy"] for rank in ranks), min(rank["memory"] for rank in ranks)) for ranks in machines]

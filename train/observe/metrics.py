@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from configs.errors import StorageError
+from configs.files import write_whole
 from train.loop import Hook, Record
 
 
@@ -77,10 +78,8 @@ class MetricsHook(Hook):
 
     def _open(self, keep_until: int) -> None:
         kept = [record for record in read_metrics(self.path) if record["step"] <= keep_until]
-        partial = self.path.with_suffix(".tmp")
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         try:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            partial.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(str(self.path), f"cannot be written: {error.strerror}") from None
