@@ -53,9 +53,7 @@ def main(arguments: list[str]) -> int:
     return run_node(job, folder, node, master, attempt)
 
 
-def place(
-    spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder, first: int = 0
-) -> tuple[int, str, int]:
+def place(spec: LaunchSpec, environment: Mapping[str, str], folder: JobFolder, first: int = 0) -> tuple[int, str, int]:
     """This machine's number, the address of machine 0 and the number of the attempt, which is `first` or later.
 
     Raises:
