@@ -19,7 +19,7 @@ from tests.command import crosstune, final_weights, metrics_of, write_uneven_rec
 from tests.tiny import save_tiny_model
 from train.run_folder import RunFolder
 
-STEPS = 60
+STEPS = 40
 
 
 def words(folder: Path) -> list[str]:

@@ -228,6 +228,7 @@ def test_a_dead_worker_ends_all_and_the_run_goes_on_from_its_checkpoint(kit, und
     assert same(final_weights(run), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_cut_link_is_found_and_the_run_goes_on_when_it_is_back(kit, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = kit.start(kit.launch(run, "restarts=1"))
@@ -303,6 +304,7 @@ def test_a_failed_machine_ends_all_with_its_fault_though_the_other_ignores_signa
     assert "failed: " in kit.run(kit.command("status", str(run)))
 
 
+@pytest.mark.slow
 def test_cancel_from_another_terminal_saves_and_hard_ends_at_once(kit, tmp_path):
     for hard, behave, code, state in ((False, "saves", 75, "cancelled"), (True, "ignores", 137, "cancelled")):
         run = tmp_path / str(hard)
