@@ -184,13 +184,21 @@ def _finish(config: DictConfig, faults: Sequence[CrosstuneError], command: str, 
     """
     found = list(faults)
     named = {fault.where.rpartition(" ")[2] for fault in found}
-    for key in sorted(OmegaConf.missing_keys(config)) if ask_for_missing else ():
+    for key in sorted(_missing_keys(config)) if ask_for_missing else ():
         if key not in named:
             found.append(_missing(config, key, command))
     cfg = construct(config, found)
     if found:
         raise found[0] if len(found) == 1 else ErrorGroup(found)
     return cfg
+
+
+def _missing_keys(config: DictConfig) -> set[str]:
+    """Keys without a value; none where a `${...}` leads nowhere, which `construct` tells by its key."""
+    try:
+        return OmegaConf.missing_keys(config)
+    except OmegaConfBaseException:
+        return set()
 
 
 def _missing(config: DictConfig, key: str, command: str) -> ConfigError:

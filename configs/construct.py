@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from configs.errors import ConfigError, CrosstuneError
 
@@ -42,9 +42,12 @@ def _plain_value(node: DictConfig, key: str, found: list[CrosstuneError], prefix
     try:
         value = node[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except InterpolationResolutionError as error:
+        remedy = "name a key of this config; a ${ that is meant as it stands is written \\${"
+        found.append(ConfigError(f"{prefix}{key}", str(error).splitlines()[0], remedy=remedy))
     except OmegaConfBaseException as error:
         found.append(ConfigError(f"{prefix}{key}", str(error).splitlines()[0]))
-        return None
+    return None
 
 
 def _construct_one(schema: Any, values: dict[str, Any], prefix: str, found: list[CrosstuneError]) -> Any:

@@ -349,14 +349,16 @@ def _with_path(request: Request) -> dict[str, Any] | None:
         return steps.report(path)
     if request.resolved is not None:
         raise ConfigError("--resolved", "a run is resumed with its own resolved.yaml", remedy="leave it out")
-    cfg = steps.resumed_config(path, overrides, config_dir=request.config_dir)
+    from launchers import launch
+
+    launched = launch.was_launched(path)
+    ours, theirs = launch.split_words(overrides) if launched else ([], overrides)
+    cfg = steps.resumed_config(path, theirs, config_dir=request.config_dir)
     if request.cfg:
         _print_config(cfg)
         return None
-    from launchers import launch
-
-    if launch.was_launched(path):
-        return launch.relaunch(cfg)
+    if launched:
+        return launch.relaunch(cfg, ours, config_dir=request.config_dir)
     _prepare_process(cfg)
     return steps.resume(cfg)
 
@@ -436,9 +438,9 @@ def _print_help(request: Request) -> None:
     else:
         from launchers.help import command_help
 
-        # The words of the step are those of its own help.
-        command = "launch" if request.command.startswith("launch") else request.command.replace(" ", "_")
-        print(command_help(command, COMPOSED[request.command], request.config_dir))
+        launched = request.command.partition("launch ")[2]
+        command = "launch" if launched else request.command.replace(" ", "_")
+        print(command_help(command, COMPOSED[request.command], request.config_dir, launched=launched))
 
 
 def _fail(error: Exception, request: Request | None, out: TextIO) -> int:

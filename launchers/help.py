@@ -30,13 +30,14 @@ TYPED_MOST = (
     "checkpoint",
     "data",
     *("from", "to", "steps", "kills", "shrink", "fit"),
+    *("nodes", "restarts", "time_limit_minutes", "launcher.hosts", "launcher.partition", "launcher.image"),
 )
 WIDTH = 118
 
 
-def command_help(command: str, about: str, config_dir: Path | None) -> str:
-    """The help text of a command with a config."""
-    typed = spoken(command)
+def command_help(command: str, about: str, config_dir: Path | None, *, launched: str = "") -> str:
+    """The help text of a command with a config; of `crosstune launch`, for the step that is launched."""
+    typed = f"launch {launched}" if launched else spoken(command)
     lines = [f"crosstune {typed}: {about}", "", f"usage: crosstune {typed} [group=option ...] [key=value ...]"]
     if command == "doctor_ascend-standin":
         lines[-1] += " [-- COMMAND ...]"
@@ -54,6 +55,10 @@ def command_help(command: str, about: str, config_dir: Path | None) -> str:
             "crosstune prep --dry-run ... reads 100 rows of each source, writes nothing and says what would happen.",
         ]
         lines += ["crosstune prep inspect PATH shows samples of prepared data with what is learned."]
+    if launched:
+        lines += ["", f"It also takes all groups and keys of the step itself: crosstune {launched} --help"]
+        lines += [f"crosstune {typed} --dry-run ... writes nothing and prints what would be submitted."]
+        lines += [f"crosstune {typed} --multirun key=1,2,3 ... starts a run for each combination of values."]
     lines += ["", f"crosstune {typed} ... --cfg job prints the values that would be used."]
     return "\n".join(lines)
 
@@ -66,6 +71,7 @@ def path_command_help(command: str, about: str) -> str:
 
         text += "\n\nmay be changed on the way, as key=value or group=option:\n  " + ", ".join(MAY_CHANGE_ON_RESUME)
         text += f"\nand for adapters only (tuning=lora): {ALSO_WITH_LORA}"
+        text += "\nof a launched run also how it is launched (crosstune launch train --help): launcher.hosts=[...] nodes=4"
     if command == "prep inspect":
         text += "\n\nkeys:\n" + "\n".join(_inspect_lines())
     return text

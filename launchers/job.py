@@ -186,18 +186,23 @@ class JobFolder:
                 continue
         return sorted(found, key=lambda mark: mark.node)
 
+    @property
+    def cancel_mark(self) -> Path:
+        """There from when somebody asks for the job's end until it is resumed."""
+        return self.path / "cancelled"
+
     def ask_to_cancel(self) -> None:
         """Notes that the job was asked to end, so that nobody starts it again."""
-        write_whole(self.path / "cancelled", f"{time.time()}\n")
+        write_whole(self.cancel_mark, f"{time.time()}\n")
 
     def take_back_cancel(self) -> None:
         """A job that is resumed is wanted again."""
-        (self.path / "cancelled").unlink(missing_ok=True)
+        self.cancel_mark.unlink(missing_ok=True)
 
     @property
     def cancelled(self) -> bool:
         """Whether somebody asked for the job's end."""
-        return (self.path / "cancelled").is_file()
+        return self.cancel_mark.is_file()
 
 
 def make_folder(path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from configs.compose import compose, load_resolved, save_resolved
+from configs.compose import amend, compose, load_resolved, save_resolved
 from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, ErrorGroup
 from configs.files import write_whole
 from configs.schema.device import DeviceConfig
@@ -121,12 +121,12 @@ def _write(planned: Plan) -> None:
     folder = planned.folder
     with new_run(folder.run_dir):  # only while it is made: the job's first rank will hold it
         make_writable(folder.path, "run_dir")
-        save_resolved(planned.cfg, folder.request)
-        save_resolved(planned.options, folder.options)
-        _write_files(planned)
+        _write_request(planned)
 
 
-def _write_files(planned: Plan) -> None:
+def _write_request(planned: Plan) -> None:
+    save_resolved(planned.cfg, planned.folder.request)
+    save_resolved(planned.options, planned.folder.options)
     for name, text in planned.files.items():
         write_whole(planned.folder.path / name, text)
     planned.folder.write(planned.job)
@@ -173,11 +173,13 @@ def was_launched(run_dir: Path) -> bool:
     return JobFolder.of_run(run_dir).file.is_file()
 
 
-def relaunch(cfg: TrainConfig) -> Result:
-    """`crosstune resume RUN` of a job: submits it again, where it was submitted.
+def relaunch(cfg: TrainConfig, words: Sequence[str] = (), *, config_dir: Path | None = None) -> Result:
+    """`crosstune resume RUN` of a job: submits it again, where it was submitted unless the words say otherwise.
 
     Args:
         cfg: the run's config with what may change on a resume.
+        words: overrides of the launch, such as other hosts.
+        config_dir: folder with group options of the user's own.
 
     Raises:
         ConfigError: it has not ended.
@@ -194,21 +196,29 @@ def relaunch(cfg: TrainConfig) -> Result:
         )
     marks = folder.marks()
     attempt = marks[0].attempt + 1 if marks else former.attempt
-    planned = plan(former.spec.command, cfg, load_resolved(folder.options))
+    options: LaunchConfig = load_resolved(folder.options)
+    planned = plan(former.spec.command, cfg, amend(options, words, config_dir=config_dir) if words else options)
     # Relative paths in the config are meant from where the job was first launched.
     spec = replace(planned.job.spec, working_dir=former.spec.working_dir)
     job = replace(planned.job, spec=spec, attempt=attempt)
-    planned = replace(planned, job=job, files=launcher.render(spec, attempt))
+    planned = replace(planned, job=job, files=planned.launcher.render(spec, attempt))
+    before = _texts(folder, planned.files)
+    _write_request(planned)
     folder.take_back_cancel()
-    save_resolved(cfg, folder.request)
-    _write_files(planned)
-    if launcher.foreground:
+    if planned.launcher.foreground:
         return _run(planned)
     try:
-        return _tell(planned, launcher.submit(job, folder))
+        return _tell(planned, planned.launcher.submit(job, folder))
     except CrosstuneError:
-        folder.write(former)
+        for file, text in before.items():
+            write_whole(file, text)
         raise
+
+
+def _texts(folder: JobFolder, names: Iterable[str]) -> dict[Path, str]:
+    """The files of a job that a submission writes anew, as they are."""
+    files = [folder.file, folder.options, folder.request, folder.cancel_mark, *(folder.path / name for name in names)]
+    return {file: file.read_text(encoding="utf-8") for file in files if file.is_file()}
 
 
 def _faults(cfg: TrainConfig, options: LaunchConfig) -> list[CrosstuneError]:

@@ -410,6 +410,12 @@ def test_what_looks_like_a_value_in_braces_and_is_none_is_a_fault(word, told):
     assert told in str(fault) and fault.where.startswith("dataset.roles")
 
 
+@pytest.mark.parametrize("value", ["a${nowhere}b", "${oc.env:NOT_SET_ANYWHERE}", "${no_such:1}"])
+def test_an_interpolation_that_leads_nowhere_is_a_fault_of_its_key(value):
+    (fault,) = faults_of("train", *BASE["train"], f"name='{value}'")
+    assert fault.where == "name" and "\\${" in str(fault.remedy)
+
+
 def test_a_text_that_looks_like_an_interpolation_comes_back_as_it_was(tmp_path):
     cfg = compose("train", [*BASE["train"], "dataset.system='Pay \\${price} now'"])
     assert cfg.dataset.system == "Pay ${price} now"

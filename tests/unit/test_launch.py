@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from configs.compose import compose
+from configs.compose import compose, load_resolved
 from configs.errors import CheckpointError, ConfigError, ErrorGroup
 from configs.schema.launch import LaunchConfig
 from launchers import launch, node
@@ -291,17 +291,43 @@ def test_of_several_jobs_all_are_submitted_or_none(tmp_path: Path) -> None:
     assert scheduler.cancelled == [("3", True)]
 
 
+def test_a_resume_takes_words_of_the_launch_and_a_refused_one_leaves_all_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={tmp_path / 'r'}"])
+    launch.launch(launch.plan("train", cfg, options(f"launcher._target_={__name__}.Scheduler")))
+    folder = JobFolder.of_run(tmp_path / "r")
+    folder.ask_to_cancel()
+    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+    assert {"job.json", "launch.yaml", "request.yaml", "job.txt", "cancelled"} <= before.keys()
+    again = replace(cfg, nproc=2)
+    with pytest.raises(ConfigError, match="the job has not ended"):
+        launch.relaunch(again, ["nodes=3"])
+    monkeypatch.setattr(Scheduler, "word", Word.ended)
+    monkeypatch.setattr(Scheduler, "room", 0)
+    with pytest.raises(ConfigError, match="is full"):
+        launch.relaunch(again, ["nodes=3"])
+    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+
+    monkeypatch.setattr(Scheduler, "room", 1)
+    folder.mark(mark(0, 75, attempt=4))
+    launch.relaunch(again, ["nodes=3", "restarts=7"])
+    job = folder.read()
+    assert (job.spec.nodes, job.spec.nproc, job.spec.restarts, job.attempt) == (3, 2, 7, 5)
+    assert (folder.path / "job.txt").read_text() == "3 machines from attempt 5\n"
+    assert load_resolved(folder.options).nodes == 3 and load_resolved(folder.request) == again
+    assert not folder.cancelled
+
+
 class Scheduler(Launcher):
     """Takes so many jobs."""
 
-    name, room = "fake", 100
+    name, room, word = "fake", 100, Word.running
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.taken, self.cancelled = 0, []
 
     def render(self, spec: LaunchSpec, attempt: int) -> dict[str, str]:
-        return {}
+        return {"job.txt": f"{spec.nodes} machines from attempt {attempt}\n"}
 
     def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
         if self.taken == self.room:
@@ -310,7 +336,7 @@ class Scheduler(Launcher):
         return {"id": str(self.taken - 1)}
 
     def report(self, job: Job, folder: JobFolder) -> Report:
-        return Report(Word.running)
+        return Report(self.word)
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
         self.cancelled.append((job.handle["id"], hard))
