@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from configs.errors import EXIT_DONE, ConfigError, CrosstuneError
+from launchers.doctor.nodes.network import source_address
 from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
 from launchers.job import Job, JobFolder, Mark, make_folder
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash
@@ -163,17 +164,15 @@ def interface_to(host: str) -> str:
         ConfigError: the other one's name has no address, or no way leads there.
     """
     try:
-        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing: only the routing table is asked
-            own = probe.getsockname()[0]
+        own = source_address(host)
     except OSError as error:
         raise ConfigError(
             "machine 0",
             f"'{host}' cannot be reached from {socket.gethostname()}: {error.strerror or error}",
             remedy="crosstune doctor nodes",
         ) from None
-    found = [name for name, infos in psutil.net_if_addrs().items() if any(info.address == own for info in infos)]
+    interfaces = psutil.net_if_addrs().items()
+    found = [name for name, infos in interfaces if any(info.address.partition("%")[0] == own for info in infos)]
     if not found:
         raise ConfigError("cluster.interface", f"none has the address {own} on this machine", remedy="name it")
     # Machine 0 itself may be known by an address of its loopback interface (Debian's 127.0.1.1), which no other sees.
