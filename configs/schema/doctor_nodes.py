@@ -34,10 +34,13 @@ class DoctorNodesConfig:
     """It must be over by then, the start of its processes included."""
     patience_seconds: int = 30
     """By so much one machine may start later than another."""
+    queue_seconds: int = 120
+    """So long may a scheduler take to start all machines, images to be fetched included; a doctor waits in no queue for
+    hours."""
     compare: list[str] = field(default_factory=list)
     """Further environment variables that must be equal everywhere; their values are not shown."""
     python: str | None = None
-    """The interpreter on the machines. Null: this one."""
+    """The interpreter on the machines. Null: this one, or in a container ``python3``."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables that the job would have, over those of the cluster."""
     cpus: int = 0
@@ -52,7 +55,7 @@ class DoctorNodesConfig:
 
     def __post_init__(self) -> None:
         not_empty("run_dir", self.run_dir)
-        for key in ("nodes", "nproc", "allreduce_seconds", "patience_seconds"):
+        for key in ("nodes", "nproc", "allreduce_seconds", "patience_seconds", "queue_seconds"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, str(getattr(self, key)), allowed="1 or more")
         not_empty("python", self.python)

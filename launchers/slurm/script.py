@@ -132,5 +132,10 @@ def _command(spec: LaunchSpec, cfg: SlurmLauncherConfig) -> str:
 
 def _mounts(spec: LaunchSpec, cfg: SlurmLauncherConfig) -> str:
     """For the container; the run's folder is the script's own variable."""
-    working = f"{spec.working_dir}:{spec.working_dir}"
-    return ",".join(['"$run":"$run"', *(shlex.quote(word) for word in (working, *cfg.mounts))])
+    mounts = container_mounts(cfg, [spec.working_dir])
+    return ",".join(['"$run":"$run"', *(shlex.quote(word) for word in mounts)])
+
+
+def container_mounts(cfg: SlurmLauncherConfig, folders: Sequence[str]) -> list[str]:
+    """What a container gets: folders under their own paths, and those of the settings."""
+    return [*(f"{folder}:{folder}" for folder in folders), *cfg.mounts]

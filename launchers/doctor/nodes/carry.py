@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from configs.errors import ConfigError, CrosstuneError, first_line
 from configs.schema.doctor_nodes import DoctorNodesConfig
+from configs.schema.launcher_slurm import Container
 from launchers.base import Launcher, with_setup
-from launchers.doctor.nodes.request import Request
+from launchers.doctor.nodes.request import Request, existing_part
 from launchers.local import LocalLauncher
 from launchers.slurm import SlurmLauncher
 from launchers.slurm.launcher import LABEL
+from launchers.slurm.script import container_mounts
 from launchers.spec import MASTER, NODE, this_python
 from launchers.ssh.connection import SSH_FAILED, address_of, ssh_command, ssh_fault
 from launchers.ssh.hosts import configured_hosts
@@ -25,11 +29,13 @@ from launchers.torchrun import end_with_parent
 
 COMMAND = ("-P", "-m", "launchers.doctor.nodes.look")
 """What Python runs on a node, with the request on standard input."""
-QUEUE_SECONDS = 120
-"""How long an allocation may take: a doctor does not wait in a queue for hours."""
 IN_PLACE = f"""
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+if command -v scontrol >/dev/null; then
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+else # inside a container; n[01-04,07],login: n01
+    first=$(sed -E 's/^([^[,]*)(\\[([0-9]+)[^]]*\\])?([^[,]*).*/\\1\\3\\4/' <<<"$SLURM_JOB_NODELIST")
+fi
 export {NODE}=$SLURM_PROCID {MASTER}=${{address:-$first}}
 exec "$@"
 """
@@ -130,25 +136,42 @@ class ThroughSlurm:
 
     def command(self, seconds: float) -> list[str]:
         """The srun, with what a job of the launcher would ask for."""
-        cfg, chosen = self.cfg, {key: getattr(self.slurm, key) for key in ("partition", "account", "qos")}
+        cfg, slurm = self.cfg, self.slurm
+        chosen = {key: getattr(slurm, key) for key in ("partition", "account", "qos")}
         devices = self.cluster.devices_per_node or cfg.nproc
         options = {
             **chosen,
-            **{key: getattr(self.slurm, key) for key in ("reservation", "constraint", "nodelist", "exclude")},
+            **{key: getattr(slurm, key) for key in ("reservation", "constraint", "nodelist", "exclude")},
             "cpus-per-task": cfg.cpus or None,
             "mem": f"{cfg.memory_gib}G" if cfg.memory_gib else None,
             "gres": f"{self.cluster.gres}:{devices}" if self.cluster.gres else None,
             "time": int(seconds / 60) + 2,
-            "immediate": QUEUE_SECONDS,
+            "immediate": cfg.queue_seconds,
             "job-name": "crosstune-doctor",
         }
         shape = [f"--nodes={cfg.nodes}", f"--ntasks={cfg.nodes}", "--ntasks-per-node=1", "--label", "--wait=0"]
         asked = [f"--{key}={value}" for key, value in options.items() if value is not None]
-        return ["srun", *shape, *asked, "--mpi=none", "bash", "-c", IN_PLACE, "crosstune", *command_on_node(cfg)]
+        contained, command = self.contained(command_on_node(cfg, inside=slurm.container is not Container.none))
+        asked += [*contained, *slurm.srun_extra]
+        return ["srun", *shape, *asked, "--mpi=none", "bash", "-c", IN_PLACE, "crosstune", *command]
+
+    def contained(self, command: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Options of srun, and a command, for the container in which a job would run."""
+        slurm, folders = self.slurm, [os.getcwd()]
+        if self.cfg.run_dir is not None:  # a run makes it; until then what is above it has to do
+            folders.insert(0, str(existing_part(os.path.abspath(Path(self.cfg.run_dir).expanduser()))))
+        mounts = ",".join(container_mounts(slurm, [each for each in dict.fromkeys(folders) if each != "/"]))
+        if slurm.container is Container.pyxis:
+            options = [f"--container-image={slurm.image}", f"--container-mounts={mounts}"]
+            return [*options, *slurm.container_args], list(command)
+        if slurm.container is Container.apptainer:
+            bound = ["--bind", mounts] if mounts else []
+            return [], ["apptainer", "exec", *bound, *slurm.container_args, str(slurm.image), *command]
+        return [], list(command)
 
     def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
         """See `AsksNodes`. srun gives its standard input to all tasks."""
-        [(_, done)] = in_parallel({0: self.command(seconds)}, requests, seconds + QUEUE_SECONDS)
+        [(_, done)] = in_parallel({0: self.command(seconds)}, requests, seconds + self.cfg.queue_seconds)
         if isinstance(done, CrosstuneError):
             yield from ((request.node, done) for request in requests)
             return
@@ -160,10 +183,16 @@ class ThroughSlurm:
         yield from ((request.node, said.get(request.node, refusal)) for request in requests)
 
 
-def command_on_node(cfg: DoctorNodesConfig) -> list[str]:
-    """What a node runs, with the environment and the setup that a job would have there."""
+def command_on_node(cfg: DoctorNodesConfig, program: Sequence[str] = COMMAND, *, inside: bool = False) -> list[str]:
+    """What a node runs, with the environment and the setup that a job would have there.
+
+    Args:
+        cfg: what is meant to run.
+        program: for Python.
+        inside: in a container, which has a Python of its own.
+    """
     variables = [f"{name}={value}" for name, value in {**cfg.cluster.environment, **cfg.environment}.items()]
-    command = [cfg.python or this_python(), *COMMAND]
+    command = [cfg.python or ("python3" if inside else this_python()), *program]
     return with_setup(["env", *variables, *command] if variables else command, cfg.cluster.setup)
 
 
