@@ -6,11 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import CheckpointError, ConfigError, ModelError
 from configs.files import write_whole
-from configs.schema.model import Precision
+
+if TYPE_CHECKING:  # what looks at a machine on which something is broken reads the names below without omegaconf
+    from configs.schema.model import Precision
 
 STOP_FILE = "PREEMPT"
 """In the run's folder: whoever makes it stops the run."""
@@ -56,6 +58,8 @@ class RunRecord:
         Raises:
             ConfigError: another one, for weights that train.
         """
+        from configs.schema.model import Precision
+
         if asked in (Precision.auto, Precision(self.precision)):
             return Precision(self.precision)
         if self.tuning != "lora":
