@@ -71,7 +71,7 @@ def path_command_help(command: str, about: str) -> str:
 
         text += "\n\nmay be changed on the way, as key=value or group=option:\n  " + ", ".join(MAY_CHANGE_ON_RESUME)
         text += f"\nand for adapters only (tuning=lora): {ALSO_WITH_LORA}"
-        text += "\nof a launched run also how it is launched (crosstune launch train --help): launcher.hosts=[...] nodes=4"
+        text += "\nof a launched run also how it is launched (crosstune launch train --help), such as nodes=4"
     if command == "prep inspect":
         text += "\n\nkeys:\n" + "\n".join(_inspect_lines())
     return text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.compose import build, load_resolved
-from configs.errors import ConfigError
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError
 from configs.schema.launch import LaunchConfig
 from launchers.base import Launcher
 from launchers.failure import last_step
@@ -21,7 +21,7 @@ LAST_LINES = 12
 
 
 def status(run_dir: Path) -> Result:
-    """`crosstune status RUN`: the job's state, its machines, and the earliest fault if it failed."""
+    """`crosstune status RUN`: the job's state, its machines, and the earliest fault of an attempt that failed."""
     folder = JobFolder.of_run(existing_launch(run_dir))
     job, launcher = opened(folder)
     report, marks = launcher.report(job, folder), folder.marks()
@@ -41,7 +41,8 @@ def status(run_dir: Path) -> Result:
         "step": step,
         "nodes": [asdict(mark) for mark in marks],
     }
-    if state in (State.failed, State.lost):
+    badly = any(mark.exit_code not in (None, EXIT_DONE, EXIT_RESUMABLE) for mark in marks)
+    if badly or state in (State.failed, State.lost):  # also of an attempt after which it waits to be started again
         result["cause"] = _tell_cause(folder, marks)
     return result
 

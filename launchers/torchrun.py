@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from configs.errors import EXIT_DONE, CrosstuneError, WorkerLostError
+from configs.errors import EXIT_DONE, CrosstuneError, RunFailedError, WorkerLostError
 from data_prep.pool import usable_cores
 from launchers.failure import ERROR_DIR, UnexpectedError, earliest_error
 from train.run_folder import STARTED
@@ -36,6 +36,9 @@ CLEANED_UP = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of workers that torchrun ended because another one had ended."""
 ENDED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")
 """Rank and exit code of a worker in torchrun's own report."""
+TAKEN = re.compile(r"failed to listen .* port: (\d+),.* name: EADDRINUSE")
+OWN_ERROR = re.compile(r"^[\w.]+(?:Error|Exception): .+$", re.MULTILINE)
+"""The end of a traceback of torchrun's own."""
 
 
 PR_SET_PDEATHSIG = 1
@@ -277,6 +280,18 @@ def _root_cause(attempt: Path, left: CrosstuneError | None) -> CrosstuneError:
         return WorkerLostError(f"rank {rank}", f"ended by signal {number.name}{hint}", remedy=remedy)
     if left is not None:
         return left
-    first = [(rank, code) for rank, code in ended if code not in CLEANED_UP] or ended
-    where, ending = (f"rank {first[0][0]}", f"ended with code {first[0][1]}") if ended else ("torchrun", "ended early")
-    return WorkerLostError(where, f"{ending} without a message", remedy=remedy)
+    if first := [(rank, code) for rank, code in ended if code not in CLEANED_UP] or ended:
+        rank, code = first[0]
+        return WorkerLostError(f"rank {rank}", f"ended with code {code} without a message", remedy=remedy)
+    return _before_workers(text, remedy)
+
+
+def _before_workers(text: str, remedy: str) -> CrosstuneError:
+    """What torchrun itself met before any worker had started."""
+    if taken := TAKEN.search(text):
+        there = f"the next attempt takes the next one; who has it: ss -ltnp sport = :{taken[1]}"
+        return RunFailedError(
+            "master_port", f"port {taken[1]} of {socket.gethostname()} is in use", remedy=f"{there}; {remedy}"
+        )
+    said = OWN_ERROR.findall(text)
+    return WorkerLostError("torchrun", f"ended early: {said[-1]}" if said else "ended without a message", remedy=remedy)

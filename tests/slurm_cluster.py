@@ -92,9 +92,10 @@ class SlurmCluster:
             self.start_node(name)
 
     def start_node(self, name: str) -> None:
-        """Starts a node's slurmd, and waits until the controller has it."""
+        """Starts a node's slurmd, and waits until the controller has it: idle, or with a job that waited for it."""
         self._start(f"slurmd {name}", "-D", "-N", name, "-f", str(self.config))
-        self._until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%t", "-p", "low").strip() == "idle", name)
+        there = ("idle", "mix", "alloc")
+        self._until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%t", "-p", "low").strip() in there, name)
 
     def kill_node(self, name: str) -> None:
         """As if its power were cut: slurmd and all that Slurm started there."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema.prove import ProveResumeConfig
-from launchers.cli import _config, parse
+from launchers.cli import _config
+from launchers.command_line import parse
 from launchers.prove import layout, reshard, resume
 from tests.command import crosstune, write_uneven_records
 from tests.tiny import save_tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from configs.compose import compose
 from configs.errors import DeviceError, OutOfMemoryError, RunFailedError, WorkerLostError
 from configs.schema.roots import TrainConfig
 from launchers.failure import ERROR_DIR, earliest_error, leave_error, with_way_on
-from launchers.torchrun import _root_cause
+from launchers.torchrun import Group, _root_cause, run_workers
 from tests.tiny import samples_of, save_tiny_model, write_prepared
 from train.devices.cpu import CpuDevice
 from train.engine.plain import PlainEngine
@@ -46,6 +47,7 @@ def failing(home: Path, tmp: Path, monkeypatch, where: type, name: str, error: E
             raise error
         return method(self, *args, **kwargs)
 
+    monkeypatch.setattr("train.run.foretell", lambda *arguments: None)  # it traces a pass of its own first
     second_fails.__code__ = second_fails.__code__.replace(co_name=name)  # the frames are read by name
     monkeypatch.setattr(where, name, second_fails)
     with pytest.raises((OutOfMemoryError, DeviceError)) as raised:
@@ -117,6 +119,19 @@ Root Cause (first observed failure):
   rank      : 3 (local_rank: 3)
   exitcode  : -9 (pid: 4835)
 """
+
+
+def test_a_taken_port_is_told_in_place_of_torchruns_end(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(RunFailedError) as caught:
+        port = server.getsockname()[1]
+        run_workers(1, ["train"], tmp_path, group=Group(nodes=2, port=port))
+    assert (caught.value.where, f"port {port} of " in caught.value.found) == ("master_port", True)
+
+
+def test_what_else_torchrun_met_before_any_worker_is_its_last_line(tmp_path):
+    lines = ["Traceback (most recent call last):", '  File "x", line 1', "torch.distributed.DistNetworkError: no route"]
+    (tmp_path / "torchrun.log").write_text("\n".join(lines) + "\n")
+    assert "torchrun: ended early: torch.distributed.DistNetworkError: no route" in str(_root_cause(tmp_path, None))
 
 
 def test_the_rank_that_was_killed_is_told_not_the_one_that_noticed(tmp_path):

@@ -19,7 +19,7 @@ from configs.errors import CheckpointError, ConfigError, ErrorGroup
 from configs.schema.launch import LaunchConfig
 from launchers import launch, node
 from launchers.base import Launcher, tail, with_setup
-from launchers.cli import parse
+from launchers.command_line import parse
 from launchers.failure import from_json
 from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
 from launchers.node import AUTO, copied_to, place, what_ranks_see

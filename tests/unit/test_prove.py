@@ -17,7 +17,8 @@ import torch
 from configs.compose import compose, save_resolved
 from configs.errors import ConfigError, ModelError
 from configs.schema.prove import ProveReshardConfig, ProveResumeConfig
-from launchers.cli import _config, parse
+from launchers.cli import _config
+from launchers.command_line import parse
 from launchers.help import command_help
 from launchers.prove import resume
 from launchers.prove.kills import Kill, Moment, Rhythm, draw, kill_at
