@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 something to mend in what was asked, 3 failed, 75 saved an
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -34,6 +35,8 @@ from launchers.torchrun import EndedBySignal, Group, run_workers
 AUTO = "auto"
 """For `ATTEMPT`, where a scheduler does not say which one it is: one more than the last that left a mark."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
+ELSEWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737): the routing table is asked for the way there, and nothing is sent."""
 EXIT_INTERRUPTED = 130
 
 
@@ -165,6 +168,8 @@ def interface_to(host: str) -> str:
     """
     try:
         own = source_address(host)
+        if _is_loopback(own) and not _is_loopback(host):
+            own = _address_outside() or own
     except OSError as error:
         raise ConfigError(
             "machine 0",
@@ -175,8 +180,26 @@ def interface_to(host: str) -> str:
     found = [name for name, infos in interfaces if any(info.address.partition("%")[0] == own for info in infos)]
     if not found:
         raise ConfigError("cluster.interface", f"none has the address {own} on this machine", remedy="name it")
-    # Machine 0 itself may be known by an address of its loopback interface (Debian's 127.0.1.1), which no other sees.
     return found[0]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def _address_outside() -> str | None:
+    """This machine's address towards other networks; None: it has no way there.
+
+    Machine 0 may know its own name by an address of its loopback interface (Debian's 127.0.1.1), which the others do
+    not see: they would wait for it until their time-out.
+    """
+    try:
+        return source_address(ELSEWHERE)
+    except OSError:
+        return None
 
 
 NOT_SHARED = re.compile(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,9 +264,29 @@ def test_what_step_and_machines_say_against_each_other_is_told_at_once(tmp_path:
 
 
 def test_a_way_to_the_first_machine_has_an_interface() -> None:
-    assert node.interface_to("127.0.0.1").startswith("lo")
+    assert node.interface_to("127.0.0.1").startswith("lo") and node.interface_to("localhost").startswith("lo")
     with pytest.raises(ConfigError, match="no-such-host.invalid"):
         node.interface_to("no-such-host.invalid")
+
+
+def test_machine_0_takes_the_interface_that_others_see_though_its_own_name_is_a_loopback_address(monkeypatch) -> None:
+    """Debian writes 127.0.1.1 and the machine's name into /etc/hosts."""
+    Address, seen = SimpleNamespace, {"n0": "127.0.1.1", node.ELSEWHERE: "10.0.0.5"}
+    addresses = {
+        "lo": [Address(address="127.0.0.1"), Address(address="127.0.1.1")],
+        "ib0": [Address(address="10.0.0.5")],
+    }
+    monkeypatch.setattr(node, "source_address", lambda host: seen[host])
+    monkeypatch.setattr(node.psutil, "net_if_addrs", lambda: addresses)
+    assert node.interface_to("n0") == "ib0"
+
+    def no_way(host: str) -> str:
+        if host == node.ELSEWHERE:
+            raise OSError("Network is unreachable")
+        return seen[host]
+
+    monkeypatch.setattr(node, "source_address", no_way)
+    assert node.interface_to("n0") == "lo"
 
 
 def test_a_sweep_gives_each_run_its_words_and_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
