@@ -9,7 +9,6 @@ Exit codes: 0 done, 2 something to mend in what was asked, 3 failed, 75 saved an
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -25,7 +24,7 @@ from typing import Any
 import psutil
 
 from configs.errors import EXIT_DONE, ConfigError, CrosstuneError
-from launchers.doctor.nodes.network import source_address
+from launchers.doctor.nodes.network import is_loopback, source_address
 from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
 from launchers.job import Job, JobFolder, Mark, make_folder
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash
@@ -185,7 +184,7 @@ def interface_to(host: str) -> str:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or is_loopback(host)
     except ValueError:  # another name
         return False
 
