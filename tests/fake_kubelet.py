@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.fake_kubernetes import Cluster, Manifest, now
+from tests.net_lab import NetLab
 
 REFERENCE = re.compile(r"\$(?:(\$)|\(([-._a-zA-Z0-9]*)\))")
 IMAGE_ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CI")
 """What the image brings along."""
-OWN_HOSTS = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
+OWN_HOSTS = 'mount --bind "$1" /etc/hosts && eval "$2" && shift 2 && exec "$@"'
 GONE = ("Completed", "Failed", "Terminated", "Aborted")
 
 
@@ -61,11 +62,23 @@ class Kubelet(threading.Thread):
     Args:
         cluster: whose jobs are run.
         folder: for what pods have of their own.
+        lab: hosts on which pods run, each on its own; None: all on this machine.
+        planted: by pod, what a shell does in it before its command.
+        stuck: by pod, the status in which it stays.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *,
+        lab: NetLab | None = None,
+        planted: dict[int, str] | None = None,
+        stuck: dict[int, Manifest] | None = None,
+    ) -> None:
         super().__init__(daemon=True)
         self.cluster, self.folder, self.stopped = cluster, folder, threading.Event()
+        self.lab, self.planted, self.stuck = lab, planted or {}, stuck or {}
         self.running: dict[str, Running] = {}
         cluster.keeps_deleted = True
 
@@ -98,13 +111,15 @@ class Kubelet(threading.Thread):
         if job["metadata"].get("deletionTimestamp"):
             self._end_all()
             if not self.running:
+                for pod in (pod for pod in self.cluster.all("pods") if pod["job"] == name):
+                    self.cluster.remove("pods", pod["metadata"]["name"])
                 self.cluster.remove("jobs", name)
             return
         if status["state"]["phase"] == "Pending":
             for index in range(spec["tasks"][0]["replicas"]):
                 self._start(job, index)
             self._phase(job, "Running")
-        elif status["state"]["phase"] == "Running" and any(ended.values()):
+        elif status["state"]["phase"] == "Running" and any(ended.values()) and spec["policies"]:
             code = next(filter(None, ended.values()))
             action = next(
                 policy["action"]
@@ -122,9 +137,9 @@ class Kubelet(threading.Thread):
                     self.cluster.remove("pods", pod)
             self.running.clear()
             self._phase(job, over or "Pending")
-        elif status["state"]["phase"] == "Running" and ended and len(ended) == len(self.running):
+        elif status["state"]["phase"] == "Running" and ended and len(ended) == len(self.running) and not self.stuck:
             self.running.clear()
-            self._phase(job, "Completed")
+            self._phase(job, "Failed" if any(ended.values()) else "Completed")
 
     def _phase(self, job: Manifest, phase: str) -> None:
         job["status"]["state"] = {"phase": phase}
@@ -163,16 +178,22 @@ class Kubelet(threading.Thread):
         about.setdefault("annotations", {})["volcano.sh/job-retry-count"] = str(job["status"]["retryCount"])
         pod |= {"status": {"phase": "Running", "hostIP": "127.0.0.1"}, "job": job["metadata"]["name"]}
         pod["status"]["containerStatuses"] = [{"state": {"running": {}}}]
+        if index in self.stuck:
+            return self.cluster.put("pods", pod | {"status": {"phase": "Pending", **self.stuck[index]}})
+        pod["spec"]["nodeName"] = f"worker-{index}"
         [container] = pod["spec"]["containers"]
         variables: dict[str, str] = {}
         for each in container["env"]:
             variables[each["name"]] = self._value(pod, each, variables)
         variables["VC_TASK_INDEX"] = str(index)
         hosts = self.folder / f"hosts-{index}"
-        hosts.write_text(f"127.0.0.1 localhost {name.removesuffix(str(index))}0.{job['metadata']['name']}\n")
+        first = self.lab.address("n0") if self.lab else "127.0.0.1"
+        names = f"{first} {name.removesuffix(str(index))}0.{job['metadata']['name']}\n"
+        hosts.write_text(f"127.0.0.1 localhost\n{names}")
+        command = ["unshare", "-m", "sh", "-c", OWN_HOSTS, "sh", str(hosts), self.planted.get(index, "true")]
+        command += [expanded(word, variables) for word in container["command"]]
         process = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", OWN_HOSTS, "sh", str(hosts)]
-            + [expanded(word, variables) for word in container["command"]],
+            self.lab.on(f"n{index}", command) if self.lab else command,
             env={key: os.environ[key] for key in IMAGE_ENVIRONMENT if key in os.environ} | variables,
             cwd="/",
             stdout=subprocess.PIPE,

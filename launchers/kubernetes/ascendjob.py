@@ -13,8 +13,9 @@ from configs.errors import ConfigError, CrosstuneError
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import SERVICES, Resource
-from launchers.kubernetes.base import KubernetesLauncher, by_conditions, replica_number
+from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import JOB_LABEL, PodTemplate, metadata, said
+from launchers.kubernetes.pods import by_conditions, replica_number
 from launchers.kubernetes.pytorchjob import RETRY, replicas, scheduling
 from launchers.spec import LaunchSpec
 
@@ -76,6 +77,11 @@ class AscendJobLauncher(KubernetesLauncher):
         """Gives the master a name, from the moment on when its pod has an address."""
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {JOB_LABEL: name}}
         return {"apiVersion": "v1", "kind": "Service", "metadata": about, "spec": spec}
+
+    def each_for_itself(self, objects: dict[str, Manifest], left_seconds: int) -> None:
+        """See `KubernetesLauncher.each_for_itself`."""
+        _, job = objects.values()
+        job["spec"]["runPolicy"] |= {"cleanPodPolicy": "None", "ttlSecondsAfterFinished": left_seconds}
 
     def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""

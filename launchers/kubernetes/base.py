@@ -32,7 +32,6 @@ OVERLAP_SECONDS = 5
 """By so much a log that is read on begins before where it was lost: clocks differ."""
 LOSSES, LOSS_SECONDS = 5, 0.5
 """So often, and after such a pause, is a log read on that was lost; one that is followed as often as it takes."""
-REPLICA_TYPE, REPLICA_INDEX = "training.kubeflow.org/replica-type", "training.kubeflow.org/replica-index"
 FRACTION = re.compile(r"\.(\d+)")
 
 
@@ -79,11 +78,20 @@ class KubernetesLauncher(Launcher):
     def node_of(self, pod: Manifest) -> int | None:
         """The number of a pod."""
 
+    @abstractmethod
+    def each_for_itself(self, objects: dict[str, Manifest], left_seconds: int) -> None:
+        """Changes what `objects` gave so that a pod that ends, however, ends no other one, and none starts again.
+
+        Args:
+            objects: by file name.
+            left_seconds: so long after its end the cluster itself deletes the job, where its kind can say so.
+        """
+
     def faults(self, spec: LaunchSpec) -> Iterator[CrosstuneError]:
         """Folders that the pods do not have, secrets that the cluster does not know, bounds that cannot hold."""
         paths = {"run_dir": spec.run_dir, "the request": spec.request, "the working folder": spec.working_dir}
         for what, path in paths.items():
-            if not any(PurePosixPath(path).is_relative_to(mount) for mount in self.cfg.claims):
+            if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in self.cfg.claims):
                 mounts = ", ".join(sorted(self.cfg.claims)) or "there is none"
                 remedy = "launcher.claims={/shared: CLAIM}, and launch from below it with run_dir below it"
                 found = f"'{path}' is in no shared folder of the pods"
@@ -103,11 +111,23 @@ class KubernetesLauncher(Launcher):
         return {name: yaml.dump(each, Dumper=_Plain, sort_keys=False, width=120) for name, each in objects.items()}
 
     def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
-        """See `Launcher.submit`. Each object is checked by the server before it is made."""
+        """See `Launcher.submit`. What is in the files is made: they may have been looked over."""
+        names = self.render(job.spec, job.attempt)
+        return self.make([yaml.safe_load((folder.path / name).read_text(encoding="utf-8")) for name in names])
+
+    def make(self, manifests: Sequence[Manifest]) -> dict[str, Any]:
+        """Has each object checked by the server, then made; the job is the last, and owns the others.
+
+        Returns:
+            What the job is called: `Job.handle`.
+
+        Raises:
+            CrosstuneError: one was refused, and none is left.
+            LostError: the server does not answer, and there may be some.
+        """
         made: list[tuple[Resource, str]] = []
         try:
-            for name in self.render(job.spec, job.attempt):
-                manifest = yaml.safe_load((folder.path / name).read_text(encoding="utf-8"))
+            for manifest in manifests:
                 kind = self.others.get(manifest["kind"], self.resource)
                 self._try(kind, manifest)
                 created = self.api.create(kind, manifest)
@@ -116,15 +136,19 @@ class KubernetesLauncher(Launcher):
             for kind, each in made[:-1]:
                 self.api.patch(kind, each, {"metadata": {"ownerReferences": [owner]}})
         except LostError as error:
-            kinds = ",".join(each.plural for each in (self.resource, *self.others.values()))
-            there = f"kubectl -n {self.api.namespace} delete {kinds} {object_name(job.spec, job.attempt)}"
-            raise LostError(error.where, error.found, remedy=f"{error.remedy}; what may be there: {there}") from None
+            remedy = f"{error.remedy}; what may be there: {self.by_hand(manifests[-1]['metadata']['name'])}"
+            raise LostError(error.where, error.found, remedy=remedy) from None
         except CrosstuneError:
             for kind, each in reversed(made):
                 with suppress(CrosstuneError):  # what was refused first is told
                     self.api.delete(kind, each)
             raise
         return {"kind": self.resource.kind, "namespace": self.api.namespace, "name": made[-1][1]}
+
+    def by_hand(self, name: str) -> str:
+        """The command that deletes a job."""
+        kinds = ",".join(f"{each.plural}.{each.group}".rstrip(".") for each in (self.resource, *self.others.values()))
+        return f"kubectl -n {self.api.namespace} delete {kinds} {name}"
 
     def _try(self, kind: Resource, manifest: Manifest) -> None:
         try:
@@ -166,19 +190,33 @@ class KubernetesLauncher(Launcher):
         if found["metadata"].get("deletionTimestamp"):
             word, detail = Word.running, "it is being ended"
         elif word is Word.pending and not pods:
-            troubles = self._event(api, name)
+            troubles = self.why_no_pods(api, found)
         elif word is Word.failed and any(mark.exit_code is not None for mark in folder.marks()):
             word = Word.ended  # the run itself tells how: what its controller made of it says nothing more
         return Report(word, "; ".join(part for part in (detail, troubles) if part))
 
-    def _event(self, api: Api, name: str) -> str:
-        """The last warning about a job that has no pods yet."""
-        try:
-            events, _ = api.select(EVENTS, fieldSelector=f"involvedObject.name={name},type=Warning")
-        except ConfigError:  # not everybody may read events
-            return ""
-        lasts = sorted(events, key=lambda event: str(event.get("lastTimestamp") or ""))
-        return "; ".join(f"{event.get('reason', '')}: {event.get('message', '')}" for event in lasts[-1:])
+    def why_no_pods(self, api: Api, job: Manifest) -> str:
+        """The last complaint about a job that has no pods yet, or about its pod group.
+
+        The group bears the job's name, or in Volcano since 1.5 its uid behind it (pkg/controllers/job:
+        generateRelatedPodGroupName).
+        """
+        name = job["metadata"]["name"]
+        return self.complaint(api, name, f"{name}-{job['metadata']['uid']}")
+
+    def complaint(self, api: Api, *names: str) -> str:
+        """The last event that tells what is wrong with objects; empty: none does, or they may not be read.
+
+        That a queue or the cluster is full is for Volcano nothing to warn of (pkg/scheduler/plugins:
+        RecordPodGroupEvent).
+        """
+        found: list[Manifest] = []
+        with suppress(ConfigError):  # not everybody may read events
+            for name in names:
+                found += api.select(EVENTS, fieldSelector=f"involvedObject.name={name}")[0]
+        wrong = [each for each in found if each.get("type") == "Warning" or each.get("reason") == told.UNSCHEDULABLE]
+        last = max(wrong, key=lambda event: str(event.get("lastTimestamp") or ""), default=None)
+        return "" if last is None else f"{last.get('reason', '')}: {last.get('message', '')}"
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
         """See `Launcher.cancel`: the job is deleted, its pods get their time to save, or none."""
@@ -218,11 +256,11 @@ class KubernetesLauncher(Launcher):
             pods = fresh(api.wait_for_pods(label, lambda now: bool(fresh(now)), 0 if last else NEXT_POD_SECONDS))
             for pod in pods:
                 done.add(pod["metadata"]["uid"])
-                yield from self._lines_of(api, pod, follow)
+                yield from self.lines_of(api, pod, follow)
             if not follow or (last and not pods):
                 return
 
-    def _lines_of(self, api: Api, pod: Manifest, follow: bool) -> Iterator[str]:
+    def lines_of(self, api: Api, pod: Manifest, follow: bool) -> Iterator[str]:
         """Of a pod to its end, each line once, wherever the connection is lost."""
         name, uid, last, losses = pod["metadata"]["name"], pod["metadata"]["uid"], "", 0
         while True:
@@ -253,33 +291,3 @@ def _moment(text: str) -> str:
 def _age(moment: str) -> int:
     began = datetime.fromisoformat(FRACTION.sub(lambda match: f".{match[1][:6]}", moment).replace("Z", "+00:00"))
     return max(1, int(time.time() - began.timestamp()) + OVERLAP_SECONDS)
-
-
-def replica_number(pod: Manifest) -> int | None:
-    """Of a pod of a job with one master and its workers."""
-    labels = pod["metadata"].get("labels") or {}
-    index = str(labels.get(REPLICA_INDEX, labels.get("replica-index", "")))
-    if not index.isdecimal():
-        return None
-    role = labels.get(REPLICA_TYPE, labels.get("replica-type", ""))
-    return int(index) + (1 if role == "worker" else 0)
-
-
-def index_number(pod: Manifest, key: str) -> int | None:
-    """Of a pod whose index is in a label, or an annotation of older controllers."""
-    place = {**(pod["metadata"].get("annotations") or {}), **(pod["metadata"].get("labels") or {})}
-    index = str(place.get(key, ""))
-    return int(index) if index.isdecimal() else None
-
-
-def by_conditions(job: Manifest) -> tuple[Word, str]:
-    """What the conditions of a job of Kubeflow's kinds say; they are kept, true or not, one per type."""
-    words = {"Succeeded": Word.ended, "Complete": Word.ended, "Failed": Word.failed}
-    words |= {"Suspended": Word.pending, "Restarting": Word.pending, "Running": Word.running}
-    conditions = job.get("status", {}).get("conditions") or []
-    true = {each["type"]: each for each in conditions if each.get("status") == "True"}
-    for kind, word in words.items():
-        if kind in true:
-            each = true[kind]
-            return word, "" if word is Word.running else f"{kind}: {each.get('message') or each.get('reason') or ''}"
-    return Word.pending, ""

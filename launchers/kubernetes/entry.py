@@ -75,17 +75,27 @@ def settle(job: Job, folder: JobFolder, environment: MutableMapping[str, str]) -
     """
     from launchers.node import AUTO, place
 
-    source, restarts = environment.get(NODE_FROM, ""), environment.get(RESTARTS, "")
+    restarts = environment.get(RESTARTS, "")
+    take_number(environment)
+    environment[ATTEMPT] = str(job.attempt + int(restarts)) if restarts.isdecimal() else AUTO
+    *_, attempt = place(job.spec, environment, folder, job.attempt)
+    environment[ATTEMPT] = str(attempt)
+    return attempt
+
+
+def take_number(environment: MutableMapping[str, str]) -> None:
+    """Puts the pod's number where all look for it, and takes out what its controller means for others.
+
+    Raises:
+        ConfigError: the controller has not said it.
+    """
+    source = environment.get(NODE_FROM, "")
     number = environment.get(source, "")
     if not number:
         raise ConfigError(source or NODE_FROM, "not set", remedy="it comes from the controller of the job's kind")
     environment[NODE] = number
-    environment[ATTEMPT] = str(job.attempt + int(restarts)) if restarts.isdecimal() else AUTO
-    *_, attempt = place(job.spec, environment, folder, job.attempt)
-    environment[ATTEMPT] = str(attempt)
     for name in [name for name in environment if name in (*OPERATORS, *OWN) or name.startswith("PET_")]:
         del environment[name]
-    return attempt
 
 
 def refuse(job: Job, folder: JobFolder, attempt: int) -> None:

@@ -7,7 +7,7 @@ there. Variables of the run are in job.json and not in the manifest; of secrets 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,19 @@ class PodTemplate:
         cfg: settings of the launcher.
         cluster: what the machines have.
         name: of the job object.
+        command: that each runs; None: its part of the run.
     """
 
-    def __init__(self, spec: LaunchSpec, cfg: KubernetesLauncherConfig, cluster: ClusterConfig, name: str) -> None:
+    def __init__(
+        self,
+        spec: LaunchSpec,
+        cfg: KubernetesLauncherConfig,
+        cluster: ClusterConfig,
+        name: str,
+        command: Sequence[str] | None = None,
+    ) -> None:
         self.spec, self.cfg, self.cluster, self.name = spec, cfg, cluster, name
+        self.command = self.part_of_run() if command is None else command
 
     def render(
         self,
@@ -101,7 +110,7 @@ class PodTemplate:
             "name": container,
             "image": cfg.image,
             "imagePullPolicy": cfg.image_pull_policy,
-            "command": [literal(word) for word in self.command()],
+            "command": [literal(word) for word in self.command],
             "env": [*variables, *self.fields(), *self.secrets()],
             "ports": [{"name": port_name, "containerPort": spec.port(0)}] if port_name else None,
             "resources": self.resources(),
@@ -127,8 +136,8 @@ class PodTemplate:
         labels = {**self.cluster.labels, **cfg.labels, JOB_LABEL: self.name}
         return {"metadata": said({"labels": labels, "annotations": cfg.annotations}), "spec": said(pod)}
 
-    def command(self) -> list[str]:
-        """What a machine runs."""
+    def part_of_run(self) -> list[str]:
+        """What a machine of a run runs."""
         job_file = str(JobFolder.of_run(Path(self.spec.run_dir)).file)
         return with_setup(
             [self.spec.python or "python3", "-P", "-m", "launchers.kubernetes.entry", job_file], self.spec.setup

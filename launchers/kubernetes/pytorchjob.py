@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import Resource
-from launchers.kubernetes.base import KubernetesLauncher, by_conditions, replica_number
+from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import PodTemplate, metadata, said
+from launchers.kubernetes.pods import by_conditions, replica_number
 from launchers.spec import LaunchSpec
 
 RETRY = 138
@@ -48,6 +49,11 @@ class PyTorchJobLauncher(KubernetesLauncher):
             "spec": {"runPolicy": policy, "pytorchReplicaSpecs": replicas(spec, template)},
         }
         return {"pytorchjob.yaml": manifest}
+
+    def each_for_itself(self, objects: dict[str, Manifest], left_seconds: int) -> None:
+        """See `KubernetesLauncher.each_for_itself`: by default the end of the master ends its workers."""
+        [job] = objects.values()
+        job["spec"]["runPolicy"] |= {"cleanPodPolicy": "None", "ttlSecondsAfterFinished": left_seconds}
 
     def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""

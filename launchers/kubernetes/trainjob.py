@@ -13,9 +13,9 @@ from configs.errors import EXIT_USER_FAULT
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import Resource
-from launchers.kubernetes.base import KubernetesLauncher, by_conditions, index_number
+from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import PodTemplate, metadata, said
-from launchers.kubernetes.pods import phase
+from launchers.kubernetes.pods import by_conditions, index_number, phase
 from launchers.spec import LaunchSpec
 
 NODE = "node"
@@ -94,6 +94,13 @@ class TrainJobLauncher(KubernetesLauncher):
             "failurePolicy": {"maxRestarts": spec.restarts, "rules": [give_up]},
             "replicatedJobs": [jobs],
         }
+
+    def each_for_itself(self, objects: dict[str, Manifest], left_seconds: int) -> None:
+        """See `KubernetesLauncher.each_for_itself`. Kubernetes has it from 1.29 on; a TrainJob stays until deleted."""
+        runtime, _ = objects.values()
+        spec = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+        del spec["backoffLimit"], spec["podFailurePolicy"]
+        spec["backoffLimitPerIndex"] = 0
 
     def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""

@@ -13,8 +13,9 @@ from configs.errors import EXIT_USER_FAULT
 from launchers.job import Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.api import Resource
-from launchers.kubernetes.base import KubernetesLauncher, index_number
+from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import PodTemplate, metadata, said
+from launchers.kubernetes.pods import index_number
 from launchers.spec import LaunchSpec
 
 TASK = "node"
@@ -66,6 +67,11 @@ class VolcanoLauncher(KubernetesLauncher):
             "spec": said(content),
         }
         return {"volcano-job.yaml": manifest}
+
+    def each_for_itself(self, objects: dict[str, Manifest], left_seconds: int) -> None:
+        """See `KubernetesLauncher.each_for_itself`: without a policy an end does nothing but count."""
+        [job] = objects.values()
+        job["spec"] |= {"policies": [], "ttlSecondsAfterFinished": left_seconds}
 
     def word(self, job: Manifest, pods: Sequence[Manifest]) -> tuple[Word, str]:
         """See `KubernetesLauncher.word`."""

@@ -1,4 +1,4 @@
-"""Carries the questions to the nodes: to this machine, over ssh, through an allocation of Slurm."""
+"""Carries the questions to the nodes: to this machine, over ssh, through an allocation of Slurm, in pods."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from configs.schema.doctor_nodes import DoctorNodesConfig
 from configs.schema.launcher_slurm import Container
 from launchers.base import Launcher, with_setup
 from launchers.doctor.nodes.request import Request, existing_part
+from launchers.kubernetes.ask import PROGRAM, InPods
+from launchers.kubernetes.base import KubernetesLauncher
 from launchers.local import LocalLauncher
 from launchers.slurm import SlurmLauncher
 from launchers.slurm.launcher import LABEL
@@ -71,12 +73,14 @@ def asker_of(cfg: DoctorNodesConfig, launcher: Launcher) -> AsksNodes:
         return OverSsh(cfg, launcher)
     if isinstance(launcher, SlurmLauncher):
         return ThroughSlurm(cfg, launcher)
+    if isinstance(launcher, KubernetesLauncher):
+        return InPods(cfg, launcher, command_on_node(cfg, PROGRAM, inside=True))
     if isinstance(launcher, LocalLauncher) and cfg.nodes == 1:
         return ThisMachine()
     raise ConfigError(
         "launcher",
         f"{launcher.name}, whose {cfg.nodes} nodes cannot be asked from here",
-        allowed="local with nodes=1, ssh, slurm",
+        allowed="local with nodes=1, or one that starts machines",
         remedy="crosstune doctor nodes on each of them",
     )
 

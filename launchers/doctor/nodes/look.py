@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launchers.doctor.nodes import machine, network
 from launchers.doctor.nodes.allreduce import probe
@@ -33,14 +33,24 @@ CHECK_SECONDS = 20.0
 
 
 def main() -> None:
-    """Answers a request."""
+    """Answers the request in the file, or on standard input."""
+    answer(Path(sys.argv[1]).read_text(encoding="utf-8") if sys.argv[1:] else sys.stdin.read())
+
+
+def answer(text: str, name: str = "") -> NoReturn:
+    """Prints the report on this machine that a request asks for, and ends the process.
+
+    Args:
+        text: the request.
+        name: of this machine, where its host name tells less.
+    """
     channel = os.dup(1)
     os.dup2(2, 1)
-    text = Path(sys.argv[1]).read_text(encoding="utf-8") if sys.argv[1:] else sys.stdin.read()
     request = Request.from_json(text).on_this_machine()
     # Whoever asked may have gone, and its connection with it.
     signal.alarm(int(request.total_seconds) + 1)
     report = look(request)
+    report["name"] = name or report["name"]
     with os.fdopen(channel, "w", encoding="ascii") as out:
         out.writelines(f"{line}\n" for line in report_lines(report))
     # A thread that hangs in a dead file system must not keep the process.

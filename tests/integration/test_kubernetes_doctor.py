@@ -1,0 +1,234 @@
+"""`crosstune doctor nodes` through pods: a job of its own against the stand-in of the API server, pods as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.compose import compose
+from launchers.doctor.nodes.command import doctor_nodes
+from launchers.torchrun import free_port
+from tests.fake_kubelet import Kubelet
+from tests.fake_kubernetes import Cluster, Fault, api_server, write_kubeconfig
+from tests.net_lab import net_lab, wait_for
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    can = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    if not can:
+        assert "CI" not in os.environ, "CI must be able to give a pod its own /etc/hosts: root and unshare are needed"
+        pytest.skip("pods need an /etc/hosts of their own: root and unshare")
+    return Cluster()
+
+
+@pytest.fixture
+def words(cluster: Cluster, tmp_path: Path) -> Iterator[list[str]]:
+    """Of the command, for two pods that share the folder of the test."""
+    (tmp_path / "env.sh").write_text("export HCCL_BUFFSIZE=64\n")
+    with api_server(cluster) as address:
+        kubeconfig = write_kubeconfig(tmp_path / "kubeconfig", address)
+        yield [
+            *("launcher=volcano", f"launcher.kubeconfig={kubeconfig}", "launcher.patience_seconds=3", "nodes=2"),
+            *("launcher.image=i:1", f"launcher.claims={{{tmp_path}: team}}", f"python={sys.executable}"),
+            *(f"run_dir={tmp_path}", f"cluster.setup=[{tmp_path}/env.sh]", "+environment.OMP_NUM_THREADS=1"),
+            *(f"master_port={free_port()}", "device=cpu", "needed_gib=0.01", "patience_seconds=5", "queue_seconds=20"),
+        ]
+
+
+def left(cluster: Cluster) -> list[tuple[str, str]]:
+    """Objects that are on the server."""
+    return [key for key in cluster.objects if key[0] != "events"]
+
+
+def faults(report: dict[str, Any]) -> list[dict[str, Any]]:
+    assert report["exit_code"] == (2 if any(each["level"] == "fault" for each in report["findings"]) else 0)
+    return [each for each in report["findings"] if each["level"] == "fault"]
+
+
+def test_pods_look_through_lost_connections_and_nothing_is_left(cluster, words, tmp_path, capsys) -> None:
+    cluster.faults += [
+        Fault("POST", r"/jobs\?fieldValidation=Strict$", "after"),
+        Fault("GET", "watch=true", "gone"),
+        Fault("GET", "watch=true", "before"),
+        Fault("GET", "/log", "cut", lines=1),
+        Fault("GET", "/log", 503),
+    ]
+    with Kubelet(cluster, tmp_path):
+        report = doctor_nodes(compose("doctor_nodes", [*words, "quick=true"]))
+    assert not [fault for fault in cluster.faults if fault.times] and left(cluster) == []
+    assert faults(report) == []
+    assert [each["name"] for each in report["nodes"]] == ["worker-0", "worker-1"]
+    facts = [each["report"]["facts"] for each in report["nodes"]]
+    assert facts[1]["meeting"]["reached"] and facts[1]["meeting"]["back"] is None and facts[1]["meeting"]["token"]
+    # The variables of a job, and its setup scripts; nothing that a controller sets for others.
+    assert all(each["environment"]["HCCL_BUFFSIZE"]["value"] == "64" for each in facts)
+    assert not [path.name for path in tmp_path.iterdir() if "crosstune-doctor" in path.name]
+    assert "a run can start" in capsys.readouterr().out
+
+
+ROOM = {
+    "type": "PodScheduled",
+    "status": "False",
+    "reason": "Unschedulable",
+    "message": "0/4 nodes: 4 Insufficient npu",
+}
+PULL = {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling "i:1"'}}
+PREPARED = {"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}
+
+
+@pytest.mark.parametrize(
+    ("stuck", "nodes", "says", "remedy"),
+    [
+        ([{"conditions": [ROOM]}] * 2, ["node 0", "node 1"], "4 Insufficient npu", "launcher.queue"),
+        ([{}, {"containerStatuses": [{"state": PULL}]}], ["node 1"], 'Back-off pulling "i:1"', "launcher.pull_secrets"),
+        ([{}, PREPARED], ["node 1"], "FailedMount: claim team not found", "launcher.claims"),
+    ],
+)  # fmt: skip
+def test_pods_that_do_not_start_are_told_with_the_reason(stuck, nodes, says, remedy, cluster, words, tmp_path) -> None:
+    event = {"type": "Warning", "reason": "FailedMount", "message": "claim team not found"}
+
+    def complain(kubelet: Kubelet) -> None:
+        while not cluster.all("pods") and kubelet.is_alive():
+            time.sleep(0.05)
+        for pod in cluster.all("pods"):
+            about = {"name": pod["metadata"]["name"]}
+            cluster.put("events", {"metadata": {"name": f"e-{about['name']}"}, "involvedObject": about, **event})
+
+    with Kubelet(cluster, tmp_path, stuck={index: each for index, each in enumerate(stuck) if each}) as kubelet:
+        threading.Thread(target=complain, args=(kubelet,), daemon=True).start()
+        began = time.monotonic()
+        report = doctor_nodes(compose("doctor_nodes", [*words, "quick=true", "queue_seconds=2", "patience_seconds=2"]))
+    assert time.monotonic() - began < 15 and left(cluster) == []
+    [fault] = faults(report)
+    assert fault["nodes"] == nodes and fault["check"] == "answer"
+    assert "has not started within 2 s" in fault["what"] and says in fault["what"] and remedy in fault["remedy"]
+    assert [each["report"] is None for each in report["nodes"]] == [bool(each) for each in stuck]
+
+
+def test_a_full_queue_is_told_though_there_are_no_pods(cluster, words) -> None:
+    """Volcano says so in a Normal event of the pod group, and makes no pods."""
+
+    def complain() -> None:
+        while not cluster.all("jobs"):
+            time.sleep(0.05)
+        [job] = cluster.all("jobs")
+        group = {"name": f"{job['metadata']['name']}-{job['metadata']['uid']}"}
+        event = {"type": "Normal", "reason": "Unschedulable", "message": "queue resource quota insufficient: npu"}
+        cluster.put("events", {"metadata": {"name": "e"}, "involvedObject": group, **event})
+
+    threading.Thread(target=complain, daemon=True).start()
+    report = doctor_nodes(compose("doctor_nodes", [*words, "queue_seconds=2"]))
+    [fault] = faults(report)
+    assert fault["nodes"] == ["node 0", "node 1"] and "quota insufficient: npu" in fault["what"]
+    assert "queue_seconds" in fault["remedy"] and left(cluster) == []
+
+
+def test_a_refusal_is_told_in_the_servers_words(cluster, words) -> None:
+    cluster.faults.append(Fault("POST", "/jobs", 403, message="jobs is forbidden: exceeded quota"))
+    [fault] = faults(doctor_nodes(compose("doctor_nodes", words)))
+    assert "exceeded quota" in fault["what"] and fault["nodes"] == ["node 0", "node 1"]
+    assert left(cluster) == [] and cluster.count("DELETE") == 0
+
+
+def test_a_server_that_is_lost_is_told_with_what_may_be_left(cluster, words, tmp_path, capfd) -> None:
+    def lose() -> None:
+        cluster.down = True
+
+    cluster.faults.append(Fault("GET", "watch=true", "before", act=lose))
+    began = time.monotonic()
+    with Kubelet(cluster, tmp_path):
+        report = doctor_nodes(compose("doctor_nodes", [*words, "launcher.patience_seconds=1", "quick=true"]))
+    assert time.monotonic() - began < 15
+    [fault] = faults(report)
+    assert "no answer to GET Pod for 1 s" in fault["what"]
+    [job] = cluster.all("jobs")
+    assert f"kubectl -n research delete jobs.batch.volcano.sh {job['metadata']['name']}" in capfd.readouterr().err
+    assert (
+        job["spec"]["ttlSecondsAfterFinished"] and job["spec"]["tasks"][0]["template"]["spec"]["activeDeadlineSeconds"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGINT], 130),
+        pytest.param([signal.SIGTERM] * 2, 143, marks=pytest.mark.slow),  # as `timeout` does
+        pytest.param([signal.SIGHUP], 129, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_leaves_nothing_behind(signals, code, cluster, words, tmp_path) -> None:
+    command = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
+    with Kubelet(cluster, tmp_path, planted={1: "sleep 60"}) as kubelet:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(lambda: len(kubelet.running) == 2, 30)
+        pods = [each.process for each in kubelet.running.values()]
+        time.sleep(0.5)
+        for number in signals:
+            process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == code and "Traceback" not in out, out
+        assert left(cluster) == []
+        assert all(pod.wait(10) is not None for pod in pods)
+
+
+def test_a_pod_that_dies_is_told_with_what_it_said_last(cluster, words, tmp_path) -> None:
+    with Kubelet(cluster, tmp_path, planted={1: "echo no such library && exit 127"}):
+        report = doctor_nodes(compose("doctor_nodes", [*words, "quick=true", "queue_seconds=2", "patience_seconds=2"]))
+    [fault] = faults(report)
+    assert fault["nodes"] == ["node 1"] and left(cluster) == []
+    assert "on worker-1: Error, exit code 127; it said last: no such library" in fault["what"]
+    assert report["nodes"][0]["report"]["facts"]["meeting"]["missing"] == [1], "its end does not end the others"
+
+
+def test_a_pod_that_is_evicted_while_it_looks_is_told(cluster, words, tmp_path) -> None:
+    def evict(kubelet: Kubelet) -> None:
+        wait_for(lambda: len(kubelet.running) == 2, 20)
+        time.sleep(0.5)
+        name = next(name for name in kubelet.running if name.endswith("1"))
+        each = kubelet.running.pop(name)
+        each.process.kill()
+        each.process.wait()
+        cluster.remove("pods", name)
+
+    with Kubelet(cluster, tmp_path, planted={1: "sleep 60"}) as kubelet:
+        threading.Thread(target=evict, args=(kubelet,), daemon=True).start()
+        report = doctor_nodes(compose("doctor_nodes", [*words, "quick=true", "queue_seconds=3", "patience_seconds=2"]))
+    [fault] = faults(report)
+    assert fault["nodes"] == ["node 1"] and "taken away while it looked on worker-1" in fault["what"]
+    assert left(cluster) == []
+
+
+@pytest.mark.slow
+def test_pods_on_hosts_of_their_own_are_healthy_or_have_the_fault_that_was_planted(cluster, words, tmp_path) -> None:
+    """The whole look with its all-reduce, over a network; then an older torch, a small /dev/shm, a full disk."""
+    words += ["allreduce_mib=1", "allreduce_seconds=120", "nodes=3", "queue_seconds=60", "--json"]
+    older = tmp_path / "older/torch-2.12.0.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n")
+    planted = {1: f"export PYTHONPATH={older.parent}:$PYTHONPATH", 2: "mount -t tmpfs -o size=1m none /dev/shm"}
+
+    def told(lab: Any, planted: dict[int, str]) -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
+        with Kubelet(cluster, tmp_path, lab=lab, planted=planted):
+            done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stderr)
+        assert left(cluster) == []
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    with net_lab(tmp_path, 3) as lab:
+        report = told(lab, {})
+        assert report["findings"] == [] and report["exit_code"] == 0
+        assert all(each["report"]["facts"]["allreduce"]["gb_per_s"] > 0 for each in report["nodes"])
+        found = faults(told(lab, planted))
+    assert [(each["nodes"], each["check"]) for each in found] == [(["worker-2"], "shm"), (["worker-1"], "versions")]
