@@ -110,16 +110,17 @@ def test_an_unknown_field_or_a_wrong_type_is_refused_by_the_models(kind: str) ->
         check(wrong)
 
 
+def pods_in(node: object) -> list[dict]:
+    """Pod templates in a manifest."""
+    if isinstance(node, dict):
+        own = [node] if isinstance(node.get("spec"), dict) and "containers" in node["spec"] else []
+        return own + [found for value in node.values() for found in pods_in(value)]
+    return [found for value in node for found in pods_in(value)] if isinstance(node, list) else []
+
+
 def pods_of(launcher: KubernetesLauncher, spec: LaunchSpec) -> list[dict]:
     """Pod templates of the rendered job."""
-
-    def search(node: object) -> list[dict]:
-        if isinstance(node, dict):
-            own = [node] if isinstance(node.get("spec"), dict) and "containers" in node["spec"] else []
-            return own + [found for value in node.values() for found in search(value)]
-        return [found for value in node for found in search(value)] if isinstance(node, list) else []
-
-    return [pod for text in launcher.render(spec, 0).values() for pod in search(yaml.safe_load(text))]
+    return [pod for text in launcher.render(spec, 0).values() for pod in pods_in(yaml.safe_load(text))]
 
 
 def test_restarts_and_signals_follow_the_spec() -> None:
