@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +107,7 @@ class InPods:
         launcher.each_for_itself(objects, LEFT_SECONDS)
         return list(objects.values())
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
         """See `AsksNodes`; `seconds` are those of a pod that waits for nobody.
 
         Pods wait for each other as long as a scheduler may take: images are fetched at different speeds.

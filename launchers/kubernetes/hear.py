@@ -116,19 +116,24 @@ class Hearing:
 
     def not_started(self, pods: Mapping[int, Manifest]) -> Iterator[Heard]:
         """Why pods wait; where there are none, what is said of the job."""
-        job = self.api.get(self.launcher.resource, self.name) if self.waiting else None
+        without = self.of_job() if self.waiting - pods.keys() else ""
         for node in sorted(self.waiting):
             pod = pods.get(node)
-            if pod is not None:
-                event = self.launcher.complaint(self.api, pod["metadata"]["name"])
-                why = told.trouble(pod) or event or told.waits_for(pod)
-            elif job is not None:
-                word, detail = self.launcher.word(job, [])
-                why = self.launcher.why_no_pods(self.api, job) or detail or f"the job is {word.value}, without pods"
-            else:
-                why = "its job has been deleted"
+            why = without if pod is None else told.trouble(pod) or self.of_pod(pod)
             yield node, _fault(f"its pod has not started within {self.start_seconds:.0f} s", pod, why)
         self.waiting.clear()
+
+    def of_pod(self, pod: Manifest) -> str:
+        """What events say of a pod that does not complain itself, such as of a volume; else what it waits for."""
+        return self.launcher.complaint(self.api, pod["metadata"]["name"]) or told.waits_for(pod)
+
+    def of_job(self) -> str:
+        """Why a job has made no pods."""
+        job = self.api.get(self.launcher.resource, self.name)
+        if job is None:
+            return "its job has been deleted"
+        word, detail = self.launcher.word(job, [])
+        return self.launcher.why_no_pods(self.api, job) or detail or f"the job is {word.value}, without pods"
 
     def late(self, pods: Mapping[int, Manifest]) -> Iterator[Heard]:
         """Pods that have not ended in their time."""

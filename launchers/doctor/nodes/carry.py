@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class AsksNodes(Protocol):
     def node_names(self, nodes: int) -> Sequence[str]:
         """How the nodes reach each other, by number; empty where only the scheduler knows."""
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
-        """Asks each node, and gives what it printed as it ends, in any order.
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
+        """Asks each node, and gives what it printed as it ends, in any order; who closes it takes the question back.
 
         Args:
             requests: by node number.
@@ -92,7 +92,7 @@ class ThisMachine:
         """This machine needs no name."""
         return ()
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
         """See `AsksNodes`."""
         for node, done in in_parallel({0: [sys.executable, *COMMAND]}, requests, seconds):
             yield node, done if isinstance(done, CrosstuneError) else lines_of(done)
@@ -115,7 +115,7 @@ class OverSsh:
         names = [address_of(self.ssh, host) for host in self.hosts]
         return [self.ssh.master or names[0], *names[1:]]
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
         """See `AsksNodes`."""
         remote = "exec " + shlex.join(command_on_node(self.cfg))
         commands = {node: ssh_command(self.ssh, host, remote) for node, host in enumerate(self.hosts)}
@@ -173,7 +173,7 @@ class ThroughSlurm:
             return [], ["apptainer", "exec", *bound, *slurm.container_args, str(slurm.image), *command]
         return [], list(command)
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
+    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
         """See `AsksNodes`. srun gives its standard input to all tasks."""
         [(_, done)] = in_parallel({0: self.command(seconds)}, requests, seconds + self.cfg.queue_seconds)
         if isinstance(done, CrosstuneError):

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,15 @@ def ask(requests: Sequence[Request], asks: AsksNodes) -> list[Answer]:
     """One answer per node, by number; of a node that did not answer why."""
     seconds = requests[0].total_seconds
     answers: dict[int, Answer] = {}
-    for node, heard in asks.run_on_each(requests, seconds):
-        heard_at = time.time()
-        report = None if isinstance(heard, CrosstuneError) else report_in(lines := list(heard))
-        error = heard if isinstance(heard, CrosstuneError) else None
-        if report is None and error is None:
-            said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-            error = CrosstuneError(f"node {node}", f"it ended without one; it said last: {said[:200]}")
-        answers[node] = Answer(node, report, error, requests[node].asked_at, heard_at)
+    with closing(asks.run_on_each(requests, seconds)) as asked:
+        for node, heard in asked:
+            heard_at = time.time()
+            report = None if isinstance(heard, CrosstuneError) else report_in(lines := list(heard))
+            error = heard if isinstance(heard, CrosstuneError) else None
+            if report is None and error is None:
+                said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+                error = CrosstuneError(f"node {node}", f"it ended without one; it said last: {said[:200]}")
+            answers[node] = Answer(node, report, error, requests[node].asked_at, heard_at)
     late = CrosstuneError("time", f"nothing came within {seconds:.0f} s")
     now = time.time()
     return [answers.get(each.node) or Answer(each.node, None, late, each.asked_at, now) for each in requests]
