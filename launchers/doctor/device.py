@@ -115,7 +115,8 @@ def look(cfg: DoctorConfig, environment: Mapping[str, str]) -> list[dict[str, An
             if ended is None and records:
                 return records
             lost = lines[-1]["name"] if lines and "available" not in lines[-1] else None
-            records.append(_lost(lost or cfg.device._target_.rpartition(".")[2], ended or "it ended without an answer"))
+            asked = cfg.device._target_.rpartition(".")[2].removesuffix("Device").lower()  # as devices call themselves
+            records.append(_lost(lost or asked, ended or "it ended without an answer"))
             if lost is None or cfg.device._target_ != AUTO:
                 return records
 
