@@ -82,9 +82,8 @@ class InPods:
             nproc=cfg.nproc,
             threads=0,
             environment={},
-            secrets=tuple(
-                sorted(self.launcher.cfg.secret_refs)
-            ),  # one that is not there keeps a run's pods from starting
+            # Whichever of them a run takes: one that is not there keeps its pods from starting.
+            secrets=tuple(sorted(self.launcher.cfg.secret_refs)),
             setup=(),
             python=cfg.python,
             interface=cluster.interface,
