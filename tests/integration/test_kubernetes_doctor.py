@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from typing import Any
 import pytest
 
 from configs.compose import compose
+from launchers.doctor.nodes import command
 from launchers.doctor.nodes.command import doctor_nodes
+from launchers.doctor.nodes.request import report_lines
 from launchers.torchrun import free_port
 from tests.fake_kubelet import Kubelet
 from tests.fake_kubernetes import Cluster, Fault, api_server, write_kubeconfig
 from tests.net_lab import net_lab, wait_for
+from tests.standin import StandinKit
 
 
 @pytest.fixture
@@ -171,10 +175,10 @@ def test_a_server_that_is_lost_is_told_with_what_may_be_left(cluster, words, tmp
 )
 def test_a_signal_leaves_nothing_behind(signals, code, runs, cluster, words, tmp_path) -> None:
     """Whether the pods wait for room, or one of them still looks."""
-    command = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
+    argv = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
     stuck = {} if runs else dict.fromkeys(range(2), {"conditions": [ROOM]})
     with Kubelet(cluster, tmp_path, stuck=stuck, planted={1: "exec sleep 60"}) as kubelet:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         wait_for(lambda: len(cluster.all("pods")) == 2, 30)
         pods = [each.process for each in kubelet.running.values()]
         time.sleep(0.3)
@@ -227,9 +231,9 @@ def test_pods_on_hosts_of_their_own_are_healthy_or_have_the_fault_that_was_plant
     planted = {1: f"export PYTHONPATH={older.parent}:$PYTHONPATH", 2: "mount -t tmpfs -o size=1m none /dev/shm"}
 
     def told(lab: Any, planted: dict[int, str]) -> dict[str, Any]:
-        command = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
+        argv = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
         with Kubelet(cluster, tmp_path, lab=lab, planted=planted):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(argv, capture_output=True, text=True)
         print(done.stderr)
         assert left(cluster) == []
         return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -240,3 +244,65 @@ def test_pods_on_hosts_of_their_own_are_healthy_or_have_the_fault_that_was_plant
         assert all(each["report"]["facts"]["allreduce"]["gb_per_s"] > 0 for each in report["nodes"])
         found = faults(told(lab, planted))
     assert [(each["nodes"], each["check"]) for each in found] == [(["worker-2"], "shm"), (["worker-1"], "versions")]
+
+
+@pytest.mark.slow
+def test_a_pod_with_too_few_devices_is_found(cluster, words, tmp_path, standin: StandinKit) -> None:
+    """On the stand-in for Ascend, one pod with a device less than its processes."""
+
+    def exported(devices: int) -> str:
+        whole = standin.environment(devices=devices).items()
+        changed = [f"{name}={shlex.quote(each)}" for name, each in whole if os.environ.get(name) != each]
+        return f"export {' '.join(changed)}"
+
+    asked = [*words, "device=ascend", "nproc=2", "allreduce_mib=0", "queue_seconds=60"]
+    with Kubelet(cluster, tmp_path, planted={0: exported(2), 1: exported(1)}):
+        report = doctor_nodes(compose("doctor_nodes", asked))
+    [fault] = faults(report)
+    assert (fault["nodes"], fault["check"]) == (["worker-1"], "device")
+    assert fault["what"].startswith("nproc: 2 processes")
+    assert left(cluster) == []
+
+
+KEY = "training.kubeflow.org/replica"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "others", "labels"),
+    [
+        ("trainjob", ["trainingruntimes"], [{"batch.kubernetes.io/job-completion-index": str(i)} for i in range(2)]),
+        ("pytorchjob", [], [{f"{KEY}-type": role, f"{KEY}-index": "0"} for role in ("master", "worker")]),
+        ("ascendjob", ["services"], [{f"{KEY}-type": role, f"{KEY}-index": "0"} for role in ("master", "worker")]),
+    ],
+)
+def test_other_kinds_of_jobs_are_heard_and_deleted(kind, others, labels, cluster, words, monkeypatch) -> None:
+    """Their controllers are played here: what pods say is that they have said something."""
+    jobs = f"{kind}s"
+    cluster.installed |= {jobs, *others}
+    seen: list[list[str]] = []
+
+    def control() -> None:
+        wait_for(lambda: cluster.all(jobs), 20)
+        name = cluster.all(jobs)[0]["metadata"]["name"]
+        seen.append([plural for plural, _ in cluster.objects])
+        for index, each in enumerate(labels):
+            pod = f"{name}-{index}"
+            about = {"name": pod, "labels": {"crosstune/job": name, **each}}
+            cluster.put("pods", {"metadata": about, "status": {"phase": "Pending"}})
+            for line in report_lines({"node": index, "name": f"w{index}", "host": pod, "facts": {}}):
+                cluster.say(pod, line)
+            cluster.set_pod(pod, "Succeeded", containerStatuses=[{"state": {"terminated": {"exitCode": 0}}}])
+        wait_for(lambda: not cluster.all(jobs), 20)
+        for pod in cluster.all("pods"):
+            cluster.remove("pods", pod["metadata"]["name"])
+
+    monkeypatch.setattr(command, "judge", lambda request, answers: [])
+    monkeypatch.setattr("launchers.doctor.nodes.page.show", lambda *found: None)
+    controller = threading.Thread(target=control)
+    controller.start()
+    asked = [*words, f"launcher={kind}", "cluster=ascend"]
+    report = doctor_nodes(compose("doctor_nodes", [word for word in asked if word != "launcher=volcano"]))
+    controller.join()
+    assert sorted(seen[0]) == sorted([jobs, *others]) and left(cluster) == []
+    assert [each["report"]["node"] for each in report["nodes"]] == [0, 1]
