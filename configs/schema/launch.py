@@ -21,7 +21,7 @@ class ClusterConfig:
     devices_per_node: int = 0
     """0: as many as the run has processes per machine (`nproc`)."""
     gres: str | None = None
-    """What Slurm calls the devices: ``gpu``, ``npu``, ``gpu:a100``. Null: none are asked for."""
+    """What Slurm calls the devices: ``gpu``, ``gpu:type``. Null: none are asked for."""
     resource: str | None = None
     """What Kubernetes calls the devices: ``vendor.com/card``. Null: none are asked for."""
     visible_devices: str | None = None
@@ -81,14 +81,15 @@ class LaunchConfig:
     """Per machine. 0: the scheduler's default."""
     memory_gib: int = 0
     """Per machine. 0: the scheduler's default."""
-    master_port: int = 29500
-    """Where the ranks find each other, on the first machine; each attempt takes the next one."""
+    master_port: int = 0
+    """Where the ranks of several machines find each other, on the first; each attempt takes the next one. 0: drawn from
+    20000 to 29000, another one for each job."""
     python: str | None = None
     """The interpreter on the machines. Null: this one, or in a container ``python3``."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of every process; their values are written into job.json. Nothing secret."""
     secrets: list[str] = field(default_factory=list)
-    """Names of variables whose values are handed over without being written anywhere."""
+    """Names of variables whose values are handed over without being written anywhere by crosstune."""
     check: bool = True
     """Look at what can be looked at quickly before anything is submitted."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
@@ -100,8 +101,8 @@ class LaunchConfig:
         for key in ("restarts", "time_limit_minutes", "cpus", "memory_gib"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, str(getattr(self, key)), allowed="0 or more")
-        if not 1024 <= self.master_port <= 65000:
-            raise ConfigError("master_port", str(self.master_port), allowed="1024 to 65000")
+        if self.master_port and not 1024 <= self.master_port <= 65000:
+            raise ConfigError("master_port", str(self.master_port), allowed="1024 to 65000, or 0")
         not_empty("python", self.python)
         check_variables("environment", self.environment)
         for name in self.secrets:
