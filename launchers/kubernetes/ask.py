@@ -56,7 +56,7 @@ class InPods:
 
     def __init__(self, cfg: DoctorNodesConfig, launcher: KubernetesLauncher, command: Sequence[str]) -> None:
         self.cfg, self.launcher, self.command = cfg, launcher, command
-        self.name = f"{NAME}-{secrets.token_hex(5)}"
+        self.name, self.made = f"{NAME}-{secrets.token_hex(5)}", False
         faults = list(launcher.faults(self.spec(0)))
         if faults:
             raise faults[0] if len(faults) == 1 else ErrorGroup(faults)
@@ -113,28 +113,39 @@ class InPods:
         """
         patience = max(requests[0].patience_seconds, float(self.cfg.queue_seconds))
         request = replace(requests[0], patience_seconds=patience)
-        api, may_be_there, heard = self.launcher.api, True, set[int]()
+        api, heard = self.launcher.api, set[int]()
         refusal: CrosstuneError | None = None
         with EndsBySignal() as signals:
             self.say(f"asks in namespace {api.namespace}; it has {self.cfg.queue_seconds} s to start")
             try:
                 try:
-                    self.launcher.make(self.manifests(request))
-                except ConfigError:
-                    may_be_there = False
-                    raise
-                limits = self.cfg.queue_seconds, request.total_seconds
-                for node, answer in Hearing(self.launcher, api, self.name, self.cfg.nodes, *limits).answers():
-                    heard.add(node)
-                    yield node, answer
+                    self.make(request)
+                    limits = self.cfg.queue_seconds, request.total_seconds
+                    for node, answer in Hearing(self.launcher, api, self.name, self.cfg.nodes, *limits).answers():
+                        heard.add(node)
+                        yield node, answer
+                finally:
+                    signals.clearing()
             except CrosstuneError as error:
                 refusal = CrosstuneError("Kubernetes", f"{error.where}: {error.found}", remedy=error.remedy)
             finally:
-                signals.clearing()
-                if may_be_there:
+                if self.made:
                     self.clear(api)
         if refusal is not None:
             yield from ((each.node, refusal) for each in requests if each.node not in heard)
+
+    def make(self, request: Request) -> None:
+        """Makes the job.
+
+        Raises:
+            CrosstuneError: see `KubernetesLauncher.make`.
+        """
+        self.made = True  # for all that is known: an answer may be lost, or a signal come before it
+        try:
+            self.launcher.make(self.manifests(request))
+        except ConfigError:
+            self.made = False  # it was refused
+            raise
 
     def clear(self, api: Api) -> None:
         """Deletes what was made and waits until it has gone; says what may be left."""

@@ -6,7 +6,7 @@ import signal
 import time
 from types import FrameType
 
-from launchers.torchrun import REPEAT_SECONDS, EndedBySignal, hangups_are_ignored
+from launchers.torchrun import REPEAT_SECONDS, EndedBySignal
 
 
 class EndsBySignal:
@@ -21,8 +21,10 @@ class EndsBySignal:
         self._held: BaseException | None = None
 
     def __enter__(self) -> EndsBySignal:
-        numbers = [signal.SIGINT, signal.SIGTERM, *([] if hangups_are_ignored() else [signal.SIGHUP])]
-        self._before = {number: signal.signal(number, self._hear) for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What is ignored stays so: `nohup`, or a shell's job in the background.
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *exc: object) -> None:

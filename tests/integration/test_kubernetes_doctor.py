@@ -138,11 +138,14 @@ def test_a_full_queue_is_told_though_there_are_no_pods(cluster, words) -> None:
     assert "queue_seconds" in fault["remedy"] and left(cluster) == []
 
 
-def test_a_refusal_is_told_in_the_servers_words(cluster, words) -> None:
-    cluster.faults.append(Fault("POST", "/jobs", 403, message="jobs is forbidden: exceeded quota"))
+@pytest.mark.parametrize(("method", "what", "made"), [("POST", "jobs", False), ("GET", "pods", True)])
+def test_a_refusal_is_told_in_the_servers_words(method, what, made, cluster, words) -> None:
+    """Nothing was made, or what was made is deleted."""
+    message = f"{what} is forbidden: exceeded quota"
+    cluster.faults.append(Fault(method, f"/{what}", 403, message=message))
     [fault] = faults(doctor_nodes(compose("doctor_nodes", words)))
-    assert "exceeded quota" in fault["what"] and fault["nodes"] == ["node 0", "node 1"]
-    assert left(cluster) == [] and cluster.count("DELETE") == 0
+    assert message in fault["what"] and fault["nodes"] == ["node 0", "node 1"]
+    assert left(cluster) == [] and cluster.count("DELETE") == made
 
 
 @pytest.mark.slow
