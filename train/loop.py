@@ -194,6 +194,9 @@ class Loop:
             finite = loss.detach() * 0 + 1
             self.engine.backward(loss * finite / step.num_targets, last=i == last)
             losses.append(loss.detach())  # to be read once the step is queued: reading waits for the device
+            # The graph goes with it: its nodes are small, but on a host they lie between the holes that activations
+            # left, which the optimizer can use once they are one.
+            del loss
         self.heartbeat.enter(Phase.optimizer)
         grad_norm = self.engine.step(lr)
         return torch.stack(losses).cpu().double().tolist(), grad_norm  # not every device knows fp64

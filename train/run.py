@@ -246,5 +246,5 @@ def hooks_of(
         limit = cfg.guard.hang_timeout_seconds
         hooks.append(HangWatch(heartbeat, world, run.path, limit, asynchronous=asynchronous, last_words=last_words))
     if world.rank == 0:
-        hooks += [MetricsHook(run.metrics, keep_until=first_step), Progress(), PredictionKept(run)]
+        hooks += [MetricsHook(run.metrics, keep_until=first_step), Progress(), PredictionKept(run, device)]
     return hooks

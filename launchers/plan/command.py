@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from train.devices.base import Device
-    from train.plan.predict import Data, Forecast, Model, Predictor
+    from train.plan.model import Model
+    from train.plan.predict import Data, Forecast, Predictor
 
 Result = dict[str, Any]
 CARD_MIB = 200
@@ -37,12 +38,12 @@ class Plan:
     on_cpu: bool
     model: Model
     data: Data
-    base_bytes: int
     notes: list[str]
 
     def predictor(self, cfg: PlanConfig, dtype: torch.dtype, world: int) -> Predictor:
         """For this config, which differs from the call's own in how it computes only."""
         from train.plan.predict import Predictor
+        from train.plan.process import process_bytes
         from train.run import row_kind
 
         return Predictor(
@@ -53,7 +54,7 @@ class Plan:
             kind=row_kind(cfg.packing, self.model.family, lambda text: None),
             world=world,
             data=self.data,
-            base_bytes=self.base_bytes,
+            base_bytes=lambda: process_bytes(cfg, dtype),
         )
 
     @property
@@ -137,7 +138,7 @@ def _made(cfg: PlanConfig) -> Plan:
 
     import train.run  # noqa: F401
     from train.devices.base import Device
-    from train.plan.predict import Model, process_bytes
+    from train.plan.model import Model
 
     notes: list[str] = []
     device = build(cfg.device, Device)
@@ -150,7 +151,7 @@ def _made(cfg: PlanConfig) -> Plan:
     model = Model(cfg, _model_folder(cfg))
     if not model.family.packing_exact:
         notes.append(f"family '{model.family.model_type}' is not packed: one sample a row")
-    return Plan(cfg, device, on_cpu, model, _data(cfg, notes), process_bytes(cfg), notes)
+    return Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
 
 
 def _model_folder(cfg: PlanConfig) -> Path:

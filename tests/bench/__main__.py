@@ -1,19 +1,20 @@
 """`make bench`: ratios measured side by side in one run on this machine. They are printed and gate nothing.
 
-python -m tests.bench [checkpoint] [checkpoint_memory] [packing] [plan] [preparation]
+python -m tests.bench [checkpoint] [checkpoint_memory] [packing] [plan] [plan_memory] [preparation]
 """
 
 from __future__ import annotations
 
 import sys
 
-from tests.bench import checkpoint, checkpoint_memory, packing, plan, preparation
+from tests.bench import checkpoint, checkpoint_memory, packing, plan, plan_memory, preparation
 
 BENCHES = {
     "checkpoint": checkpoint.main,
     "checkpoint_memory": checkpoint_memory.main,
     "packing": packing.main,
     "plan": plan.main,
+    "plan_memory": plan_memory.main,
     "preparation": preparation.main,
 }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,16 @@ LLAMA = {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1408, "nu
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "llama-32M": {"family": "llama", **LLAMA, **HEADS, "tie_word_embeddings": True},
+    "llama-571M": {
+        "family": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": True,
+    },
     "llama-wide-vocab": {"family": "llama", **LLAMA, **HEADS, "vocab_size": 64000, "num_hidden_layers": 2},
     "qwen3-deep": {"family": "qwen3", **LLAMA, **HEADS, "num_hidden_layers": 14, "vocab_size": 4000, "head_dim": 64},
     "moe": {
@@ -67,6 +78,9 @@ CASES = [
     Case("llama-32M", "tuning=full model.precision=bf16 sharding=zero2"),
     Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero2_offload"),
     Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero3"),
+    Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero3_offload"),
+    Case("llama-32M", "tuning=full model.precision=fp32 checkpoint.every=2"),
+    Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero1 nproc=2"),
     Case("llama-32M", "tuning=full model.precision=fp32 nproc=2"),
     Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero2 nproc=2"),
     Case("llama-32M", "tuning=full model.precision=fp32 sharding=zero3 nproc=2"),
@@ -78,13 +92,16 @@ CASES = [
     Case("qwen3-deep", "tuning=lora model.precision=fp32 sharding=zero2"),
     Case("moe", "tuning=lora model.precision=fp32"),
     Case("moe", "tuning=full model.precision=fp32"),
+    Case("moe", "tuning=full model.precision=fp32 sharding=zero3 nproc=2"),
     Case("smol", "tuning=lora model.precision=bf16"),
     Case("smol", f"tuning=full model.precision=fp32 {RECOMPUTE}"),
     Case("smol", f"tuning=lora model.precision=fp32 sharding=zero2 {RECOMPUTE}"),
+    Case("llama-571M", "tuning=lora model.precision=fp32"),
+    Case("llama-571M", f"tuning=full model.precision=fp32 {RECOMPUTE}"),
 ]
 COMMON = (
     "dataset.license=CC0-1.0 device=cpu max_length=384 micro_batch_tokens=384 batch_tokens=384 max_steps=3 "
-    "too_long=truncate_right optim.lr=1e-4"
+    "checkpoint.every=0 too_long=truncate_right optim.lr=1e-4"
 ).split()
 WITHIN = 0.10
 
@@ -92,7 +109,7 @@ WITHIN = 0.10
 def main(smollm2: Path | None = None, only: str = "") -> None:
     """Prints the table, a line a run as it ends."""
     cases = [case for case in CASES if only in case.name and (case.model != "smol" or smollm2)]
-    errors = []
+    errors, started = [], time.monotonic()
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as name:
         folder = Path(name).resolve()
         data = write_records(folder / "data.jsonl")
@@ -103,7 +120,11 @@ def main(smollm2: Path | None = None, only: str = "") -> None:
             errors.append(line(case, run(case, model, data, folder, number)))
         found = [error for error in errors if error is not None]
         good = sum(abs(error) <= WITHIN for error in found)
-        print(f"plan_memory: {good} of {len(found)} within {WITHIN:.0%}; {len(cases) - len(found)} failed", flush=True)
+        print(
+            f"plan_memory: {good} of {len(found)} within {WITHIN:.0%}; {len(cases) - len(found)} failed; "
+            f"{time.monotonic() - started:.0f} s",
+            flush=True,
+        )
 
 
 def line(case: Case, plan: dict[str, Any]) -> float | None:
@@ -124,12 +145,12 @@ def run(case: Case, model: Path, data: Path, folder: Path, number: int) -> dict[
     words = [f"model.path={model}", f"dataset.path={data}", f"cache_dir={folder / 'cache'}", f"run_dir={run_dir}"]
     command = [sys.executable, "-P", "-m", "launchers.cli", "train", *COMMON, *words, *case.words.split()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         return {"fault": (done.stdout.strip().splitlines() or ["no output"])[-1]}
     plan: dict[str, Any] = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
-    return plan | {"seconds": time.monotonic() - started}
+    shutil.rmtree(run_dir)  # with its checkpoint, of 12 bytes a trained weight
+    return plan
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> Path:
@@ -152,7 +173,7 @@ def make_model(folder: Path, shape: dict[str, Any]) -> Path:
 def write_records(path: Path, count: int = 24) -> Path:
     """Records that all are cut to `max_length`, so that every step is full."""
     words = "apache mit bsd gpl quick brown fox lazy dog licence which over jumps".split()
-    text = " ".join(words[i * 7 % len(words)] for i in range(200))
+    text = " ".join(words[i * 7 % len(words)] for i in range(600))
     lines = [json.dumps({"prompt": "x", "completion": f"{text} {i}"}) for i in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

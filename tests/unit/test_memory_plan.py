@@ -14,7 +14,8 @@ from train.data.plan import RowKind
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
-from train.plan.predict import Data, Model, Predictor
+from train.plan.model import Model
+from train.plan.predict import Data, Predictor
 from train.plan.tape import Tape
 from train.plan.trace import FREED, Pass, fullest, trace_optimizer
 from train.plan.zero_engines import script_of
@@ -84,6 +85,11 @@ def test_a_save_keeps_its_copy_on_the_host():
     made = setting(copy=12_000_000)
     script_of(made).write(passes=1, steps=3)
     assert made.host.peak()[1][part.COPY] == 12_000_000
+    for stays, most in (False, 4 + 4 + 8 + 12), (True, 4 + 4 + 8 + 12 + 8):
+        tape = Tape()  # of a CPU, where device and host are one: weights, gradients, state, copy; a step's own beside
+        made = setting(copy=12_000_000, copy_stays=stays, device=tape, host=tape)
+        script_of(made).write(passes=1, steps=3)
+        assert round(tape.peak()[0] / 1e6) == most
 
 
 def test_the_caching_allocator_keeps_segments():
@@ -115,7 +121,9 @@ def predictor(folder, *words, world=1, on_cpu=True, model=None):
     cfg = compose("train", [f"model.path={folder}", "dataset.path=x", "device=cpu", "micro_batch_tokens=1024", *words])
     dtype = torch.float32 if "model.precision=fp32" in words else torch.bfloat16
     made = model or Model(cfg, folder)
-    return Predictor(cfg, made, dtype=dtype, on_cpu=on_cpu, kind=RowKind.packed, world=world, data=Data(), base_bytes=0)
+    return Predictor(
+        cfg, made, dtype=dtype, on_cpu=on_cpu, kind=RowKind.packed, world=world, data=Data(), base_bytes=lambda: 0
+    )
 
 
 def parts_of(folder, *words, **more):

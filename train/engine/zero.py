@@ -47,7 +47,7 @@ class ZeroEngine(Engine):
             pin_memory=device.torch_device.type != "cpu",
         )
         super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         _ensure_group(device)
         optimizer = build_optimizer(optim, self.trained.items())
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
@@ -94,7 +94,7 @@ class ZeroEngine(Engine):
         self._deepspeed.destroy()
 
 
-def _import_deepspeed() -> ModuleType:
+def import_deepspeed() -> ModuleType:
     """DeepSpeed without its chatter. `Device.activate` has set DS_ACCELERATOR, which it reads on import."""
     assert "DS_ACCELERATOR" in os.environ, "the device must be activated before an engine is built"
     import deepspeed

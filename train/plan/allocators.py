@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from train.plan.trace import FREED, Event
@@ -32,8 +32,12 @@ MIDDLE = 10 * MIB
 MIDDLE_SEGMENT = 20 * MIB
 
 
-def host_peak(events: Sequence[Event]) -> int | None:
+def host_peak(events: Sequence[Event], objects: Set[int] = frozenset()) -> int | None:
     """The most bytes that malloc holds for these events.
+
+    Args:
+        events: of a tape.
+        objects: numbers that are no tensors: taken as they are.
 
     Returns:
         None where there is no glibc here, or it has not so much address space.
@@ -44,7 +48,7 @@ def host_peak(events: Sequence[Event]) -> int | None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(script)],
-            input=json.dumps(events),
+            input=json.dumps([list(events), sorted(objects)]),
             capture_output=True,
             text=True,
             timeout=SECONDS,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from train.checkpoint.snapshot import CHUNK
 from train.engine.reduce import BUCKET_NUMEL
 from train.plan import tape as part
 from train.plan.tape import Tape
@@ -72,7 +73,9 @@ class Setting:
     """Buffers as large as what ZeRO-3 gathers: that of the all-gather, and over gloo a copy of it (seen: 123 MiB
     more than the 122 MiB that were gathered)."""
     copy: int = 0
-    """Bytes of the copy that an asynchronous save keeps on the host, from the second step on; 0: none."""
+    """Bytes of the copy that an asynchronous save keeps on the host; 0: none."""
+    copy_stays: bool = False
+    """Steps follow a save, which keeps its copy for the next; else there is one at the end only."""
     device: Tape = field(default_factory=Tape)
     host: Tape = field(default_factory=Tape)
 
@@ -101,14 +104,17 @@ class Script:
         """So many steps of so many micro-batches each."""
         self.build()
         for taken in range(steps):
-            if taken == steps - 1 and self.set.copy:
-                self.host.take(part.COPY, self.set.copy)
+            if taken == steps - 1 and self.set.copy_stays:
+                self._copy()
             for number in range(passes):
                 self.begin_pass()
-                self._pass()
+                graph = self._pass()
                 self.end_pass(last=number == passes - 1)
+                self.device.give(*graph)
             self.step()
             self._stepped = True
+        if not self.set.copy_stays:
+            self._copy()
 
     def build(self) -> None:
         """Model and engine."""
@@ -124,18 +130,34 @@ class Script:
         """The optimizer's."""
         raise NotImplementedError
 
-    def _pass(self) -> None:
-        each = self.set.micro_batch
+    def _copy(self) -> None:
+        for at in range(0, self.set.copy, CHUNK):
+            self.host.take(part.COPY, min(CHUNK, self.set.copy - at))
+
+    def learned(self, numel: int) -> None:
+        """The gradient of so many elements is there, and gone where the engine keeps nothing of it."""
+
+    def _pass(self) -> list[int]:
+        """Forward and backward; returns the numbers of what goes with the loss."""
+        each, on_host = self.set.micro_batch, self.device is self.host
         parts = [part.LOGITS if number in each.wide else part.ACTIVATIONS for number in range(each.tensors)]
-        left = self.device.play(each.events, parts)
-        self.device.give(*left.values())
+        for number in each.graph:
+            parts[number] = part.GRAPH
+        at, left = 0, dict[int, int]()
+        for place, numel in [*each.gradients, (len(each.events), 0)]:
+            events = each.events[at:place]
+            self.device.play([e for e in events if on_host or e[0] not in each.graph], parts, left)
+            at = place
+            if numel:
+                self.learned(numel)
+        return list(left.values())
 
     def _optimize(self, shapes: Sequence[torch.Size], tape: Tape) -> None:
         """A step over tensors of these shapes; state stays from the first one on."""
         events = self.set.step(shapes)[1 if self._stepped else 0]
         stay = {number for number, _ in events} - {number for number, size in events if size < 0}
         parts = {number: part.STATE if number in stay else part.STEP for number, _ in events}
-        tape.play(events, [parts.get(number, "") for number in range(1 + max(parts, default=0))])
+        tape.play(events, [parts.get(number, "") for number in range(1 + max(parts, default=0))], {})
 
     def _weights(self, bytes_each: Callable[[Weight], int]) -> None:
         for weight in self.set.weights:

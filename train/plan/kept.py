@@ -32,19 +32,22 @@ def foretell(
     split: PreparedSplit,
 ) -> None:
     """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
-    from train.plan.predict import Data, Model, Predictor, process_bytes
+    from train.plan.model import Model
+    from train.plan.predict import Data, Predictor
+    from train.plan.process import process_bytes
 
     try:
         run.plan.unlink(missing_ok=True)  # of a run that is resumed, maybe on other devices
+        dtype = resolve_precision(cfg.model.precision, device, on_note=lambda text: None)
         forecast = Predictor(
             cfg,
             Model(cfg, model_dir),
-            dtype=resolve_precision(cfg.model.precision, device, on_note=lambda text: None),
+            dtype=dtype,
             on_cpu=device.torch_type == "cpu",
             kind=kind,
             world=world.size,
             data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),
-            base_bytes=process_bytes(cfg),
+            base_bytes=lambda: process_bytes(cfg, dtype),
         ).forecast()
         write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
     except Exception as error:  # a prediction is not worth a run
@@ -54,33 +57,35 @@ def foretell(
 class PredictionKept(Hook):
     """Says at the end what was predicted and what it was; plan.json gets both.
 
-    Measured is what the loop records: of a CPU the process's largest resident set, of an accelerator the most that
-    torch's allocator reserved; both of rank 0.
+    Measured is what `Device.peak_memory_bytes` tells after the last checkpoint: of a CPU the process's largest resident
+    set, of an accelerator the most that torch's allocator reserved; both of rank 0.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run, self.peak_gib = run, 0.0
+    def __init__(self, run: RunFolder, device: Device) -> None:
+        self.run, self.device = run, device
+        self._stepped = False
 
     def on_step(self, record: Record) -> None:
-        """Keeps the largest."""
-        self.peak_gib = max(self.peak_gib, float(record["peak_gib"]))
+        """There is something to compare."""
+        self._stepped = True
 
     def on_end(self) -> None:
-        """One line, where there is something to compare."""
-        if not self.peak_gib or not self.run.plan.is_file():
+        """One line."""
+        if not self._stepped or not self.run.plan.is_file():
             return
+        measured = self.device.peak_memory_bytes() / 2**30
         try:
             plan: dict[str, Any] = json.loads(self.run.plan.read_text(encoding="utf-8"))
             predicted = float(plan["device_bytes"]) / 2**30
-            write_whole(self.run.plan, json.dumps(plan | {"measured_peak_gib": self.peak_gib}, indent=2) + "\n")
+            write_whole(self.run.plan, json.dumps(plan | {"measured_peak_gib": measured}, indent=2) + "\n")
         except (OSError, ValueError, KeyError, StorageError) as error:  # what ended the run must be heard, not this
             logger.warning("plan: predicted memory cannot be compared (%s)", first_line(error))
             return
-        off = predicted / self.peak_gib - 1
+        off = predicted / measured - 1
         logger.info(
             "peak memory: predicted %.2f GiB, measured %.2f GiB (%.0f %% %s)",
             predicted,
-            self.peak_gib,
+            measured,
             abs(off) * 100,
             "too much" if off > 0 else "too little",
         )

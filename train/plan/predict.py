@@ -8,46 +8,35 @@ the code that runs; nothing in it is fitted to a case.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from torch import nn
 
-from configs.compose import build
-from configs.errors import ModelError, first_line
+from configs.errors import first_line
 from configs.schema.outputs import SaveMode
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
 from train.engine.optimizer import build_optimizer
 from train.engine.zero_config import deepspeed_config
-from train.models.families import Family, family_of
-from train.models.load import load_config
-from train.objectives.base import Objective
 from train.observe.flops import flops_per_token
-from train.ops.packed_attention import register
 from train.plan.allocators import caching_peak, host_peak
 from train.plan.engines import FP32, Setting, Weight, Zero
+from train.plan.model import Model
+from train.plan.process import Files
 from train.plan.tape import Tape
-from train.plan.trace import Event, Pass, Shape, fullest, trace, trace_optimizer
+from train.plan.trace import Event, Pass, Shape, fullest, trace_optimizer
 from train.plan.zero_engines import script_of
-from train.tuning.base import Tuning
 
-KERNELS = 40 * 2**20
-"""Host bytes that libraries take for themselves once the first step has run: packing buffers of the matrix product,
-pages of code that were not read before. Seen here: 25 to 45 MiB, whatever the model."""
 STEPS = 3
 """So many steps are written down: in the first one the optimizer's state comes, later ones find the holes it left."""
 PASSES = 2
 """So many micro-batches of a step are written down: a later one is like the second."""
 BASE, HELD, LOADING = "process: Python and libraries", "held by the allocator in holes", "loading the weights"
+MAPPED = "file pages of weights that loading joined"
 
 
 @dataclass(frozen=True)
@@ -81,77 +70,6 @@ class Forecast:
     """What is estimated, and how, or not counted."""
 
 
-class Model:
-    """A model without weights, as the run would train it.
-
-    Args:
-        cfg: of the run.
-        model_dir: folder with config.json.
-
-    Raises:
-        ModelError: transformers cannot build it.
-        ConfigError: the tuning method does not fit it.
-    """
-
-    def __init__(self, cfg: TrainConfig, model_dir: Path) -> None:
-        self.cfg, self.model_dir = cfg, model_dir
-        trusted = cfg.model.trust_remote_code
-        self.config = load_config(model_dir, trust_remote_code=trusted)
-        self.family: Family = family_of(self.config, trust_remote_code=trusted)
-        self._passes: dict[tuple[Any, ...], Pass] = {}
-        self.optimizers: dict[tuple[Any, ...], tuple[list[Event], list[Event]]] = {}
-        """Steps of the run's optimizer, by what it steps."""
-        self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
-
-    def module(self, dtype: torch.dtype, *, packed: bool, recompute: bool) -> nn.Module:
-        """It, on the meta device, in training mode."""
-        key = (dtype, packed, recompute)
-        if key not in self._modules:
-            self._modules[key] = self._build(*key)
-        return self._modules[key]
-
-    def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    self.config,
-                    dtype=dtype,
-                    attn_implementation=register() if packed else "sdpa",
-                    trust_remote_code=self.cfg.model.trust_remote_code,
-                )
-        except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-            raise ModelError(
-                str(self.model_dir / "config.json"),
-                f"no model can be built from it: {first_line(error) or type(error).__name__}",
-            ) from None
-        model.config.use_cache = False
-        module = build(self.cfg.tuning, Tuning).apply(model, self.family)
-        if recompute:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return module.train()
-
-    @property
-    def vocabulary(self) -> int:
-        """Words that the head scores."""
-        return int(self.config.get_text_config().vocab_size)
-
-    def traced(self, dtype: torch.dtype, shape: Shape, *, recompute: bool) -> Pass:
-        """One micro-batch; kept, since engines share it.
-
-        Raises:
-            RuntimeError: or another error; a layer asks for values, which nobody has here.
-        """
-        key = (dtype, shape, recompute)
-        if key not in self._passes:
-            module = self.module(dtype, packed=shape.kind is RowKind.packed, recompute=recompute)
-            objective = build(self.cfg.objective, Objective)
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its authors
-            self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
-        return self._passes[key]
-
-
 class Predictor:
     """Predicts for one config; `Model` may be shared by several that differ in how they compute only.
 
@@ -163,7 +81,7 @@ class Predictor:
         kind: what rows hold.
         world: processes.
         data: what is known of it.
-        base_bytes: resident set of a process before it loads the model.
+        base_bytes: tells the resident set of a process before it loads the model; asked once the model is traced.
     """
 
     def __init__(
@@ -176,16 +94,17 @@ class Predictor:
         kind: RowKind,
         world: int,
         data: Data,
-        base_bytes: int,
+        base_bytes: Callable[[], int],
     ) -> None:
         self.cfg, self.model, self.dtype, self.on_cpu = cfg, model, dtype, on_cpu
-        self.kind, self.world, self.data, self.base = kind, world, data, base_bytes
+        self.kind, self.world, self.data, self._base = kind, world, data, base_bytes
         self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.activation_checkpointing)
         self.unknown: list[str] = []
 
     def forecast(self) -> Forecast:
         """All of it."""
         setting = self._setting()
+        self.base = self._base()
         script_of(setting).write(min(self.passes, PASSES), STEPS)
         peak, parts, host_parts = self._device(setting)
         return Forecast(
@@ -205,26 +124,30 @@ class Predictor:
     def _device(self, setting: Setting) -> tuple[int, Counter[str], dict[str, int]]:
         """Peak, its parts, and the host's parts."""
         live, parts = setting.device.peak()
+        files = Files(self.model.model_dir, self.model.shapes, self.dtype)
+        whole = sum(weight.numel for weight in self.weights) * self.dtype.itemsize
+        loading = whole + files.bytes - files.mapped
         if not self.on_cpu:
             held = caching_peak(setting.device.events)
             parts[HELD] = held - live
             copied = setting.host.peak()[1]
-            return held, parts, {BASE: self.base, LOADING: self._loading(), **copied}
-        held = host_peak(setting.device.events) or 0
+            return held, parts, {BASE: self.base, LOADING: loading, **copied}
+        held = host_peak(setting.device.events, setting.device.objects) or 0
         if not held:
             self.unknown.append("holes in the host's memory: no glibc here to ask, so none are counted")
-        parts[HELD], parts[BASE] = max(0, held - live), self.base + KERNELS
-        trained = max(held, live) + self.base + KERNELS
-        loading = self._loading() + self.base
-        if loading > trained:
-            return loading, Counter({BASE: self.base, LOADING: self._loading()}), {}
+        parts[HELD], parts[BASE] = max(0, held - live), self.base
+        parts[MAPPED] = files.beside if self._keeps_its_weights else 0
+        trained = parts.total()
+        if loading + self.base > trained:
+            return loading + self.base, Counter({BASE: self.base, LOADING: loading}), {}
         return trained, parts, {}
 
-    def _loading(self) -> int:
-        """Host memory while the model loads: every process maps the whole files, and casts to another format beside."""
-        weights = sum(weight.numel for weight in self.weights) * self.dtype.itemsize
-        files = sum(file.stat().st_size for file in self.model.model_dir.glob("*.safetensors"))
-        return weights if files <= weights * 1.05 and files >= weights * 0.95 else files + weights
+    @property
+    def _keeps_its_weights(self) -> bool:
+        """Whether some stay where loading put them; ZeRO moves those it spreads."""
+        if self.zero is None:
+            return True
+        return self.zero.stage < 3 and not all(weight.trained for weight in self.weights)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -265,13 +188,6 @@ class Predictor:
         states = sum(1 for number, size in stay if number not in freed and size >= 1024 * FP32)
         return FP32 * (1 + states) * self.trained_numel
 
-    @property
-    def _copies(self) -> bool:
-        """Whether a copy for an asynchronous save is made before the last step."""
-        keep = self.cfg.checkpoint
-        due = keep.every and (not self.cfg.max_steps or self.cfg.max_steps > keep.every)
-        return bool(due) and keep.mode is not SaveMode.synchronous
-
     def optimizer_events(self, shapes: Sequence[torch.Size]) -> tuple[list[Event], list[Event]]:
         """First and later steps of the run's optimizer over tensors of these shapes."""
         key = (tuple(shapes), self.on_cpu)
@@ -282,7 +198,9 @@ class Predictor:
         return self.model.optimizers[key]
 
     def _setting(self) -> Setting:
-        device = Tape()
+        device, keep = Tape(), self.cfg.checkpoint
+        # With every=0 a run waits for its one save (`train.checkpoint.checkpointer`).
+        copies = keep.mode is SaveMode.asynchronous or (keep.mode is SaveMode.auto and keep.every > 0)
         return Setting(
             weights=self.weights,
             size=self.dtype.itemsize,
@@ -294,7 +212,8 @@ class Predictor:
             gather_buffers=2 if self.on_cpu else 1,
             device=device,
             host=device if self.on_cpu else Tape(),
-            copy=self._state_bytes // self.world if self._copies else 0,
+            copy=self._state_bytes // self.world if copies else 0,
+            copy_stays=copies and 0 < keep.every and not 0 < self.cfg.max_steps <= keep.every,
         )
 
     def _micro_batch(self) -> Pass:
@@ -367,14 +286,6 @@ class Predictor:
             "weights, gathered forward and backward": int(2 * whole * self.passes),
             "gradients, reduce-scatter": int(gradients * self.passes),
         }
-
-
-def process_bytes(cfg: TrainConfig) -> int:
-    """Resident set of a process of the run before it loads the model: that of this one, with what the run imports."""
-    if isinstance(cfg.sharding, ZeroConfig):
-        import deepspeed  # noqa: F401
-        import deepspeed.runtime.engine  # noqa: F401
-    return int(psutil.Process().memory_info().rss)
 
 
 def parts_in_order(parts: dict[str, int]) -> Iterator[tuple[str, int]]:

@@ -1,7 +1,8 @@
 """Plays allocations to this machine's malloc and tells how much it holds at the most. A script; needs no package.
 
-Standard input: a JSON list of [number, bytes], with -1 where the piece is freed. Only address space is taken: no page
-is written to. Run as a file, so that it starts in a blink and its heap is its own.
+Standard input: a JSON list of [number, bytes], with -1 where the piece is freed, and one of the numbers that are no
+tensors. Only address space is taken: no page is written to. Run as a file, so that it starts in a blink and its heap
+is its own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import sys
 
 ALIGNMENT = 64
 """Of torch's host tensors (``c10/core/alignment.h``)."""
-SMALL = 48
-"""Bytes of an object beside each tensor (its storage, shape, node of the graph) that lives as long as it."""
+STORAGE, TENSOR = (104,), (184, 24)
+"""Bytes of the objects that come with a tensor, before and after its data: they live as long as it does. Small pieces
+count: glibc keeps freed ones for the next of their size and does not join them with their neighbours, so that they cut
+the holes that tensors leave."""
+LOOKED_AT = 2**16
+"""The heap is looked at after pieces of so many bytes; a look costs as much as many pieces."""
 
 
 class Mallinfo2(ctypes.Structure):
@@ -37,20 +42,25 @@ def main() -> None:
         found = libc.mallinfo2()
         return int(found.arena + found.hblkhd)
 
-    events = json.load(sys.stdin)
+    events, numbers = json.load(sys.stdin)
+    objects = set(numbers)
     before, most = held(), 0
-    live: dict[int, tuple[ctypes.c_void_p, int]] = {}
+    live: dict[int, list[int | None]] = {}
     for number, size in events:
         if size < 0:
-            for place in live.pop(number):
-                libc.free(place)
+            for piece in live.pop(number):
+                libc.free(piece)
+            continue
+        if number in objects:
+            live[number] = [libc.malloc(size)]
             continue
         place = ctypes.c_void_p()
-        beside = libc.malloc(SMALL)
-        if libc.posix_memalign(ctypes.byref(place), ALIGNMENT, max(size, 1)) != 0:
+        storage = [libc.malloc(each) for each in STORAGE]
+        if libc.posix_memalign(ctypes.byref(place), ALIGNMENT, size) != 0:
             sys.exit("no address space")
-        live[number] = (place, beside)
-        most = max(most, held())
+        live[number] = [*storage, place.value, *(libc.malloc(each) for each in TENSOR)]
+        if size >= LOOKED_AT:
+            most = max(most, held())
     print(most - before)
 
 

@@ -14,6 +14,7 @@ GRADIENTS = "gradients"
 STATE = "optimizer state"
 STEP = "optimizer step, temporary"
 ACTIVATIONS = "activations"
+GRAPH = "autograd's graph"
 LOGITS = "logits and loss"
 BUCKETS = "ZeRO buckets"
 GATHERED = "ZeRO-3 gathered weights"
@@ -39,19 +40,24 @@ class Tape:
         """Frees pieces."""
         self.events += [(number, FREED) for number in numbers]
 
-    def play(self, events: Iterable[Event], part_of: Sequence[str] | str) -> dict[int, int]:
+    def play(self, events: Iterable[Event], part_of: Sequence[str], numbers: dict[int, int]) -> None:
         """Appends what was traced elsewhere.
 
-        Returns:
-            The numbers here of pieces that it leaves, by their numbers there.
+        Args:
+            events: in order.
+            part_of: by number there.
+            numbers: here, by number there, of the pieces that live; kept up to date.
         """
-        numbers: dict[int, int] = {}
         for number, size in events:
             if size == FREED:
                 self.give(numbers.pop(number))
             else:
-                numbers[number] = self.take(part_of if isinstance(part_of, str) else part_of[number], size)
-        return numbers
+                numbers[number] = self.take(part_of[number], size)
+
+    @property
+    def objects(self) -> set[int]:
+        """Numbers of the pieces that are no tensors."""
+        return {number for number, part in enumerate(self.parts) if part == GRAPH}
 
     def peak(self) -> tuple[int, Counter[str]]:
         """The most bytes that live at once, and the parts they are of."""

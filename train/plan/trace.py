@@ -6,6 +6,8 @@ and objective work on it. Every tensor that an operator makes is seen, and when 
 copies. Attention counts as a fused kernel, which saves query, key, value, output and one number a row: that is what
 SDPA runs on the CPU and on every accelerator that has one.
 
+The graph that autograd builds is seen too: its nodes are small, but on a host they lie between the tensors.
+
 Not seen: what an operator takes for itself while it works, and the copies of weights that ZeRO-3 gathers (`engines`).
 """
 
@@ -15,7 +17,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ FREED = -1
 """In place of a size: the event frees a tensor."""
 Event = tuple[int, int]
 """Number of a tensor, and its bytes or `FREED`."""
+NODE = 488
+"""Bytes of a node of autograd's graph, as most of torch 2.13's are; beside it lie its edges and the shapes it saves."""
+EDGE = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Pass:
     """Event after which the gradient of so many trained weights is there, in the order of the backward pass."""
     wide: set[int]
     """Numbers of the tensors with one entry per word of the vocabulary: logits, their copies and gradients."""
+    graph: set[int] = field(default_factory=set)
+    """Numbers that are no tensors but pieces of autograd's graph, which a host's memory holds until the pass ends."""
 
     @property
     def tensors(self) -> int:
@@ -58,14 +65,20 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.wide: set[int] = set()
+        self.graph: set[int] = set()
         self._vocabulary = vocabulary
         self._numbers: dict[int, int] = {}
         self._made = 0
-        self.on = False
+        self.on = self.forward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            out = _grouped_product(func, *args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         if self.on:
+            if self.forward:
+                self._note_down(args)
             for each in tree_leaves(out):
                 if isinstance(each, torch.Tensor):
                     self._see(each.untyped_storage(), wide=each.dim() > 0 and each.shape[-1] == self._vocabulary)
@@ -79,16 +92,34 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, storage: torch.UntypedStorage, wide: bool) -> None:
         key = storage._cdata
         if key not in self._numbers:
-            self._numbers[key] = number = self._made
-            self._made += 1
+            self._numbers[key] = number = self._next()
             self.events.append((number, storage.nbytes()))
             if wide:
                 self.wide.add(number)
             weakref.finalize(storage, self._gone, key, number)
 
+    def _note_down(self, args: Any) -> None:
+        """What autograd keeps of a call: a node, an edge to each input that learns, and the inputs' shapes."""
+        learned = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor) and each.requires_grad]
+        if learned and torch.is_grad_enabled():
+            for size in (NODE, EDGE * len(learned), *(8 * each.dim() for each in learned)):
+                number = self._next()
+                self.graph.add(number)
+                self.events.append((number, size))
+
+    def _next(self) -> int:
+        self._made += 1
+        return self._made - 1
+
     def _gone(self, key: int, number: int) -> None:
         self.events.append((number, FREED))
         self._numbers.pop(key, None)
+
+
+def _grouped_product(func: Any, left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The product of routed experts, which torch 2.13 has on the meta device in bf16 only."""
+    out: torch.Tensor = func(left.bfloat16(), right.bfloat16(), *args, **kwargs)
+    return out.to(left.dtype)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -106,23 +137,33 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
 
 
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out: torch.Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out
+
+
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """SDPA, which would take its slow way on the meta device, as a fused kernel.
+def _without_values() -> Iterator[None]:
+    """What would take another way on the meta device than on a real one, for a while.
 
-    By the function's name, for a while: a mode would not be heard inside of a backward pass, where recomputation runs.
+    SDPA is a fused kernel; by the function's name, since a mode would not be heard inside of a backward pass, where
+    recomputation runs. And transformers reads positions to see whether a row holds several samples: here none does
+    that it should find.
     """
+    from transformers import masking_utils
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out: torch.Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
-        return out
-
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attend
+    places = [
+        (F, "scaled_dot_product_attention", _attend),
+        (masking_utils, "find_packed_sequence_indices", lambda positions: None),
+    ]
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, function in places:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        for (module, name, _), function in zip(places, before, strict=True):
+            setattr(module, name, function)
 
 
 @dataclass(frozen=True)
@@ -198,10 +239,11 @@ def trace(module: nn.Module, loss_sum: Callable[..., torch.Tensor], shape: Shape
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(on_gradient) for parameter in trained]  # type: ignore[no-untyped-call]
     try:
-        with _without_cycles(), _fused_attention(), ledger:
+        with _without_cycles(), _without_values(), ledger:
             batch = _Batch(shape)
-            ledger.on = True
+            ledger.on = ledger.forward = True
             loss = loss_sum(module, batch) / batch.num_targets
+            ledger.forward = False  # what recomputation notes down goes at once
             forward_ends = len(ledger.events)
             loss.backward()  # type: ignore[no-untyped-call]
             ledger.on = False
@@ -209,7 +251,7 @@ def trace(module: nn.Module, loss_sum: Callable[..., torch.Tensor], shape: Shape
     finally:
         for hook in hooks:
             hook.remove()
-    return Pass(ledger.events, forward_ends, gradients, ledger.wide)
+    return Pass(ledger.events, forward_ends, gradients, ledger.wide, ledger.graph)
 
 
 @contextmanager

@@ -100,18 +100,27 @@ class Bf16Stage1(ZeroScript):
             device.give(before)
             device.take(part.MASTERS, FP32 * share)
             device.take(part.GRADIENTS, FP32 * numel)
+        self._low: list[int] = []
 
     def begin_pass(self) -> None:
-        """Gradients in bf16, added to the fp32 ones when the pass is over."""
-        self._low = self.device.take(part.GRADIENTS, self.set.size * self.numel)
+        """See `learned`."""
+        self._first = not self._low
+
+    def learned(self, numel: int) -> None:
+        """Gradients in bf16, added to the fp32 ones when the pass is over; they stay until the step is over."""
+        if self._first:
+            self._low.append(self.device.take(part.GRADIENTS, self.set.size * numel))
 
     def end_pass(self, last: bool) -> None:
-        """See `begin_pass`."""
-        self.device.give(self._low)
+        """Each is cast to fp32 to be added."""
+        for weight in reversed(self.set.trained):
+            self.device.give(self.device.take(part.GRADIENTS, FP32 * weight.numel))
 
     def step(self) -> None:
         """Over the flat masters."""
         self._optimize([torch.Size((share,)) for share in self.shares], self.device)
+        self.device.give(*self._low)
+        self._low = []
 
 
 class Stage3(ZeroScript):

@@ -1,0 +1,95 @@
+"""A model without weights, as a run would train it, and its traced passes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.compose import build
+from configs.errors import ModelError, first_line
+from configs.schema.roots import TrainConfig
+from train.data.plan import RowKind
+from train.models.families import Family, family_of
+from train.models.load import load_config
+from train.objectives.base import Objective
+from train.ops.packed_attention import register
+from train.plan.trace import Event, Pass, Shape, trace
+from train.tuning.base import Tuning
+
+
+class Model:
+    """A model without weights, as the run would train it.
+
+    Args:
+        cfg: of the run.
+        model_dir: folder with config.json.
+
+    Raises:
+        ModelError: transformers cannot build it.
+        ConfigError: the tuning method does not fit it.
+    """
+
+    def __init__(self, cfg: TrainConfig, model_dir: Path) -> None:
+        self.cfg, self.model_dir = cfg, model_dir
+        trusted = cfg.model.trust_remote_code
+        self.config = load_config(model_dir, trust_remote_code=trusted)
+        self.family: Family = family_of(self.config, trust_remote_code=trusted)
+        self._passes: dict[tuple[Any, ...], Pass] = {}
+        self.optimizers: dict[tuple[Any, ...], tuple[list[Event], list[Event]]] = {}
+        """Steps of the run's optimizer, by what it steps."""
+        self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        """Of the base model's weights, by name."""
+
+    def module(self, dtype: torch.dtype, *, packed: bool, recompute: bool) -> nn.Module:
+        """It, on the meta device, in training mode."""
+        key = (dtype, packed, recompute)
+        if key not in self._modules:
+            self._modules[key] = self._build(*key)
+        return self._modules[key]
+
+    def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=register() if packed else "sdpa",
+                    trust_remote_code=self.cfg.model.trust_remote_code,
+                )
+        except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+            raise ModelError(
+                str(self.model_dir / "config.json"),
+                f"no model can be built from it: {first_line(error) or type(error).__name__}",
+            ) from None
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model.config.use_cache = False
+        module = build(self.cfg.tuning, Tuning).apply(model, self.family)
+        if recompute:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return module.train()
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that the head scores."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def traced(self, dtype: torch.dtype, shape: Shape, *, recompute: bool) -> Pass:
+        """One micro-batch; kept, since engines share it.
+
+        Raises:
+            RuntimeError: or another error; a layer asks for values, which nobody has here.
+        """
+        key = (dtype, shape, recompute)
+        if key not in self._passes:
+            module = self.module(dtype, packed=shape.kind is RowKind.packed, recompute=recompute)
+            objective = build(self.cfg.objective, Objective)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its authors
+            self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
+        return self._passes[key]
