@@ -16,8 +16,8 @@ ANSWER_SECONDS = 120
 """A controller under load takes long; one that is away lets its commands try again for some time."""
 KEPT = ("SLURM_CONF", "SLURM_JWT")
 """How to reach the cluster. Other variables of Slurm would change what is asked for or how it is answered, unseen."""
-OF_SLURM = ("SBATCH_", "SLURM_", "SCANCEL_", "SACCT_", "SCONTROL_")
-UNKNOWN = re.compile("Invalid job id specified|not found", re.IGNORECASE)
+OF_SLURM = ("SBATCH_", "SLURM_", "SCANCEL_", "SACCT_", "SCONTROL_", "SQUEUE_")
+UNKNOWN = re.compile(r"Invalid job id specified|Job \S+ not found", re.IGNORECASE)
 OVER = re.compile("already completing or completed|Invalid job id specified", re.IGNORECASE)
 
 WORDS: Mapping[str, Word] = {
@@ -119,8 +119,9 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> subprocess.Compl
 
 def no_answer(done: subprocess.CompletedProcess[str]) -> RunFailedError:
     """A command of Slurm's that failed, in its own words."""
-    said = first_line(done.stderr) or f"exit code {done.returncode}"
-    return RunFailedError(done.args[0], said, remedy="scontrol ping tells whether the controller is up")
+    said = first_line(done.stderr)
+    told = said.partition("error: ")[2] or said or f"exit code {done.returncode}"
+    return RunFailedError(done.args[0], told, remedy="scontrol ping tells whether the controller is up")
 
 
 def refused(stderr: str) -> CrosstuneError:
@@ -147,14 +148,14 @@ def state_of_job(job_id: str, cluster: str, name: str) -> JobState | None:
     Raises:
         RunFailedError: Slurm cannot be asked.
     """
-    done = call(["scontrol", *_on(cluster), "--oneliner", "show", "job", job_id])
+    done = call(["scontrol", *on_cluster(cluster), "--oneliner", "show", "job", job_id])
     if done.returncode == 0:
         return parse_job(done.stdout, name)
-    if not UNKNOWN.search(done.stderr):
+    if not UNKNOWN.search(done.stderr + done.stdout):  # of an array's task it says so on its standard output
         raise no_answer(done)
     asked = ["--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=JobName,State,Reason"]
     try:
-        told = call(["sacct", *_on(cluster), *asked])
+        told = call(["sacct", *on_cluster(cluster), *asked])
     except ConfigError:
         return None
     return parse_accounting(told.stdout, name) if told.returncode == 0 else None
@@ -187,7 +188,7 @@ def signal_batch(job_id: str, cluster: str) -> None:
     Raises:
         RunFailedError: Slurm cannot be asked.
     """
-    _cancel([*_on(cluster), "--batch", "--signal=USR2", job_id])
+    _cancel([*on_cluster(cluster), "--batch", "--signal=USR2", job_id])
 
 
 def end(job_id: str, cluster: str) -> None:
@@ -196,7 +197,7 @@ def end(job_id: str, cluster: str) -> None:
     Raises:
         RunFailedError: Slurm cannot be asked.
     """
-    _cancel([*_on(cluster), job_id])
+    _cancel([*on_cluster(cluster), job_id])
 
 
 def _cancel(words: Sequence[str]) -> None:
@@ -205,5 +206,6 @@ def _cancel(words: Sequence[str]) -> None:
         raise no_answer(done)
 
 
-def _on(cluster: str) -> list[str]:
+def on_cluster(cluster: str) -> list[str]:
+    """The option that names a cluster, or several; empty: the only one."""
     return [f"--clusters={cluster}"] if cluster else []

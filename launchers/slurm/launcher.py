@@ -6,6 +6,8 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from configs.errors import EXIT_RESUMABLE, ConfigError, CrosstuneError
 from configs.files import write_whole
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
-from launchers.base import Launcher
+from launchers.base import Launcher, UnknownOutcomeError
 from launchers.job import Job, JobFolder, Report, Word
-from launchers.slurm.commands import call, end, refused, signal_batch, state_of_job
+from launchers.slurm.commands import end, signal_batch, state_of_job
 from launchers.slurm.script import NAME, SWEEP_NAME, render_script
+from launchers.slurm.submission import Place, Submitted, clusters_of, find, note_array, place_of, submit_script
 from launchers.spec import LaunchSpec
 
 GRES = re.compile(r"[A-Za-z][\w.-]*(:[A-Za-z][\w.-]*)?")
@@ -27,6 +30,8 @@ SHAPE = (
     *("secrets", "setup", "python", "working_dir"),
 )
 """Fields that one script has for all jobs of an array."""
+TAIL = 1 << 16
+"""Bytes at the end of Slurm's output in which the batch script's last line is looked for."""
 
 
 class SlurmLauncher(Launcher):
@@ -78,46 +83,78 @@ class SlurmLauncher(Launcher):
 
         Raises:
             ConfigError: Slurm refused the job: its words, and what to change.
+            RunFailedError: Slurm was not reached, or says that it does not have the job.
+            UnknownOutcomeError: Slurm does not say whether it has the job.
         """
-        number, cluster = _sbatch(folder.path, NAME)
-        return _handle(number, cluster, job.spec.name, folder.path)
+        place = Place(job.spec.name, str(folder.path))
+        return _handle(submit_script(NAME, place, clusters_of(self.cfg.extra)), place)
 
     def submit_all(self, jobs: Sequence[tuple[Job, JobFolder]]) -> list[dict[str, Any]]:
         """See `Launcher.submit_all`: jobs of equal shape become one array, each with its own state and end.
 
         Raises:
             ConfigError: the jobs differ in shape, or Slurm refused them.
+            RunFailedError: Slurm was not reached, or says that it does not have the jobs.
+            UnknownOutcomeError: Slurm does not say whether it has the jobs.
         """
         if len(jobs) == 1:
             return [self.submit(*jobs[0])]
         specs = [job.spec for job, _ in jobs]
         check_shape(specs)
-        folder, name = Path(os.path.commonpath([spec.run_dir for spec in specs])), specs[0].name
+        folder = Path(os.path.commonpath([spec.run_dir for spec in specs]))
         write_whole(folder / SWEEP_NAME, render_script(specs, jobs[0][0].attempt, self.cfg, self.cluster, array=True))
         try:
-            number, cluster = _sbatch(folder, SWEEP_NAME)
+            note_array(jobs, folder)
+            submitted = submit_script(SWEEP_NAME, place_of(*jobs[0]), clusters_of(self.cfg.extra))
+        except UnknownOutcomeError:
+            raise
         except CrosstuneError:
             (folder / SWEEP_NAME).unlink()
             raise
-        tasks = [f"{number}_{index}" for index in range(len(jobs))]
-        return [_handle(task, cluster, name, folder) for task in tasks]
+        return [_handle(submitted, place_of(job, own)) for job, own in jobs]
 
     def report(self, job: Job, folder: JobFolder) -> Report:
-        """See `Launcher.report`."""
+        """See `Launcher.report`. Of a job that is over, the last that its script said: why it was not started again."""
+        job = self._known(job, folder)
         if not job.handle:
-            return Report(Word.unknown, "not submitted")
+            # It must have been there to leave marks: Slurm forgets a job some minutes after its end.
+            begun = bool(folder.marks(job.attempt))
+            return Report(Word.unknown, "Slurm does not know it any more" if begun else "it was not submitted")
         state = state_of_job(job.handle["job_id"], job.handle["cluster"], job.handle["name"])
         where = f"job {job.handle['job_id']}"
+        said = last_words(Path(job.handle["output"]))
         if state is None:
-            return Report(Word.unknown, f"{where}: Slurm does not know it, or no more")
+            return Report(Word.unknown, f"{where}: Slurm does not know it, or no more{said}")
         word = state.word
+        if word in (Word.pending, Word.running) or state.name == "COMPLETED":
+            said = ""
         # A script that leaves with 75, a run that saved in its last minute: Slurm calls both a failure.
         if word is Word.failed and _saved(job, folder):
             word = Word.ended
-        return Report(word, f"{where}: {state}")
+        return Report(word, f"{where}: {state}{said}")
+
+    def _known(self, job: Job, folder: JobFolder) -> Job:
+        """The job with its handle: one that Slurm took without a word is found by its name, and noted.
+
+        Raises:
+            RunFailedError: Slurm cannot be asked.
+        """
+        if job.handle:
+            return job
+        place = place_of(job, folder)
+        if (found := find(place, clusters_of(self.cfg.extra))) is None:
+            return job
+        known = replace(job, handle=_handle(found, place))
+        with suppress(CrosstuneError):  # whoever asks may not be allowed to write there, and is told all the same
+            if folder.read() == job:
+                folder.write(known)
+        return known
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
         """Softly through the batch script, which tells the run to save; a job that waits leaves the queue."""
+        job = self._known(job, folder)
+        if not job.handle:
+            return
         job_id, cluster = job.handle["job_id"], job.handle["cluster"]
         if hard or self.report(job, folder).word is Word.pending:
             end(job_id, cluster)
@@ -130,8 +167,8 @@ class SlurmLauncher(Launcher):
         for line in super().log(job, folder, node, follow=follow):
             silent = False
             yield line
-        own = Path(job.handle.get("output", ""))
-        if silent and own.is_file():
+        own = Path(self._known(job, folder).handle.get("output", "")) if silent else Path()
+        if own.is_file():
             for line in own.read_text(encoding="utf-8", errors="replace").splitlines():
                 label = LABEL.fullmatch(line)
                 if label is None or int(label[1]) == node:
@@ -140,20 +177,20 @@ class SlurmLauncher(Launcher):
     def is_over(self, job: Job, folder: JobFolder) -> bool:
         """See `Launcher.is_over`; a log that is followed looks often, and a controller serves many."""
         if self._asked is None or time.monotonic() - self._asked[0] >= self.cfg.poll_seconds:
+            self._asked = time.monotonic(), False  # until Slurm says so, also where it does not answer
             self._asked = time.monotonic(), super().is_over(job, folder)
         return self._asked[1]
 
 
-def _sbatch(folder: Path, name: str) -> tuple[str, str]:
-    """Number of the job, and its cluster if it was named.
-
-    Slurm's own output goes to the working folder, so that its path is in no line of #SBATCH.
-    """
-    done = call(["sbatch", "--parsable", name], cwd=folder)
-    if done.returncode:
-        raise refused(done.stderr)
-    number, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
-    return number, cluster
+def last_words(output: Path) -> str:
+    """The batch script's own last line in what Slurm kept of a job, behind a semicolon; empty where there is none."""
+    try:
+        with output.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((f"; {line}" for line in reversed(lines) if line.startswith("crosstune: ")), "")
 
 
 def _saved(job: Job, folder: JobFolder) -> bool:
@@ -161,8 +198,10 @@ def _saved(job: Job, folder: JobFolder) -> bool:
     return len(codes) == job.spec.nodes and set(codes) == {EXIT_RESUMABLE}
 
 
-def _handle(job_id: str, cluster: str, name: str, folder: Path) -> dict[str, Any]:
-    return {"job_id": job_id, "cluster": cluster, "name": name, "output": str(folder / f"slurm-{job_id}.out")}
+def _handle(submitted: Submitted, place: Place) -> dict[str, Any]:
+    job_id = submitted.number if place.task is None else f"{submitted.number}_{place.task}"
+    output = str(Path(place.folder) / f"slurm-{job_id}.out")
+    return {"job_id": job_id, "cluster": submitted.cluster, "name": place.name, "output": output}
 
 
 def check_shape(specs: Sequence[LaunchSpec]) -> None:
