@@ -26,6 +26,9 @@ NAMED_BY_SLURM = (
 devices 4 and 5, renumbered 0 and 1, it would look for 4 and 5 again."""
 PATIENCE_SECONDS = 10
 """A machine that failed waits so long before srun ends the others: one that fails later may know the cause."""
+AWAY_SECONDS, PAUSE_SECONDS = 600, 15
+"""So long, and with such pauses, the script asks a controller of Slurm that does not answer: one that is started anew,
+or whose place another takes, is away for minutes."""
 _JOB_FILE = "\0job.json"
 """Stands for the first argument of the script's function `machine`; no word of a command holds a NUL."""
 
@@ -61,6 +64,8 @@ def render_script(
         inside=cfg.container is Container.pyxis,
         command=_command(spec, cfg),
         patience=PATIENCE_SECONDS if spec.nodes > 1 else 0,
+        away=AWAY_SECONDS,
+        pause=PAUSE_SECONDS,
         srun=_srun(spec, cfg),
     )
 

@@ -19,8 +19,9 @@ from configs.errors import ConfigError, CrosstuneError
 from configs.schema.launch import ClusterConfig, LaunchConfig
 from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
 from launchers.job import Job, JobFolder, Mark, State, Word, state_of
-from launchers.slurm import SlurmLauncher, launcher
+from launchers.slurm import SlurmLauncher, launcher, script
 from launchers.slurm.commands import JobState, parse_accounting, parse_job, refused
+from launchers.slurm.launcher import TAIL
 from launchers.slurm.script import NAME, render_script
 from launchers.spec import LaunchSpec
 
@@ -126,6 +127,13 @@ exit $code
 """
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$FAKE/calls"
+for kind in "show job" requeue; do
+    if [[ $* == *"$kind"* && -s $FAKE/away-$kind ]]; then
+        sed -i 1d "$FAKE/away-$kind"
+        echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+        exit 1
+    fi
+done
 case "$*" in
     "show hostnames n[1-2]") printf 'n1\\nn2\\n' ;;
     "show hostnames "*) echo "${@: -1}" ;;
@@ -164,9 +172,14 @@ class Machine:
             path.write_text(text)
             path.chmod(0o755)
         self.record(RUNNING)
+        (self.fake / "calls").touch()
 
     def record(self, text: str) -> None:
         (self.fake / "record").write_text(text)
+
+    def away(self, kind: str, questions: int) -> None:
+        """So many questions, ``show job`` or ``requeue``, find no controller."""
+        (self.fake / f"away-{kind}").write_text("away\n" * questions)
 
     def start(
         self,
@@ -175,17 +188,21 @@ class Machine:
         begun: int = 0,
         cfg: SlurmLauncherConfig | None = None,
         cluster: str = "none",
+        task: int | None = None,
         **env: str,
     ) -> subprocess.Popen[str]:
         (self.fake / "code").write_text(str(code))
         spec = replace(SPEC, run_dir=str(self.run_dir), python=str(self.python), nodes=1, restarts=2)
-        script = self.home / NAME
-        script.write_text(SlurmLauncher(cfg or settings(), cluster_of(cluster)).render(spec, attempt=4)[NAME])
+        file = self.home / NAME
+        specs = [spec] if task is None else [replace(spec, run_dir="/another"), spec]
+        text = render_script(specs, 4, cfg or settings(), cluster_of(cluster), array=task is not None)
+        file.write_text(text)
         environment = {"PATH": f"{self.fake}:{os.environ['PATH']}", "FAKE": str(self.fake), "FAKE_PROCID": "0"}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}
         environment |= {"SLURM_RESTART_COUNT": str(begun)} if begun else {}
+        environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)} if task is not None else {}
         return subprocess.Popen(
-            ["bash", str(script)],
+            ["bash", str(file)],
             env=environment | env,
             cwd=self.home,
             stdout=subprocess.PIPE,
@@ -204,14 +221,20 @@ class Machine:
         return json.loads((self.fake / "seen.json").read_text())
 
     def requeued(self) -> bool:
-        return "scontrol requeue 7" in (self.fake / "calls").read_text()
+        return self.calls("requeue")[-1:] == ["scontrol requeue 7"]
+
+    def calls(self, kind: str) -> list[str]:
+        """Of scontrol."""
+        return [call for call in (self.fake / "calls").read_text().splitlines() if kind in call]
 
     def mark(self, attempt: int, code: int) -> None:
         JobFolder.of_run(self.run_dir).mark(Mark(0, attempt, "n1", 1, 0.0, "", 1.0, code))
 
 
 @pytest.fixture
-def machine(tmp_path) -> Machine:
+def machine(tmp_path, monkeypatch) -> Machine:
+    monkeypatch.setattr(script, "AWAY_SECONDS", 2)
+    monkeypatch.setattr(script, "PAUSE_SECONDS", 0.1)
     return Machine(tmp_path)
 
 
@@ -271,7 +294,7 @@ def test_devices_that_slurm_assigned_become_visible(machine, cluster, gres, node
 
 
 def test_devices_that_cannot_be_asked_for_are_not_guessed(machine):
-    (machine.fake / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    machine.away("show job", 1000)
     code, shown = machine.run(cluster="ascend")
     assert code == 3 and "does not say which devices" in shown
     assert not (machine.fake / "seen.json").exists()
@@ -295,7 +318,7 @@ def test_what_goes_back_into_the_queue(machine, code, begun, told, left, goes_on
     if begun < 3:
         machine.mark(4 + begun, code)
     ended, shown = machine.run(code=code, begun=begun)
-    assert (ended, machine.requeued() if begun < 3 else False) == (told, goes_on), shown
+    assert (ended, machine.requeued()) == (told, goes_on), shown
     assert left in shown or code == 0
 
 
@@ -308,6 +331,45 @@ def test_what_does_not_go_back_into_the_queue(machine):
     JobFolder.of_run(machine.run_dir).ask_to_cancel()
     code, shown = machine.run(code=75)
     assert code == 75 and "cancelled before it began" in shown and not machine.requeued()
+
+
+@pytest.mark.parametrize("kind", ["show job", "requeue"])
+def test_a_controller_that_is_away_when_an_attempt_ends_is_asked_again(machine, kind):
+    machine.mark(4, 3)
+    machine.away(kind, 3)
+    code, shown = machine.run(code=3)
+    assert code == 3 and machine.requeued() and len(machine.calls(kind)) == 4, shown
+    assert shown.count("scontrol failed: it is tried again for up to 2 s") == 1
+    assert "back into the queue" in shown and "not started again" not in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("show job", "did not say what it has of the job"), ("requeue", "did not take it back")]
+)
+def test_a_controller_that_stays_away_is_not_asked_for_ever(machine, kind, told):
+    machine.mark(4, 3)
+    machine.away(kind, 1000)
+    code, shown = machine.run(code=3)
+    assert code == 3 and told in shown.splitlines()[-1] and "Slurm itself ends" not in shown
+
+
+def test_a_job_that_is_cancelled_while_the_controller_is_away_waits_for_it_no_more(machine, monkeypatch):
+    monkeypatch.setattr(script, "AWAY_SECONDS", 300)
+    machine.mark(4, 3)
+    machine.away("show job", 1000)
+    process = machine.start(code=3)
+    until(lambda: machine.calls("show job"))
+    JobFolder.of_run(machine.run_dir).ask_to_cancel()
+    assert process.wait(30) == 3 and not machine.calls("requeue")
+
+
+def test_a_job_of_an_array_is_named_alone(machine):
+    """The number in SLURM_JOB_ID of an array's last job is that of the array: all of them would be requeued."""
+    machine.record(RECORD.format("npu:1(IDX:5)"))
+    machine.mark(4, 3)
+    assert machine.run(code=3, cluster="ascend", task=1)[0] == 3
+    assert machine.calls("requeue") == ["scontrol requeue 7_1"]
+    assert {call.split()[-1] for call in machine.calls("show job")} == {"7_1"}
 
 
 def test_progress_earns_another_attempt(machine):
@@ -441,9 +503,23 @@ def test_every_word_of_slurm_gives_the_state_that_it_means(tmp_path):
     assert state_of(report_of(None, folder), [], 1, cancelled=False) is State.lost
 
 
-def report_of(state: JobState | None, folder: JobFolder) -> Any:
+def test_why_a_job_that_is_over_was_not_started_again(tmp_path):
+    folder, output = JobFolder.of_run(tmp_path), tmp_path / "slurm-7.out"
+    noise = b"0: \xff some words of a machine: crosstune: no\n"
+    output.write_bytes(b"crosstune: attempt 0 on n1\n" + noise + b"crosstune: not started again: so it is\n" + noise)
+    said = "; crosstune: not started again: so it is"
+    for name in ("FAILED", "TIMEOUT", "CANCELLED"):
+        assert report_of(JobState(name), folder, output).detail.endswith(said), name
+    assert report_of(None, folder, output).detail.endswith(said)
+    for name in ("RUNNING", "PENDING", "COMPLETED"):
+        assert report_of(JobState(name), folder, output).detail == f"job 7: {name}", name
+    output.write_bytes(output.read_bytes() + b"x\n" * TAIL)
+    assert report_of(JobState("FAILED"), folder, output).detail == "job 7: FAILED", "the end alone is read"
+
+
+def report_of(state: JobState | None, folder: JobFolder, output: Path | None = None) -> Any:
     slurm = SlurmLauncher(settings(), ClusterConfig())
-    job = Job(replace(SPEC, nodes=1), 0.0, {"job_id": "7", "cluster": "", "name": "demo", "output": ""})
+    job = Job(replace(SPEC, nodes=1), 0.0, {"job_id": "7", "cluster": "", "name": "demo", "output": str(output or "")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "state_of_job", lambda *_: state)
         return slurm.report(job, folder)
