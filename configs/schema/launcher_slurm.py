@@ -42,7 +42,11 @@ class Container(Enum):
 
 @dataclass
 class SlurmLauncherConfig(LauncherConfig):
-    """A batch job of Slurm: one task per machine, started again by Slurm from the run's last checkpoint."""
+    """A batch job of Slurm: one task per machine, started again by Slurm from the run's last checkpoint.
+
+    Slurm keeps the values of `export` and of `secrets` with the job, in its StateSaveLocation: who administers it can
+    read them there.
+    """
 
     partition: str | None = None
     """Null, here and below: the cluster's default. What the environment has in SBATCH_... variables does not count."""
