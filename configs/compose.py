@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.check import apply, options_with
 from configs.construct import construct
 from configs.docs import field_docs
-from configs.errors import ConfigError, CrosstuneError, ErrorGroup
+from configs.errors import ConfigError, CrosstuneError, raise_all
 from configs.files import write_whole
 from configs.groups import EXPERIMENT, ROOTS, SCHEMAS, groups_of, spoken
 from configs.layers import Layer, Typed, check_choices, layers, parse_overrides
@@ -188,8 +188,7 @@ def _finish(config: DictConfig, faults: Sequence[CrosstuneError], command: str, 
         if key not in named:
             found.append(_missing(config, key, command))
     cfg = construct(config, found)
-    if found:
-        raise found[0] if len(found) == 1 else ErrorGroup(found)
+    raise_all(found)
     return cfg
 
 

@@ -138,3 +138,16 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, for "did you mean"; None where nothing is near."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def raise_all(faults: Sequence[CrosstuneError]) -> None:
+    """Raises faults that were gathered: one as it is, several together; none of them: nothing.
+
+    Raises:
+        CrosstuneError: the only one.
+        ErrorGroup: several.
+    """
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ErrorGroup(list(faults))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CrosstuneError
+from configs.errors import CrosstuneError, RunFailedError
 from configs.schema.launch import ClusterConfig, LauncherConfig
 from launchers.job import Job, JobFolder, Report
 from launchers.spec import LaunchSpec
 
+logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 """Between two looks at a log that is followed."""
+CHUNK = 1 << 20
+"""Bytes of a log that are in memory at a time."""
+
+
+class UnknownOutcomeError(RunFailedError):
+    """It is not known whether the scheduler took a job; one that it has is found by its name later."""
 
 
 class Launcher(ABC):
@@ -57,6 +65,8 @@ class Launcher(ABC):
             itself (`launchers.supervise`) and gives the job's ``exit_code``.
 
         Raises:
+            UnknownOutcomeError: the scheduler did not answer. `report` and `cancel` of a job without a handle ask for
+                its name.
             CrosstuneError: it was refused; nothing is left behind. In the foreground: how the job ended.
         """
 
@@ -67,6 +77,7 @@ class Launcher(ABC):
             Their handles, in order.
 
         Raises:
+            UnknownOutcomeError: the scheduler did not answer.
             CrosstuneError: one was refused; those before it have been cancelled.
         """
         handles: list[dict[str, Any]] = []
@@ -110,10 +121,20 @@ class Launcher(ABC):
             yield from tail(folder.output(attempt, node), partial(self._grows, job, folder, attempt, follow))
 
     def _grows(self, job: Job, folder: JobFolder, attempt: int, follow: bool) -> bool:
-        return follow and attempt == _latest_attempt(job, folder) and not self.is_over(job, folder)
+        if not follow or attempt != _latest_attempt(job, folder):
+            return False
+        try:
+            return not self.is_over(job, folder)
+        except RunFailedError as error:  # the file grows on while a scheduler is away
+            logger.warning("%s: %s; the log goes on", error.where, error.found)
+            return True
 
     def is_over(self, job: Job, folder: JobFolder) -> bool:
-        """Whether nothing more will come."""
+        """Whether nothing more will come.
+
+        Raises:
+            CrosstuneError: the scheduler cannot be asked.
+        """
         from launchers.job import Word
 
         return self.report(job, folder).word not in (Word.pending, Word.running)
@@ -135,12 +156,9 @@ def tail(path: Path, more: Any) -> Iterator[str]:
     position, rest = 0, b""
     while True:
         going_on = bool(more())  # asked before the look: what is written until the end is still read
-        if path.is_file():
-            with path.open("rb") as file:
-                file.seek(position)
-                content = rest + file.read()
-                position = file.tell()
-            *lines, rest = content.split(b"\n")
+        while content := _read(path, position):
+            position += len(content)
+            *lines, rest = (rest + content).split(b"\n")
             yield from (line.decode("utf-8", errors="replace") for line in lines)
         if not going_on:
             if rest:
@@ -149,17 +167,34 @@ def tail(path: Path, more: Any) -> Iterator[str]:
         time.sleep(LOOK_SECONDS)
 
 
+def _read(path: Path, position: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            return file.read(CHUNK)
+    except FileNotFoundError:
+        return b""
+
+
 def node_command(python: str, job_file: str) -> list[str]:
     """What a machine runs: the three variables of `launchers.spec` say which one it is."""
     return [python, "-P", "-m", "launchers.node", job_file]
+
+
+SOURCED_FIRST = (
+    '_crosstune_setup=("${@:2:$1}") _crosstune_command=("${@:$1 + 2}"); set --; '
+    'for _crosstune_file in "${_crosstune_setup[@]}"; do . "$_crosstune_file" || exit 2; set --; done; '
+    'exec "${_crosstune_command[@]}"'
+)
+"""Shell. A sourced script sees the arguments of who sources it, and may change them: it finds and leaves none. Not in a
+function, where what a script declares would end with it."""
 
 
 def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
     """A command behind shell scripts that must be sourced first; nothing of either is read by the shell twice."""
     if not setup:
         return list(command)
-    script = 'for file in "${@:2:$1}"; do . "$file" || exit 2; done; shift "$(($1 + 1))"; exec "$@"'
-    return ["bash", "-c", script, "crosstune", str(len(setup)), *setup, *command]
+    return ["bash", "-c", SOURCED_FIRST, "crosstune", str(len(setup)), *setup, *command]
 
 
 def secret_values(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:

@@ -41,6 +41,12 @@ options of every command:
   --config-dir DIR  YAML of your own: DIR/experiment/mine.yaml, DIR/tuning/wide.yaml, ...
   --resolved FILE   take the config from a run's resolved.yaml
   --json            print the result, or the faults, as JSON on standard output
+options of some:
+  --dry-run         prep: what would come of the records; launch: the files that would be submitted
+  --multirun        launch: a run for each combination of values, such as seed=0,1,2
+  -f, --node K      logs: go on as it grows; another machine than the first
+  --hard            cancel: without a save
+  --fit '64GiB x 8' plan: which settings would fit these devices
 
 exit codes: 0 done, 2 something to mend in what was asked, 3 the run failed, 75 stopped early and can be resumed"""
 
@@ -117,24 +123,25 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
 def _launch(request: Request) -> dict[str, Any] | None:
     """Words of the launch are told from those of the step by their keys."""
     from configs.compose import compose
-    from launchers import launch
-    from launchers.sweep import configs_of, own_port
+    from launchers import launch, launch_words
+    from launchers.sweep import configs_of, with_own_port
 
-    ours, theirs = launch.split_words(request.words)
+    ours, theirs = launch_words.split_words(request.words)
     command = request.command.removeprefix("launch ")
     options = compose("launch", ours, config_dir=request.config_dir)
+    launch_words.check_words(command, theirs, options)
     step = replace(request, command=command, words=theirs)
     if request.multirun:
         swept = configs_of(theirs, lambda words: _config(replace(step, words=words)))
-        ports = [own_port(options.master_port, number) for number in range(len(swept))]
         plans = [
-            launch.plan(command, cfg, replace(options, master_port=port), label=f"-{number}")
-            for number, (cfg, port) in enumerate(zip(swept, ports, strict=True))
+            launch.plan(command, cfg, with_own_port(options, number), label=f"-{number}")
+            for number, cfg in enumerate(swept)
         ]
         return launch.launch_all(plans, dry_run=request.dry_run)
     cfg = _config(step)
     if request.cfg:
         _print_config(options)
+        print("---")
         _print_config(cfg)
         return None
     return launch.launch(launch.plan(command, cfg, options), dry_run=request.dry_run)
@@ -192,11 +199,12 @@ def _with_path(request: Request) -> dict[str, Any] | None:
         return steps.report(path)
     if request.resolved is not None:
         raise ConfigError("--resolved", "a run is resumed with its own resolved.yaml", remedy="leave it out")
-    from launchers import launch
+    from launchers import launch, launch_words
 
     launched = launch.was_launched(path)
-    ours, theirs = launch.split_words(overrides) if launched else ([], overrides)
-    cfg = steps.resumed_config(path, theirs, config_dir=request.config_dir)
+    ours, theirs = launch_words.split_words(overrides) if launched else ([], overrides)
+    begun_as = launch.begun_as(path)
+    cfg = steps.resumed_config(path, theirs, config_dir=request.config_dir, begun_as=begun_as)
     if request.cfg:
         _print_config(cfg)
         return None

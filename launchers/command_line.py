@@ -48,6 +48,13 @@ WITH_PATH = {
 COMMANDS = {**COMPOSED, **WITH_PATH}
 
 
+OPTIONS = {
+    **{"--help": "", "--json": "", "--cfg": "job", "--config-dir": "DIR", "--resolved": "FILE", "--dry-run": ""},
+    **{"--multirun": "", "--follow": "", "--node": "K", "--hard": "", "--fit": "'64GiB x 8'", "--build": "DIR"},
+}
+"""What may be typed anywhere, with what its value looks like."""
+
+
 @dataclass
 class Request:
     """The command line, read."""
@@ -103,10 +110,9 @@ def parse(arguments: Sequence[str]) -> Request:
         elif word.partition("=")[0] in ("--cfg", "--config-dir", "--resolved", "--build", "--node", "--fit"):
             _set_option(request, word, rest)
         elif word.startswith("-"):
-            options = ("--help", "--cfg", "--config-dir", "--resolved", "--json", "--dry-run")
-            meant = nearest(word, options)
+            meant = nearest(word, OPTIONS)
             raise ConfigError(
-                word, "unknown option", allowed=", ".join(options), remedy=meant and f"did you mean {meant}?"
+                word, "unknown option", allowed=", ".join(OPTIONS), remedy=meant and f"did you mean {meant}?"
             )
         elif not request.command:
             request.command = _command(word)
@@ -129,12 +135,15 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def _check_options(request: Request) -> None:
     """Refuses an option of another command."""
+    if request.cfg and request.multirun:
+        raise ConfigError("--cfg", "of several runs", remedy="--dry-run with --multirun, or --cfg job for one of them")
     for option, given, commands in (
         ("--dry-run", request.dry_run, ("prep", "launch train", "launch run")),
         ("--multirun", request.multirun, ("launch train", "launch run")),
         ("--follow", request.follow, ("logs",)),
         ("--node", request.node != 0, ("logs",)),
         ("--hard", request.hard, ("cancel",)),
+        ("--resume", request.resume, ("train", "run", "prove reshard")),
     ):
         if given and request.command not in commands and not request.help:
             raise ConfigError(
@@ -150,7 +159,7 @@ def _set_option(request: Request, word: str, rest: Any) -> None:
             raise ConfigError("--cfg", f"'{value}'", allowed="job")
         request.cfg = True
     elif not value:
-        raise ConfigError(option, "needs a value", remedy=f"{option} {'FILE' if option == '--resolved' else 'DIR'}")
+        raise ConfigError(option, "needs a value", remedy=f"{option} {OPTIONS[option]}")
     elif option == "--node":
         if not value.isdecimal():
             raise ConfigError("--node", f"'{value}'", allowed="a machine's number, from 0")

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from configs.errors import EXIT_DONE, CheckpointError
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, CheckpointError
 from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.supervise import Note, StopSignals, failed, newest_step, supervise
@@ -55,6 +55,8 @@ class ForegroundLauncher(Launcher):
         with StopSignals() as stops:
             start = partial(self.start, job, folder, stops=stops)
             code = supervise(start, job, folder, stops, self.note, self.newest_step)
+        if stops.heard and code not in (EXIT_DONE, EXIT_RESUMABLE):
+            folder.ask_to_cancel()  # ended by its user before it could save: that is no failure
         if code != EXIT_DONE and job.spec.nodes > 1:
             raise failed(folder, code)
         return {"exit_code": code}  # a single machine has told its fault already, on this terminal
@@ -69,6 +71,8 @@ class ForegroundLauncher(Launcher):
 
     def report(self, job: Job, folder: JobFolder) -> Report:
         """Whether the supervisor lives; from another machine, what the marks say."""
+        if not job.handle:
+            return Report(Word.unknown, "it was not started")
         where = f"process {job.handle['pid']} on {job.handle['host']}"
         if job.handle["host"] == socket.gethostname():
             return Report(Word.running, where) if _supervisor(job) else Report(Word.ended, f"{where} has ended")

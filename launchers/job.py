@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Job:
     spec: LaunchSpec
     submitted: float
     handle: dict[str, Any] = field(default_factory=dict)
-    """What the scheduler calls the job; empty for a launcher that stays in the foreground."""
+    """What the scheduler calls the job, or the process that supervises it; empty: nobody has said yet."""
     attempt: int = 0
     """Of the first attempt of this submission: a job that is resumed counts on."""
 
@@ -181,10 +181,16 @@ class JobFolder:
         found = []
         for file in (file for path in chosen for file in path.glob("node-*.json")):
             try:
-                found.append(Mark(**json.loads(file.read_text(encoding="utf-8"))))
+                mark = Mark(**json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
                 continue
+            found.append(mark if _readable(mark.fault) else replace(mark, fault=None))
         return sorted(found, key=lambda mark: mark.node)
+
+    def next_attempt(self, former: Job) -> int:
+        """The number of the first attempt of another submission: none is used twice."""
+        begun = [int(path.name) for path in (self.path / "attempts").glob("[0-9]*")]
+        return max(begun) + 1 if begun else former.attempt
 
     @property
     def cancel_mark(self) -> Path:
@@ -203,6 +209,16 @@ class JobFolder:
     def cancelled(self) -> bool:
         """Whether somebody asked for the job's end."""
         return self.cancel_mark.is_file()
+
+
+def _readable(fault: Mapping[str, Any] | None) -> bool:
+    """Whether a fault is one of this version's."""
+    from launchers.failure import from_json
+
+    try:
+        return fault is None or bool(fault["errors"]) and from_json(dict(fault)) is not None
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def make_folder(path: Path) -> None:

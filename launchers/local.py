@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -42,11 +43,14 @@ class LocalLauncher(ForegroundLauncher):
         process = subprocess.Popen(
             command, env={**os.environ, **place}, start_new_session=True, preexec_fn=end_with_parent
         )
-        passed = len(stops.heard)
+        passed = 0
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=LOOK_SECONDS)
-                return 128 - code if code < 0 else code
+                code = 128 - code if code < 0 else code
+                interrupted = signal.SIGINT in stops.heard and code == 128 + signal.SIGTERM
+                return 128 + signal.SIGINT if interrupted else code
             for number in stops.heard[passed:]:
-                process.send_signal(number)
-            passed = len(stops.heard)
+                # Means the same to it; Python itself, still at its imports, would end with a traceback upon SIGINT.
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+                passed += 1

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import select
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from configs.errors import EXIT_DONE, ConfigError, CrosstuneError
+from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, StorageError, WorkerLostError
 from launchers.doctor.nodes.network import is_loopback, source_address
 from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
 from launchers.job import Job, JobFolder, Mark, make_folder
@@ -36,6 +38,7 @@ AUTO = "auto"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 ELSEWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737): the routing table is asked for the way there, and nothing is sent."""
+OPEN_FILES = 65_536
 EXIT_INTERRUPTED = 130
 
 
@@ -115,7 +118,8 @@ def run_node(job: Job, folder: JobFolder, node: int, master: str, attempt: int) 
 
 
 def _work(spec: LaunchSpec, logs: Path, node: int, master: str, attempt: int) -> tuple[int, dict[str, Any] | None]:
-    group = Group(spec.nodes, node, master, spec.port(attempt))
+    # Alone, any free port will do: several jobs may share a machine.
+    group = Group(spec.nodes, node, master, spec.port(attempt) if spec.nodes > 1 else 0)
     try:
         with resumable(Path(spec.run_dir)), traceback_kept_in(logs):
             run_workers(
@@ -132,7 +136,11 @@ def _work(spec: LaunchSpec, logs: Path, node: int, master: str, attempt: int) ->
         return int(ending.code or 1), None
     except CrosstuneError as error:
         print(error.render(), file=sys.stderr)
-        told = earliest_fault(logs / "errors") or {"rank": None, "time": time.time()}
+        told = {"rank": None, "time": time.time()}
+        if not isinstance(error, WorkerLostError):
+            told |= earliest_fault(logs / "errors") or {}
+        elif lost := re.fullmatch(r"rank (\d+)", error.where):  # what the others left only followed
+            told["rank"] = int(lost[1])
         return error.exit_code, {**told, **as_json(error)}
     return EXIT_DONE, None
 
@@ -145,6 +153,7 @@ def prepare(spec: LaunchSpec, environment: MutableMapping[str, str], master: str
     """
     environment.update(spec.environment)
     environment[LAUNCHED] = "1"
+    raise_file_limit()
     try:
         os.chdir(spec.working_dir)
     except OSError as error:
@@ -157,6 +166,14 @@ def prepare(spec: LaunchSpec, environment: MutableMapping[str, str], master: str
         interface = spec.interface or interface_to(master)
         for name in INTERFACES:
             environment.setdefault(name, interface)
+
+
+def raise_file_limit() -> None:
+    """Raises the soft limit of open files as far as the hard one lets it: hundreds of ranks need a connection each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def interface_to(host: str) -> str:
@@ -190,20 +207,36 @@ def _is_loopback(host: str) -> bool:
 
 
 def _address_outside() -> str | None:
-    """This machine's address towards other networks; None: it has no way there.
+    """This machine's address towards other networks, or its only one; None: it has none but the loopback's.
 
     Machine 0 may know its own name by an address of its loopback interface (Debian's 127.0.1.1), which the others do
     not see: they would wait for it until their time-out.
+
+    Raises:
+        ConfigError: there are several, and no route says which.
     """
-    try:
+    with suppress(OSError):
         return source_address(ELSEWHERE)
-    except OSError:
-        return None
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = {
+        name: info.address
+        for name, infos in psutil.net_if_addrs().items()
+        for info in infos
+        if name in up and info.family == socket.AF_INET and not is_loopback(info.address)
+    }
+    if len(found) > 1:
+        raise ConfigError(
+            "cluster.interface",
+            f"{socket.gethostname()} knows its own name as a loopback address, and there are {', '.join(found)}",
+            remedy="name the one that the other machines reach",
+        )
+    return next(iter(found.values()), None)
 
 
 NOT_SHARED = re.compile(
     r"(SLURM|SLURMD|PBS|LSB|KUBERNETES|VC|VK|PET|CROSSTUNE|TORCHELASTIC|XDG|SSH|LESS|LC)_.*|.*_(SERVICE|PORT)(_.*)?|"
     r".*_VISIBLE_DEVICES|XDL_IP|JOB_COMPLETION_INDEX|"
+    r"(GLOO|NCCL|HCCL)_SOCKET_IFNAME|(DBUS|SYSTEMD|INVOCATION|JOURNAL)_.*|KRB5CCNAME|"
     r"(PWD|OLDPWD|HOME|HOSTNAME|SHLVL|_|TERM|TMPDIR|USER|LOGNAME|MAIL|SHELL|LANG|LS_COLORS|PS1)"
 )
 """Variables in which machines of one job rightly differ."""
@@ -218,37 +251,52 @@ def what_ranks_see(spec: LaunchSpec, environment: Mapping[str, str]) -> dict[str
 
 @contextmanager
 def copied_to(path: Path) -> Iterator[None]:
-    """What this process and its children print goes to a file as well."""
+    """What this process and its children print goes to a file as well.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise StorageError(str(path), f"cannot be written: {error.strerror}") from None
     read, write = os.pipe()
     before = [os.dup(1), os.dup(2)]
-    with path.open("ab", buffering=0) as file:
-        thread = threading.Thread(target=_copy, args=(read, before[0], file.fileno()), name="output", daemon=True)
-        thread.start()
-        try:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os.dup2(write, 1)
-            os.dup2(write, 2)
-            os.close(write)
-            yield
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            for number, original in zip((1, 2), before, strict=True):
-                os.dup2(original, number)
-            # A child that outlives us would hold the pipe open: it is not waited for.
-            thread.join(timeout=5)
-    for original in before:
-        os.close(original)
+    # Numbers of its own, which it closes: it may outlive us by a child that holds the pipe open.
+    thread = threading.Thread(target=_copy, args=(read, os.dup(1), file), name="output", daemon=True)
+    thread.start()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.close(write)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, original in zip((1, 2), before, strict=True):
+            os.dup2(original, number)
+            os.close(original)
+        thread.join(timeout=5)
 
 
 def _copy(source: int, *targets: int) -> None:
     while data := os.read(source, 65536):
         for target in targets:
-            try:
-                os.write(target, data)
-            except OSError:  # whoever listened has gone; the file goes on
-                continue
+            with suppress(OSError):  # whoever listened has gone, or a disk is full; the other goes on
+                _write_all(target, data)
+    for number in (source, *targets):
+        os.close(number)
+
+
+def _write_all(target: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(target, rest) :]
+        except BlockingIOError:  # a terminal that another process has set so
+            select.select([], [target], [])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ NODE, ATTEMPT, MASTER = "CROSSTUNE_NODE", "CROSSTUNE_ATTEMPT", "CROSSTUNE_MASTER
 """Variables by which a launcher tells `launchers.node` the machine's number from 0, the attempt's number from 0, and
 the address of machine 0."""
 NAME = re.compile(r"[^a-z0-9]+")
+FIRST_PORT, PORTS = 20_000, 9_000
 NAME_LENGTH = 40
 """Schedulers put names into host names, which end at 63 characters."""
 
@@ -51,7 +52,7 @@ class LaunchSpec:
     environment: Mapping[str, str]
     """Of every process, over what the machine's own environment has."""
     secrets: tuple[str, ...]
-    """Names of variables that the launcher hands over, whose values are written nowhere."""
+    """Names of variables that the launcher hands over; crosstune writes their values nowhere."""
     setup: tuple[str, ...]
     """Shell scripts that each machine sources first."""
     python: str | None
@@ -105,8 +106,12 @@ def make_spec(command: str, cfg: TrainConfig, launch: LaunchConfig, request: Pat
         stamp: makes the job's name its own, such as date and time.
 
     Raises:
-        ConfigError: a secret has no value here.
+        ConfigError: a secret has no value here, or the working folder has been removed.
     """
+    try:
+        working_dir = Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the working folder", "has been removed", remedy="launch from one that is there") from None
     missing = [n for n in launch.secrets if n not in os.environ and not launch.launcher.keeps_secret(n)]
     if missing:
         raise ConfigError("secrets", f"not set in this environment: {', '.join(missing)}", remedy="export them first")
@@ -118,16 +123,16 @@ def make_spec(command: str, cfg: TrainConfig, launch: LaunchConfig, request: Pat
         command=command,
         request=str(request),
         run_dir=str(cfg.run_dir),
-        working_dir=str(Path.cwd()),
+        working_dir=str(working_dir),
         nodes=launch.nodes,
         nproc=cfg.nproc,
         threads=cfg.device.threads,
         environment={**cluster.environment, **launch.environment},
         secrets=tuple(launch.secrets),
-        setup=tuple(cluster.setup),
+        setup=tuple(str(working_dir / Path(script).expanduser()) for script in cluster.setup),
         python=launch.python,
         interface=cluster.interface,
-        master_port=launch.master_port,
+        master_port=launch.master_port or drawn_port(f"{stamp} {cfg.run_dir}"),
         cpus=launch.cpus,
         memory_gib=launch.memory_gib,
         devices=(cluster.devices_per_node or cfg.nproc) if asks else 0,
@@ -135,6 +140,14 @@ def make_spec(command: str, cfg: TrainConfig, launch: LaunchConfig, request: Pat
         restarts=launch.restarts,
         grace_seconds=cfg.guard.grace_seconds,
     )
+
+
+def drawn_port(text: str) -> int:
+    """A port for a job's rendezvous, below those that systems give out by themselves (from 32,768 on).
+
+    Jobs that share a machine must not meet at one port: the ranks of one would join the other's.
+    """
+    return FIRST_PORT + int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % PORTS
 
 
 def this_python() -> str:

@@ -3,53 +3,75 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from configs.compose import build, load_resolved
-from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, RunFailedError
 from configs.schema.launch import LaunchConfig
 from launchers.base import Launcher
 from launchers.failure import last_step
-from launchers.job import Job, JobFolder, Mark, State, root_cause, state_of
+from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
 
 Result = dict[str, Any]
+UNKNOWN = "unknown"
+"""In place of a state, while the scheduler does not answer."""
 LAST_LINES = 12
 """Of the log of the rank that failed first."""
+LAST_BYTES = 1 << 16
 
 
 def status(run_dir: Path) -> Result:
-    """`crosstune status RUN`: the job's state, its machines, and the earliest fault of an attempt that failed."""
+    """`crosstune status RUN`: the job's state, its machines, and the earliest fault of an attempt that failed.
+
+    Of a job whose scheduler does not answer it tells what lies in the folder, with exit code 3.
+    """
+    if runs := runs_of_sweep(run_dir):
+        return {"jobs": [{"run_dir": str(run), **status(run)} for run in runs]}
     folder = JobFolder.of_run(existing_launch(run_dir))
     job, launcher = opened(folder)
-    report, marks = launcher.report(job, folder), folder.marks()
-    state = state_of(report, marks, job.spec.nodes, cancelled=folder.cancelled)
-    print(f"{state.value}: {job.spec.name}" + (f" ({report.detail})" if report.detail else ""))
+    try:
+        report = launcher.report(job, folder)
+    except RunFailedError as error:
+        return _told(job, folder, Report(Word.unknown, f"{error.where}: {error.found}"), UNKNOWN) | {
+            "exit_code": error.exit_code
+        }
+    state = state_of(report, folder.marks(), job.spec.nodes, cancelled=folder.cancelled)
+    return _told(job, folder, report, state.value)
+
+
+def _told(job: Job, folder: JobFolder, report: Report, state: str) -> Result:
+    marks = folder.marks()
+    print(f"{state}: {job.spec.name}" + (f" ({report.detail})" if report.detail else ""))
     attempt = marks[0].attempt if marks else job.attempt
     step, total = _progress(folder.run_dir)
     if step:
         print(f"  step {step:,}{f' of {total:,}' if total else ''}, attempt {attempt}")
+    over = state != UNKNOWN and report.word not in (Word.pending, Word.running)
     for mark in marks:
-        print(f"  {_line(mark)}")
+        print(f"  {_line(mark, over)}")
     _tell_differences(marks)
+    if over and state != State.succeeded.value:
+        print(f"  crosstune resume {shlex.quote(str(folder.run_dir))} starts it again")
     result: Result = {
-        "state": state.value,
+        "state": state,
         "detail": report.detail,
         "attempt": attempt,
         "step": step,
         "nodes": [asdict(mark) for mark in marks],
     }
     badly = any(mark.exit_code not in (None, EXIT_DONE, EXIT_RESUMABLE) for mark in marks)
-    if badly or state in (State.failed, State.lost):  # also of an attempt after which it waits to be started again
+    if badly or state in (State.failed.value, State.lost.value):  # also before the next attempt begins
         result["cause"] = _tell_cause(folder, marks)
     return result
 
 
-def _line(mark: Mark) -> str:
+def _line(mark: Mark, job_ended: bool) -> str:
     if mark.ended is None:
-        ending = "at work"
+        ending = "did not say how it ended" if job_ended else "at work"
     else:
         ending = f"exit code {mark.exit_code} after {mark.ended - mark.began:.0f} s"
     return f"node {mark.node} on {mark.host}: {ending}"
@@ -74,11 +96,17 @@ def _tell_cause(folder: JobFolder, marks: Sequence[Mark]) -> Result | None:
     print("    " + error.render().replace("\n", "\n    "))
     log = folder.logs(mark.attempt, mark.node) / "workers" / f"rank{rank}.log"
     log = log if rank and log.is_file() else folder.output(mark.attempt, mark.node)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+    lines = _last_lines(log) if log.is_file() else []
     if lines:
         print(f"  the end of {log}:")
         print("\n".join(f"    {line}" for line in lines))
     return {"node": mark.node, "host": mark.host, "rank": rank, "error": error.render(), "log": str(log)}
+
+
+def _last_lines(log: Path) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST_BYTES))
+        return file.read().decode("utf-8", errors="replace").splitlines()[-LAST_LINES:]
 
 
 def _progress(run_dir: Path) -> tuple[int, int]:
@@ -95,13 +123,18 @@ def logs(run_dir: Path, *, node: int, follow: bool) -> Result:
     job, launcher = opened(folder)
     if node >= job.spec.nodes:
         raise ConfigError("--node", str(node), allowed=f"0 to {job.spec.nodes - 1}")
+    line = None
     for line in launcher.log(job, folder, node, follow=follow):
         print(line, flush=follow)
+    if line is None:
+        print(f"node {node} has printed nothing", file=sys.stderr)
     return {"node": node}
 
 
 def cancel(run_dir: Path, *, hard: bool) -> Result:
     """`crosstune cancel [--hard] RUN`: the run saves and ends; with --hard it ends at once."""
+    if runs := runs_of_sweep(run_dir):
+        return {"jobs": [{"run_dir": str(run), **cancel(run, hard=hard)} for run in runs]}
     folder = JobFolder.of_run(existing_launch(run_dir))
     job, launcher = opened(folder)
     if launcher.is_over(job, folder):
@@ -111,6 +144,13 @@ def cancel(run_dir: Path, *, hard: bool) -> Result:
     launcher.cancel(job, folder, hard=hard)
     print("ending" if hard else f"ending with a save; crosstune cancel --hard {shlex.quote(str(run_dir))} ends at once")
     return {"cancelled": True}
+
+
+def runs_of_sweep(parent: Path) -> list[Path]:
+    """The launched runs below the folder of a sweep, in order; none: it is another folder."""
+    if JobFolder.of_run(parent).file.is_file():
+        return []
+    return sorted(file.parent.parent for file in parent.resolve().glob("[0-9]*/launch/job.json"))
 
 
 def existing_launch(run_dir: Path) -> Path:

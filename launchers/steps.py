@@ -97,15 +97,23 @@ def resumable(folder: Path, *, worker: bool = False) -> Iterator[None]:
         raise StoppedError(str(folder), "stopped at once", remedy=way_on) from None
 
 
-def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | None = None) -> TrainConfig:
+def resumed_config(
+    folder: Path, overrides: list[str], *, config_dir: Path | None = None, begun_as: Path | None = None
+) -> TrainConfig:
     """The config that a run goes on with.
+
+    Args:
+        folder: of the run.
+        overrides: what is to change on the way.
+        config_dir: folder with group options of the user's own.
+        begun_as: the config of a job that ended before the run wrote its own.
 
     Raises:
         CheckpointError: not a run.
         ConfigError: an override would change what the run computes.
     """
-    folder = existing_run(folder)
-    cfg = load_resolved(folder / "resolved.yaml")
+    folder = folder.resolve() if begun_as else existing_run(folder)
+    cfg = load_resolved(begun_as or folder / "resolved.yaml")
     if not isinstance(cfg, TrainConfig):
         raise CheckpointError(str(folder / "resolved.yaml"), f"a {type(cfg).__name__}, nothing that trains")
     keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
@@ -118,7 +126,7 @@ def resumed_config(folder: Path, overrides: list[str], *, config_dir: Path | Non
                 remedy="start a new run",
             )
     cfg = amend(cfg, overrides, config_dir=config_dir) if overrides else cfg
-    if ALSO_WITH_LORA in keys:
+    if ALSO_WITH_LORA in keys and not begun_as:
         _run_folder(folder).read_record().precision_from_here(cfg.model.precision)
     return replace(cfg, run_dir=str(folder))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT, RunFailedError
@@ -17,9 +19,13 @@ class StopSignals:
     """The stop signals that this command gets: a context manager of the main thread.
 
     Whoever runs an attempt passes them on.
+
+    Args:
+        note: what the user is told at the first one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = "") -> None:
+        self.note = note
         self.heard: list[int] = []
         """Numbers, in order."""
 
@@ -33,6 +39,17 @@ class StopSignals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard.append(number)
+        if self.note and len(self.heard) == 1:
+            os.write(2, f"crosstune: {self.note}\n".encode())  # print is not for signal handlers
+
+
+@contextmanager
+def deferred_stops() -> Iterator[None]:
+    """Lets a stop signal of this command wait until the end of what must not be left half done."""
+    with StopSignals(note="stops as soon as it is known what became of the job") as stops:
+        yield
+    for number in stops.heard[:1]:
+        signal.raise_signal(number)
 
 
 def supervise(
@@ -61,7 +78,11 @@ def supervise(
     """
     newest = newest or newest_step
     steps, last = newest(folder), job.attempt + job.spec.restarts
+    code = EXIT_DONE
     for attempt in range(job.attempt, last + 1):
+        if stops.heard:  # before anything was started
+            code = code or 128 + stops.heard[0]
+            break
         code = start(attempt)
         if code in (EXIT_DONE, EXIT_USER_FAULT) or stops.heard or folder.cancelled:
             break
@@ -91,9 +112,12 @@ def failed(folder: JobFolder, code: int) -> RunFailedError:
         folder: of the job.
         code: exit code of its last attempt, which the error takes on.
     """
-    cause = root_cause(folder.marks())
+    cause = root_cause(marks := folder.marks())
     if cause is None:
-        error = RunFailedError(str(folder.run_dir), f"ended with exit code {code} on a machine that left no word")
+        told = ", ".join(f"{mark.exit_code} on {mark.host}" for mark in marks if mark.exit_code)
+        error = RunFailedError(
+            str(folder.run_dir), f"ended with exit code {told or f'{code} on a machine that left no word'}"
+        )
     else:
         mark, fault = cause
         rank = (mark.fault or {}).get("rank")

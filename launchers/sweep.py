@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from configs.errors import ConfigError
+from configs.schema.launch import LaunchConfig
 from configs.schema.roots import TrainConfig
 from launchers.run_dir import with_run_dir
 
@@ -65,6 +66,8 @@ def configs_of(words: Sequence[str], compose: Callable[[list[str]], TrainConfig]
         CrosstuneError: a run's config is at fault.
     """
     runs = expand(words)
+    if len({key_value for run in runs for key_value in run if key_value.startswith("run_dir=")}) > 1:
+        raise ConfigError("run_dir", "several values", remedy="one: the runs' folders are numbered below it")
     first = compose(runs[0])
     parent = Path(str(with_run_dir(replace(first, name=f"{first.name}-sweep")).run_dir))
     configs = [replace(compose(run), run_dir=str(parent / f"{number:03}")) for number, run in enumerate(runs)]
@@ -78,6 +81,8 @@ def swept(words: Sequence[str], run: Sequence[str]) -> list[str]:
     return [each for word, each in zip(words, run, strict=True) if word != each]
 
 
-def own_port(first: int, number: int) -> int:
-    """The rendezvous port of a sweep's run, from that of the first; both in the range that `master_port` may be in."""
-    return 1024 + (first - 1024 + PORTS_PER_RUN * (number % PORT_RANGES)) % (65001 - 1024)
+def with_own_port(options: LaunchConfig, number: int) -> LaunchConfig:
+    """The launch of a sweep's run: its rendezvous port counted on from that of the first, if that was named."""
+    first = options.master_port
+    port = 1024 + (first - 1024 + PORTS_PER_RUN * (number % PORT_RANGES)) % (65001 - 1024)
+    return replace(options, master_port=port) if first else options

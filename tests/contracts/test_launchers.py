@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from configs.compose import compose
-from launchers import launch
+from launchers import launch, submit
 from launchers.node import NOT_SHARED
 from tests.fake_kubelet import expanded, field_of
 from tests.unit.test_kubernetes_render import pods_of
@@ -100,12 +100,12 @@ class Home:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def by_command(home: Home, planned: launch.Plan, words: list[str]) -> None:
+def by_command(home: Home, planned: submit.Plan, words: list[str]) -> None:
     """A launcher that stays in the foreground: the real command."""
     home.run([sys.executable, "-P", "-m", "launchers.cli", *words], cwd=home.folder)
 
 
-def by_slurm(home: Home, planned: launch.Plan, words: list[str]) -> None:
+def by_slurm(home: Home, planned: submit.Plan, words: list[str]) -> None:
     nodes = str(planned.job.spec.nodes)
     home.run(
         ["bash", "job.sbatch"],
@@ -116,7 +116,7 @@ def by_slurm(home: Home, planned: launch.Plan, words: list[str]) -> None:
     )
 
 
-def by_kubernetes(home: Home, planned: launch.Plan, words: list[str]) -> None:
+def by_kubernetes(home: Home, planned: submit.Plan, words: list[str]) -> None:
     """The container's own command, once for each pod, with what manifest and controller give it."""
     templates = pods_of(planned.launcher, planned.job.spec)
     for node in range(planned.job.spec.nodes):
@@ -142,7 +142,7 @@ def value_of(variable: dict[str, Any], pod: dict[str, Any], known: dict[str, str
 
 
 KUBERNETES = ["launcher.image=i", "launcher.secret_refs={TOKEN: s/k}"]
-LAUNCHERS: dict[str, tuple[list[str], Callable[[Home, launch.Plan, list[str]], None]]] = {
+LAUNCHERS: dict[str, tuple[list[str], Callable[[Home, submit.Plan, list[str]], None]]] = {
     "local": ([], by_command),
     "ssh": (["launcher.hosts=[n0]"], by_command),
     "slurm": (["launcher.export=[PATH,HOME,PYTHONPATH]"], by_slurm),
@@ -163,7 +163,7 @@ def ranks_under(name: str, nodes: int, folder: Path, monkeypatch: pytest.MonkeyP
     more, start = LAUNCHERS[name]
     more = [*more, f"launcher.claims={{{folder}: claim}}"] if more is KUBERNETES else more
     ours = [f"launcher={name}", f"nodes={nodes}", "secrets=[TOKEN]", f"python={sys.executable}", *more]
-    ours += ["cluster.interface=lo", "check=false", "restarts=0"]
+    ours += ["cluster.interface=lo", "check=false", "restarts=0", "master_port=24567"]
     theirs = [*("model.path=m", "dataset.path=d", "device.threads=3"), f"nproc={NPROC}", f"run_dir={run}"]
     variables = {"RANKS": str(home.ranks), "NASTY": NASTY}
     ours += ["cluster=ascend"] if name == "ascendjob" else []
@@ -173,7 +173,8 @@ def ranks_under(name: str, nodes: int, folder: Path, monkeypatch: pytest.MonkeyP
     if start is by_command:
         words = ["launch", "train", *ours, *theirs, *[f"+environment.{k}={hydra(v)}" for k, v in variables.items()]]
     else:
-        launch._write(planned)
+        with submit.alone_with(planned.folder):
+            submit.write(planned)
         words = []
     start(home, planned, words)
     found = [json.loads((home.ranks / f"{rank}.json").read_text()) for rank in range(nodes * NPROC)]
@@ -186,10 +187,10 @@ def hydra(value: str) -> str:
 
 
 def comparable(rank: dict[str, Any]) -> dict[str, Any]:
-    """Without what rightly differs between machines and schedulers, and the time of the start."""
+    """Without what rightly differs between machines and schedulers: the time of the start, a lone machine's port."""
     own = {"CROSSTUNE_STARTED", "CROSSTUNE_MASTER", "BASH_FUNC_machine%%"}
     kept = {k: v for k, v in rank["environment"].items() if not NOT_SHARED.fullmatch(k) and k not in own}
-    return rank | {"environment": kept}
+    return rank | {"environment": kept, "port": rank["port"] if rank["world"] > NPROC else None}
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

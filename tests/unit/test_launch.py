@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,17 +17,17 @@ from typing import Any
 import pytest
 
 from configs.compose import compose, load_resolved
-from configs.errors import CheckpointError, ConfigError, ErrorGroup
+from configs.errors import CheckpointError, ConfigError, ErrorGroup, RunFailedError
 from configs.schema.launch import LaunchConfig
-from launchers import launch, node
-from launchers.base import Launcher, tail, with_setup
+from launchers import launch, launch_words, node, status, submit
+from launchers.base import Launcher, UnknownOutcomeError, tail, with_setup
 from launchers.command_line import parse
 from launchers.failure import from_json
 from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
 from launchers.node import AUTO, copied_to, place, what_ranks_see
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash, make_spec
 from launchers.supervise import StopSignals, supervise
-from launchers.sweep import configs_of
+from launchers.sweep import configs_of, with_own_port
 
 NASTY = "a b'c\"d$(touch /tmp/never)`x`\n\\e;&é"
 
@@ -54,7 +55,7 @@ def fault(kind: str, time: float, rank: int | None = 0) -> dict[str, Any]:
 
 def test_words_of_the_launch_are_told_from_those_of_the_step() -> None:
     words = ["nodes=2", "launcher.x=1", "cluster=ascend", "model.path=m", "+environment.A=1", "nproc=8", "~secrets"]
-    assert launch.split_words(words) == (
+    assert launch_words.split_words(words) == (
         ["nodes=2", "launcher.x=1", "cluster=ascend", "+environment.A=1", "~secrets"],
         ["model.path=m", "nproc=8"],
     )
@@ -271,13 +272,15 @@ def test_a_way_to_the_first_machine_has_an_interface() -> None:
 
 def test_machine_0_takes_the_interface_that_others_see_though_its_own_name_is_a_loopback_address(monkeypatch) -> None:
     """Debian writes 127.0.1.1 and the machine's name into /etc/hosts."""
-    Address, seen = SimpleNamespace, {"n0": "127.0.1.1", node.ELSEWHERE: "10.0.0.5"}
-    addresses = {
-        "lo": [Address(address="127.0.0.1"), Address(address="127.0.1.1")],
-        "ib0": [Address(address="10.0.0.5")],
-    }
+
+    def address(text: str) -> SimpleNamespace:
+        return SimpleNamespace(address=text, family=socket.AF_INET)
+
+    seen = {"n0": "127.0.1.1", node.ELSEWHERE: "10.0.0.5"}
+    addresses = {"lo": [address("127.0.0.1"), address("127.0.1.1")], "ib0": [address("10.0.0.5")]}
     monkeypatch.setattr(node, "source_address", lambda host: seen[host])
     monkeypatch.setattr(node.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(node.psutil, "net_if_stats", lambda: {name: SimpleNamespace(isup=True) for name in addresses})
     assert node.interface_to("n0") == "ib0"
 
     def no_way(host: str) -> str:
@@ -285,7 +288,12 @@ def test_machine_0_takes_the_interface_that_others_see_though_its_own_name_is_a_
             raise OSError("Network is unreachable")
         return seen[host]
 
-    monkeypatch.setattr(node, "source_address", no_way)
+    monkeypatch.setattr(node, "source_address", no_way)  # a cluster's network without a way out
+    assert node.interface_to("n0") == "ib0"
+    addresses["eth0"] = [address("192.168.0.5")]
+    with pytest.raises(ConfigError, match="ib0, eth0"):
+        node.interface_to("n0")
+    del addresses["ib0"], addresses["eth0"]
     assert node.interface_to("n0") == "lo"
 
 
@@ -338,10 +346,129 @@ def test_a_resume_takes_words_of_the_launch_and_a_refused_one_leaves_all_as_it_w
     assert not folder.cancelled
 
 
+def job_of(run: Path, *words: str) -> submit.Plan:
+    cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={run}"])
+    return launch.plan("train", cfg, options(f"launcher._target_={__name__}.Scheduler", *words))
+
+
+def test_a_folder_takes_another_job_only_when_the_first_has_ended(tmp_path: Path, monkeypatch) -> None:
+    launch.launch(job_of(tmp_path / "r"))
+    folder = JobFolder.of_run(tmp_path / "r")
+    first = folder.file.read_bytes()
+    with pytest.raises(ConfigError, match="the job has not ended"):
+        launch.launch(job_of(tmp_path / "r"))
+    with submit.alone_with(folder), pytest.raises(ConfigError, match="another crosstune is just starting a job"):
+        launch.launch(job_of(tmp_path / "r"))
+    assert folder.file.read_bytes() == first
+    monkeypatch.setattr(Scheduler, "word", Word.ended)
+    folder.mark(mark(0, 2, fault=fault("DataError", 1.0)))
+    folder.ask_to_cancel()
+    launch.launch(job_of(tmp_path / "r"))
+    assert folder.read().attempt == 1 and not folder.cancelled, "what the first one left is of another attempt"
+
+
+def test_a_job_of_which_nothing_is_known_keeps_its_folder_and_a_refused_one_leaves_none(tmp_path, monkeypatch) -> None:
+    def silent(self: Launcher, job: Job, folder: JobFolder) -> dict[str, Any]:
+        raise UnknownOutcomeError("scheduler", "no answer")
+
+    monkeypatch.setattr(Scheduler, "submit", silent)
+    with pytest.raises(UnknownOutcomeError):
+        launch.launch(job_of(tmp_path / "r"))
+    assert JobFolder.of_run(tmp_path / "r").read().handle == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(Scheduler, "room", 0)
+    (tmp_path / "sweep" / "001" / "checkpoints").mkdir(parents=True)  # a run of another day
+    for error, plans in (
+        ("is full", [job_of(tmp_path / "q")]),
+        ("holds a run already", [job_of(tmp_path / "sweep" / name) for name in ("000", "001")]),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            launch.launch_all(plans)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "r/" not in f"{path}/") == [
+        "sweep",
+        "sweep/001",
+        "sweep/001/checkpoints",
+    ]
+
+
+def test_a_stop_waits_until_the_job_has_its_handle(tmp_path: Path, monkeypatch, capfd) -> None:
+    def stopped(self: Launcher, job: Job, folder: JobFolder) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        return {"id": "17"}
+
+    monkeypatch.setattr(Scheduler, "submit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch(job_of(tmp_path / "r"))
+    assert JobFolder.of_run(tmp_path / "r").read().handle == {"id": "17"}
+    assert "stops as soon as it is known" in capfd.readouterr().err
+
+
+def test_status_without_a_scheduler_tells_what_lies_in_the_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    launch.launch(job_of(tmp_path / "s" / "000"))
+    folder = JobFolder.of_run(tmp_path / "s" / "000")
+    folder.mark(mark(0, 3, fault=fault("RunFailedError", 1.0, rank=5)))
+    monkeypatch.setattr(Scheduler, "silent", True)
+    found = status.status(folder.run_dir)
+    assert (found["state"], found["exit_code"], found["cause"]["rank"]) == ("unknown", 3, 5)
+    monkeypatch.setattr(Scheduler, "silent", False)
+    assert status.status(tmp_path / "s")["jobs"][0]["state"] == "running"  # of a sweep's folder: its runs
+    capsys.readouterr()
+    monkeypatch.setattr(Scheduler, "word", Word.unknown)
+    folder.mark(replace(mark(0), fault={"rank": 0, "errors": [{"of": "another version"}]}))
+    assert status.status(folder.run_dir)["state"] == "lost"
+    told = capsys.readouterr().out
+    assert "did not say how it ended" in told and f"crosstune resume {folder.run_dir} starts it again" in told
+
+
+def test_a_log_goes_on_while_the_scheduler_is_away(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("launchers.base.LOOK_SECONDS", 0.0)
+    planned, polls = job_of(tmp_path / "r"), iter([RunFailedError("scontrol", "no answer"), True])
+    output = planned.folder.output(0, 0)
+    output.parent.mkdir(parents=True)
+    output.write_text("one\n")
+
+    def over(job: Job, folder: JobFolder) -> bool:
+        answer = next(polls)
+        if isinstance(answer, Exception):
+            with output.open("a") as file:
+                file.write("two\n")
+            raise answer
+        return bool(answer)
+
+    monkeypatch.setattr(planned.launcher, "is_over", over)
+    assert list(planned.launcher.log(planned.job, planned.folder, 0, follow=True)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["node=2"], "nodes"),
+        (["launchr=slurm"], "launcher"),
+        (["restart=0"], "restarts"),
+        (["time_limit=10"], "time_limit_minutes"),
+        (["interface=eth0"], "cluster.interface"),
+    ],
+)
+def test_a_misspelt_word_of_the_launch_is_not_sought_among_the_steps(words: list[str], meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launch_words.check_words("train", [*words, "model.path=m", "max_steps=1", "+experiment=x"], options())
+    assert caught.value.where == words[0].partition("=")[0] and f"did you mean {meant}=...?" in str(caught.value.remedy)
+    launch_words.check_words("train", ["modle.path=m"], options())  # the step's own, which it tells better
+
+
+def test_jobs_have_rendezvous_ports_of_their_own() -> None:
+    specs = [spec(Path(f"/runs/{number}")) for number in range(50)]
+    ports = {each.master_port for each in specs}
+    assert len(ports) > 45 and all(20_000 <= port < 29_000 for port in ports)
+    assert spec(Path("/runs/1")).master_port == specs[1].master_port, "the same on every machine"
+    swept = [with_own_port(options("master_port=30000"), number).master_port for number in range(3)]
+    assert swept == [30000, 30010, 30020] and with_own_port(options(), 2).master_port == 0
+
+
 class Scheduler(Launcher):
     """Takes so many jobs."""
 
-    name, room, word = "fake", 100, Word.running
+    name, room, word, silent = "fake", 100, Word.running, False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -357,6 +484,8 @@ class Scheduler(Launcher):
         return {"id": str(self.taken - 1)}
 
     def report(self, job: Job, folder: JobFolder) -> Report:
+        if self.silent:
+            raise RunFailedError("scheduler", "no answer")
         return Report(self.word)
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
