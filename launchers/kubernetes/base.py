@@ -17,7 +17,7 @@ import yaml
 from configs.errors import ConfigError, CrosstuneError
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
-from launchers.base import Launcher, tail
+from launchers.base import Launcher, UnknownOutcomeError, tail
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes import pods as told
@@ -123,21 +123,26 @@ class KubernetesLauncher(Launcher):
 
         Raises:
             CrosstuneError: one was refused, and none is left.
-            LostError: the server does not answer, and there may be some.
+            LostError: the server does not answer, and none was made.
+            UnknownOutcomeError: it did not answer, and there may be some.
         """
         made: list[tuple[Resource, str]] = []
+        asked = False
         try:
             for manifest in manifests:
                 kind = self.others.get(manifest["kind"], self.resource)
                 self._try(kind, manifest)
+                asked = True
                 created = self.api.create(kind, manifest)
                 made.append((kind, manifest["metadata"]["name"]))
             owner = self._as_owner(created)
             for kind, each in made[:-1]:
                 self.api.patch(kind, each, {"metadata": {"ownerReferences": [owner]}})
         except LostError as error:
+            if not asked:
+                raise
             remedy = f"{error.remedy}; what may be there: {self.by_hand(manifests[-1]['metadata']['name'])}"
-            raise LostError(error.where, error.found, remedy=remedy) from None
+            raise UnknownOutcomeError(error.where, error.found, remedy=remedy) from None
         except CrosstuneError:
             for kind, each in reversed(made):
                 with suppress(CrosstuneError):  # what was refused first is told
@@ -178,9 +183,7 @@ class KubernetesLauncher(Launcher):
 
     def report(self, job: Job, folder: JobFolder) -> Report:
         """See `Launcher.report`: the job's own conditions, with what its pods complain of."""
-        if not job.handle:
-            return Report(Word.unknown, "it was not submitted")
-        api, name = self.of_job(job), job.handle["name"]
+        api, name = self.of_job(job), name_of(job)
         found = api.get(self.resource, name)
         if found is None:
             return Report(Word.unknown, f"there is no {self.resource.kind} {name} in namespace {api.namespace}")
@@ -220,7 +223,7 @@ class KubernetesLauncher(Launcher):
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
         """See `Launcher.cancel`: the job is deleted, its pods get their time to save, or none."""
-        api, name = self.of_job(job), job.handle["name"]
+        api, name = self.of_job(job), name_of(job)
         api.delete(self.resource, name, at_once=hard)
         if hard:
             for pod in api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")[0]:
@@ -244,7 +247,7 @@ class KubernetesLauncher(Launcher):
         return folder.output(marks[0].attempt if marks else job.attempt, node)
 
     def _pod_lines(self, api: Api, job: Job, folder: JobFolder, node: int, follow: bool) -> Iterator[str]:
-        label, done = f"{JOB_LABEL}={job.handle.get('name', '')}", set[str]()
+        label, done = f"{JOB_LABEL}={name_of(job)}", set[str]()
 
         def fresh(pods: list[Manifest]) -> list[Manifest]:
             mine = [pod for pod in pods if self.node_of(pod) == node and told.started(pod)]
@@ -291,3 +294,8 @@ def _moment(text: str) -> str:
 def _age(moment: str) -> int:
     began = datetime.fromisoformat(FRACTION.sub(lambda match: f".{match[1][:6]}", moment).replace("Z", "+00:00"))
     return max(1, int(time.time() - began.timestamp()) + OVERLAP_SECONDS)
+
+
+def name_of(job: Job) -> str:
+    """What the cluster calls a job, also one of which it is not known whether it was made."""
+    return str(job.handle.get("name") or object_name(job.spec, job.attempt))

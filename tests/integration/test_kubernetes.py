@@ -18,7 +18,7 @@ import pytest
 
 from configs.compose import build, compose
 from configs.errors import ConfigError, CrosstuneError
-from launchers.base import Launcher
+from launchers.base import Launcher, UnknownOutcomeError
 from launchers.job import Job, JobFolder, Mark, State, Word, state_of
 from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.connection import ExistsError, LostError
@@ -168,6 +168,18 @@ def test_a_lost_answer_makes_no_second_job(how: int | str, cluster: Cluster, kub
     made = Submitted(kubeconfig, tmp_path).submit()
     assert len(cluster.all("jobs")) == 1 and made.job.handle["name"] == SPEC.name
     assert cluster.count("POST", fieldValidation="Strict") == 3  # a dry run, the lost one, the next
+
+
+def test_a_job_of_which_no_answer_came_is_found_by_its_name(cluster, kubeconfig: Path, tmp_path: Path) -> None:
+    answered = Fault("POST", r"/jobs\?fieldValidation=Strict$", "after")
+    cluster.faults += [answered, Fault("(GET|POST)", "/jobs", "before", times=1000)]
+    made = Submitted(kubeconfig, tmp_path, "volcano", "launcher.patience_seconds=1")
+    with pytest.raises(UnknownOutcomeError, match="what may be there: kubectl"):
+        made.submit()
+    cluster.faults.clear()
+    assert not made.job.handle and made.state() is State.pending
+    made.launcher.cancel(made.job, made.folder, hard=False)
+    assert not cluster.all("jobs") and made.word()[0] is Word.unknown
 
 
 def test_a_name_taken_by_another_is_not_taken_for_ours(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
