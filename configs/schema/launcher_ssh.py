@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
@@ -11,6 +12,37 @@ from configs.schema.launch import LauncherConfig
 
 HOST = re.compile(r"[^\s\x00-\x1f,/#-][^\s\x00-\x1f,/#]*")
 """A name, an address or ``user@name``; no dash first, which ssh would take for an option."""
+
+
+def check_host(where: str, name: str) -> None:
+    """Refuses what is no name of a machine.
+
+    Args:
+        where: the place that names it, for the message.
+        name: as it is written there.
+
+    Raises:
+        ConfigError: it is none; with what was probably meant.
+    """
+    machine, remedy = name.rpartition("@")[2], None
+    if re.search(r"\[.*[-,].*\]", machine):
+        remedy = "each machine by its name: a list has no ranges"
+    elif re.fullmatch(r"(\[.*\]|[^:]*):\d+", machine):
+        remedy = "launcher.port=N for all machines, or Port N under Host NAME in ~/.ssh/config"
+    elif "[" in machine:
+        remedy = "an address of IPv6 without brackets"
+    elif name.startswith("slots="):
+        remedy = "the name first: name slots=N"
+    elif HOST.fullmatch(name) and (":" not in machine or _is_ipv6(machine)):
+        return
+    raise ConfigError(where, f"'{name}'", allowed="name, user@name or an alias of ~/.ssh/config", remedy=remedy)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -47,13 +79,13 @@ class SshLauncherConfig(LauncherConfig):
         if self.hosts and self.hostfile is not None:
             raise ConfigError("launcher.hostfile", "and launcher.hosts are both set", remedy="name one of them")
         for host in self.hosts:
-            if not HOST.fullmatch(host):
-                raise ConfigError("launcher.hosts", f"'{host}'", allowed="name, user@name or an alias of ~/.ssh/config")
+            check_host("launcher.hosts", host)
         for key in ("hostfile", "master", "user", "config"):
             not_empty(f"launcher.{key}", getattr(self, key))
-        for key in ("master", "user"):
-            if (value := getattr(self, key)) is not None and not HOST.fullmatch(value):
-                raise ConfigError(f"launcher.{key}", f"'{value}'", allowed="a name without spaces")
+        if self.master is not None:
+            check_host("launcher.master", self.master)
+        if self.user is not None and not HOST.fullmatch(self.user):
+            raise ConfigError("launcher.user", f"'{self.user}'", allowed="a name without spaces")
         # A job is resumed from any folder.
         self.hostfile = self.hostfile and os.path.abspath(os.path.expanduser(self.hostfile))
         self.config = self.config and os.path.abspath(os.path.expanduser(self.config))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import ConfigError, CrosstuneError
-from configs.schema.launcher_ssh import HOST, SshLauncherConfig
+from configs.schema.launcher_ssh import SshLauncherConfig, check_host
 from launchers.spec import LaunchSpec
 
 LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?")
@@ -46,10 +46,13 @@ def parse_hostfile(text: str, source: str) -> tuple[list[Host], list[CrosstuneEr
             continue
         where = f"{source}:{number}"
         match = LINE.fullmatch(content)
-        if match is None or not HOST.fullmatch(match[1]):
-            faults.append(ConfigError(where, f"'{content}'", allowed="name slots=N, # comment"))
-        else:
+        try:
+            if match is None:
+                raise ConfigError(where, f"'{content}'", allowed="name slots=N, # comment")
+            check_host(where, match[1])
             hosts.append(Host(match[1], int(match[2]) if match[2] else None, where))
+        except ConfigError as fault:
+            faults.append(fault)
     return hosts, faults
 
 
@@ -58,15 +61,21 @@ def configured_hosts(cfg: SshLauncherConfig) -> tuple[list[Host], list[Crosstune
     if cfg.hostfile is None:
         return [Host(name, None, "launcher.hosts") for name in cfg.hosts], []
     try:
-        text = Path(cfg.hostfile).read_text(encoding="utf-8")
+        text = Path(cfg.hostfile).read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         return [], [ConfigError("launcher.hostfile", f"'{cfg.hostfile}' cannot be read: {reason}")]
     return parse_hostfile(text, cfg.hostfile)
 
 
-def host_faults(hosts: Sequence[Host], spec: LaunchSpec) -> list[CrosstuneError]:
-    """What speaks against running a job on these machines, as far as their names and slots tell."""
+def host_faults(hosts: Sequence[Host], spec: LaunchSpec, unread: int = 0) -> list[CrosstuneError]:
+    """What speaks against running a job on these machines, as far as their names and slots tell.
+
+    Args:
+        hosts: the machines.
+        spec: the job.
+        unread: how much was named besides that is not understood: nobody knows how many machines that is.
+    """
     faults: list[CrosstuneError] = []
     first: dict[str, Host] = {}
     for host in hosts:
@@ -77,11 +86,27 @@ def host_faults(hosts: Sequence[Host], spec: LaunchSpec) -> list[CrosstuneError]
         if host.slots is not None and host.slots < spec.nproc:
             found = f"{host.name} slots={host.slots}, but nproc={spec.nproc}"
             faults.append(ConfigError(host.where, found, remedy=f"nproc={host.slots}, or a machine with more slots"))
-    if len(first) < spec.nodes:
+    if len(first) < spec.nodes and not unread:
         named = f"{len(first)} machine{'' if len(first) == 1 else 's'} named, but nodes={spec.nodes}"
         remedy = "launcher.hosts=[n1,n2,...] or launcher.hostfile=FILE"
         faults.append(ConfigError("launcher.hosts", named, remedy=remedy if not first else None))
     return faults
+
+
+def idle_devices(hosts: Sequence[Host], nproc: int) -> str:
+    """What to tell a user whose machines have room for more processes than are asked for; empty: nothing.
+
+    Args:
+        hosts: those that the job runs on, without spares.
+        nproc: processes per machine.
+    """
+    slots = [host.slots for host in hosts if host.slots is not None]
+    if not slots or len(slots) < len(hosts) or min(slots) <= nproc:
+        return ""
+    room = f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    rest = f"{min(slots) - nproc} device{'s' if min(slots) - nproc > 1 else ''}"
+    least = "" if min(slots) == max(slots) else " or more"
+    return f"slots={room} per machine, nproc={nproc}: {rest}{least} stay idle; nproc={min(slots)} uses them"
 
 
 def to_hostfile(hosts: Sequence[Host], nodes: int) -> str:
