@@ -4,7 +4,8 @@ ssh starts it as ``python -c BOOTSTRAP``, which reads this very file from standa
 for it, and all of it is in one file. So it takes the standard library only, any Python from 3.8 on, and Linux. It runs
 `launchers.node`, whose Python and crosstune may be others than its own.
 
-Both ways goes one JSON object a line, behind the character RS that tells it from what a login shell may say (RFC 7464):
+Both ways goes one JSON object a line, behind the character RS that tells it from what a login shell may say (RFC 7464;
+no string in JSON has it unescaped):
 
     to the agent     check, start, beat, stop, kill
     from the agent   hello, note, fault, ready, line, mark, beat, ended
@@ -18,8 +19,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import selectors
@@ -46,13 +45,24 @@ END_SECONDS = 10
 GIVE_UP_SECONDS = 30
 """From SIGKILL until a process counts as one that cannot be killed: it sits in a driver or a dead file system."""
 PROBE_SECONDS = 120
+ANSWER_SECONDS = 5
+"""For another agent, which answers at once unless it is just looking (`Agent.check`)."""
 BACKLOG_BYTES = 1 << 20
 """Of output that the other end has not taken. More is left out here; it is in the machine's output.log."""
-PACKAGES = ("configs", "data_prep", "launchers", "train")
 
 
 class Fault(Exception):
     """What keeps this machine from taking part: place, finding, remedy."""
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The frame in a line; None: there is none. What a shell said last, without a newline, may stand before it."""
+    _, begun, text = line.rpartition(RS)
+    try:
+        frame = json.loads(text) if begun else None
+    except ValueError:
+        return None
+    return frame if isinstance(frame, dict) else None
 
 
 class Wire:
@@ -69,7 +79,7 @@ class Wire:
 
     def send(self, kind: str, **content: object) -> None:
         """A frame that must arrive."""
-        self._out += RS + json.dumps({"kind": kind, **content}).encode() + b"\n"
+        self._out += b"\n" + RS + json.dumps({"kind": kind, **content}).encode() + b"\n"
         self.flush()
 
     def send_line(self, text: str) -> None:
@@ -110,7 +120,7 @@ class Wire:
             return []
         self.heard = time.monotonic()
         *lines, self._in = (self._in + data).split(b"\n")
-        return [json.loads(line[1:]) for line in lines if line.startswith(RS)]
+        return [frame for frame in map(parse, lines) if frame]
 
 
 class Agent:
@@ -118,11 +128,10 @@ class Agent:
 
     Args:
         wire: to whoever asked for the job.
-        source: this file's text, for a process of the job's own Python.
     """
 
-    def __init__(self, wire: Wire, source: str) -> None:
-        self.wire, self.source = wire, source
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
         self.job: dict[str, Any] = {}
         """What `check` brought."""
         self.child: subprocess.Popen[bytes] | None = None
@@ -216,28 +225,22 @@ class Agent:
     def claim(self) -> None:
         """Makes this the machine's only agent of the job, once an earlier one has ended.
 
-        Its claim is an abstract socket, which vanishes with it. Asked through it, an agent that has lost its client
-        without knowing ends at once; one that knows is let save.
+        Its claim is an abstract socket, which vanishes with it. Asked through it, an agent that runs on ends at once:
+        it has lost its client without knowing, and the other machines with it. One that is ending is let save.
         """
         name = f"\0crosstune-{os.getuid()}-{hashlib.sha256(self.job['run_dir'].encode()).hexdigest()[:24]}"
-        said = False
-        while True:
-            listener = socket.socket(socket.AF_UNIX)
-            try:
-                listener.bind(name)
-                listener.listen(8)
-            except OSError as error:
-                listener.close()
-                if error.errno != errno.EADDRINUSE:
-                    raise Fault("agent", f"cannot claim the job here: {error.strerror}", None) from None
-            else:
-                break
+        answered, told = time.monotonic(), False
+        while (listener := _listen(name)) is None:
             holder = self._ask_holder(name)
-            if holder and holder["launch"] == self.job["launch"]:
+            if holder is None or "launch" in holder:
+                answered = time.monotonic()
+            else:
+                _refuse_silent(holder["pid"], time.monotonic() - answered)
+            if holder and holder.get("launch") == self.job["launch"]:
                 raise Fault("launcher.hosts", f"the same machine as node {holder['node']}", "name each machine once")
-            if holder and not said:
+            if holder and not told:
                 self.wire.send("note", text=f"waits for the earlier attempt's agent (process {holder['pid']}) to end")
-                said = True
+                told = True
             time.sleep(LOOK_SECONDS)
             self.wire.receive()
             if self.wire.ended:
@@ -246,22 +249,27 @@ class Agent:
         self.selector.register(listener, selectors.EVENT_READ, self._on_newer)
 
     def _ask_holder(self, name: str) -> dict[str, Any] | None:
+        """What the holder of the claim says; its ``pid`` alone where it says nothing in time; None: it is ending."""
         with socket.socket(socket.AF_UNIX) as other:
-            other.settimeout(5)
+            other.settimeout(ANSWER_SECONDS)
             try:
                 other.connect(name)
-                if _uid_of(other) != os.getuid():
+                pid, user = _peer_of(other)
+                if user != os.getuid():
                     raise Fault("agent", "the job's name is held here by another user", None)
                 other.sendall(self.job["launch"].encode())
-                answer: dict[str, Any] = json.loads(other.recv(4096))
+                try:
+                    answer: dict[str, Any] = json.loads(other.recv(4096))
+                except socket.timeout:  # noqa: UP041 - before Python 3.10 it is no TimeoutError
+                    answer = {"pid": pid}
                 return answer
-            except (OSError, ValueError):  # it ended meanwhile, or is busy ending
+            except (OSError, ValueError):
                 return None
 
     def _on_newer(self) -> None:
         assert self.listener is not None
         with self.listener.accept()[0] as other:
-            if _uid_of(other) != os.getuid():
+            if _peer_of(other)[1] != os.getuid():
                 return
             other.settimeout(2)
             try:
@@ -270,7 +278,7 @@ class Agent:
                 other.sendall(json.dumps(answer).encode())
             except OSError:
                 return
-        if launch != self.job["launch"] and self.why != "gone":
+        if launch != self.job["launch"] and self.stage == 0:
             self.stop(signal.SIGTERM, "replaced")
             self.deadline = min(self.deadline, self.since + REPEAT_SECONDS)
 
@@ -296,7 +304,7 @@ class Agent:
             raise Fault("launcher.master", found, "launcher.master=ADDRESS that all machines know") from None
 
     def _check_python(self) -> None:
-        """What the job's own Python has; this file is its program."""
+        """Which crosstune the job's own Python has."""
         command, job = self.job["probe"], self.job
         for file in job["setup"]:
             if not os.path.isfile(os.path.join(job["working_dir"], file)):
@@ -304,7 +312,7 @@ class Agent:
         try:
             done = subprocess.run(
                 command,
-                input=self.source.encode(),
+                input=job["program"].encode(),
                 env={**os.environ, **job["environment"]},
                 cwd=job["working_dir"],
                 capture_output=True,
@@ -315,17 +323,19 @@ class Agent:
         except NotADirectoryError:
             return  # told by `_check_folder`
         except FileNotFoundError as error:
-            if error.filename != job["working_dir"]:
-                raise Fault("python", f"no '{job['python']}'", "python=PATH of one that has crosstune") from None
-            return
+            if error.filename == job["working_dir"]:
+                return
+            if error.filename != job["python"]:
+                raise Fault("cluster.setup", f"no '{error.filename}', which reads it", "install it there") from None
+            raise Fault("python", f"no '{job['python']}'", "python=PATH of one that has crosstune") from None
         except OSError as error:
             raise Fault("python", f"'{job['python']}' cannot be run: {error.strerror}", None) from None
-        answers = [line for line in done.stdout.split(b"\n") if line.startswith(RS)]
+        answers = [answer for answer in map(parse, done.stdout.split(b"\n")) if answer]
         if not answers:
             said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
             last = said[-1] if said else "no message"
             raise Fault("python", f"'{job['python']}' ended with code {done.returncode}: {last}", None)
-        self.installed = json.loads(answers[-1][1:])
+        self.installed = answers[-1]
 
     def newest_step(self) -> int:
         """Of the run's newest complete checkpoint that this machine sees; -1: none."""
@@ -487,28 +497,6 @@ def descendants() -> dict[int, str]:
     return {pid: names[pid] for pid in found & names.keys()}
 
 
-def installed() -> dict[str, object]:
-    """The crosstune of this Python: its version, and a hash over its source files, which tells two checkouts apart."""
-    digest, found = hashlib.sha256(), []
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        found += list(spec.submodule_search_locations or []) if spec else []
-        for root in spec.submodule_search_locations or [] if spec else []:
-            for folder, folders, files in os.walk(root):
-                folders.sort()
-                for name in sorted(name for name in files if name.endswith((".py", ".yaml"))):
-                    path = os.path.join(folder, name)
-                    digest.update(f"{package}/{os.path.relpath(path, root)}\0".encode())
-                    with open(path, "rb") as file:
-                        digest.update(hashlib.sha256(file.read()).digest())
-    try:
-        version = importlib.metadata.version("crosstune")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    whole = len(found) == len(PACKAGES)
-    return {"version": version, "sources": digest.hexdigest()[:12] if whole else "", "python": sys.version.split()[0]}
-
-
 def _write_if_other(path: str, text: str) -> None:
     """Writes a file whole, unless a shared folder has it already."""
     try:
@@ -526,9 +514,36 @@ def _write_if_other(path: str, text: str) -> None:
         raise Fault("run_dir", f"cannot write '{path}': {error.strerror}", None) from None
 
 
-def _uid_of(peer: socket.socket) -> int:
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[1])
+def _listen(name: str) -> socket.socket | None:
+    """The abstract socket of a name; None: another process has it."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(name)
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise Fault("agent", f"cannot claim the job here: {error.strerror}", None) from None
+        return None
+    return listener
+
+
+def _peer_of(peer: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end; process 0: one of another container."""
+    pid, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, user
+
+
+def _refuse_silent(pid: int, seconds: float) -> None:
+    """Gives up a process that does not answer: one that is stopped at once, one that may be busy after a while."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        state = ""
+    if seconds > (2 * ANSWER_SECONDS if state in ("T", "t", "D") else PROBE_SECONDS):
+        found = f"process {pid} on {socket.gethostname()}, the earlier attempt's agent, does not answer"
+        raise Fault("agent", f"{found}{f' (state {state})' if state else ''}", f"kill -9 {pid} there")
 
 
 def _try_to_kill(pid: int, number: int) -> None:
@@ -543,19 +558,15 @@ def _end_with_agent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(source: str) -> None:
+def main() -> None:
     """Runs the agent on standard input and output."""
     wire = Wire()
     if sys.platform != "linux":
         wire.send("fault", faults=[("system", f"{sys.platform}, but the agent of launcher=ssh needs Linux", None)])
         return
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    Agent(wire, source).run()
+    Agent(wire).run()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["probe"]:
-        sys.path[:] = [path for path in sys.path if path]  # as with -P: a folder `train` of the user's is not ours
-        sys.stdout.write((RS + json.dumps(installed()).encode() + b"\n").decode())
-    else:
-        main(globals()["SOURCE"])
+    main()

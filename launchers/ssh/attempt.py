@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import signal
 import time
@@ -25,6 +26,7 @@ from configs.errors import (
 )
 from launchers.failure import as_json
 from launchers.job import JobFolder, Mark, make_folder
+from launchers.ssh.beats import Lapse
 from launchers.ssh.connection import Connection, Event
 from launchers.supervise import StopSignals
 
@@ -35,6 +37,7 @@ SETTLE_SECONDS = 5.0
 """From the first machine that ends badly to the word to the others: most end by themselves, and say more then."""
 STEP_SECONDS = 5.0
 """From that word, which nobody can answer with a save once ranks are missing, to a second one, and on to SIGKILL."""
+EXIT_TERMINATED, EXIT_INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 LAST_LINES = 5
 """Of the output of a machine that ended before it could leave a mark."""
 
@@ -112,16 +115,22 @@ class Attempt:
         """
         for node, machine in self.machines.items():
             machine.connection.send("start", **start(node))
+        lapse = Lapse(2 * LOOK_SECONDS)
         while not all(machine.over for machine in self.machines.values()):
-            # All that has come is heard before anybody is found silent: this command may have been held up itself.
+            # All that has come is heard before anybody is found silent.
             with suppress(queue.Empty):
                 for wait in (LOOK_SECONDS, *itertools.repeat(0.0, self._inbox.qsize())):
                     connection, frame = self._inbox.get(timeout=wait)
                     machine = self.machines[connection.node]
                     if machine.connection is connection and not machine.over:
                         self._hear(connection.node, machine, frame)
-            self._look_around()
-        return worst(machine.code for machine in self.machines.values() if machine.code is not None)
+            now = time.monotonic()
+            lapsed = lapse(now)
+            for machine in self.machines.values():
+                machine.heard = min(now, machine.heard + lapsed)
+            self._look_around(now)
+        code = worst(machine.code for machine in self.machines.values() if machine.code is not None)
+        return EXIT_INTERRUPTED if code == EXIT_TERMINATED and signal.SIGINT in self._stops.heard else code
 
     @property
     def step(self) -> int:
@@ -192,6 +201,9 @@ class Attempt:
             code: exit code of its part.
             fault: what it could not say itself; None: its mark says it.
         """
+        own = self._own_mark(node) if fault is not None and machine.shared else None
+        if own is not None:  # it told the end of its part itself, though not over the connection
+            machine.mark, fault, code = own, None, own.exit_code or EXIT_DONE
         machine.code = code
         machine.connection.close()
         if fault is not None:
@@ -202,6 +214,13 @@ class Attempt:
             self._keep(self.folder.mark, machine.mark)
         if code != EXIT_DONE:
             self._end_others(node, machine, code)
+
+    def _own_mark(self, node: int) -> Mark | None:
+        """The mark that a machine left at its end; None: it has not ended, or did not say so."""
+        with suppress(OSError, ValueError, TypeError):
+            mark = Mark(**json.loads(mark_file(self.folder, self.number, node).read_text(encoding="utf-8")))
+            return mark if mark.ended is not None else None
+        return None
 
     def _end_others(self, node: int, machine: _Machine, code: int) -> None:
         """Plans the end of machines that do not end by themselves; a failure hastens what a save has planned."""
@@ -214,13 +233,14 @@ class Attempt:
         self._begin = begin
         self._plan = deque([(begin, "stop"), (begin + STEP_SECONDS, "stop"), (begin + 2 * STEP_SECONDS, "kill")])
 
-    def _look_around(self) -> None:
-        now = time.monotonic()
+    def _look_around(self, now: float) -> None:
         running = [(node, machine) for node, machine in self.machines.items() if not machine.over]
         for number in self._stops.heard[self._passed :]:
             self._passed += 1
             for _, machine in running:
-                machine.connection.send("stop" if self._passed <= 2 else "kill", signal=number)
+                # Means the same to `launchers.node`; Python itself, still at its imports, would leave a traceback.
+                asked = signal.SIGTERM if number == signal.SIGINT else number
+                machine.connection.send("stop" if self._passed <= 2 else "kill", signal=asked)
         if now - self._looked > CANCEL_LOOK_SECONDS:
             self._looked = now
             if not self._cancelled and self.folder.cancelled:
@@ -241,7 +261,15 @@ class Attempt:
         if len(marks) == len(self.machines) and len(hashes) > 1 and not self._told_environment:
             self._told_environment = True
             told = ", ".join(f"{mark.host} {mark.environment}" for mark in marks)
-            self._show(f"the machines' environments differ ({told}): crosstune doctor nodes says in what")
+            why = (
+                "a variable of their login shells or of cluster.setup is not the same; `ssh HOST env` shows the former"
+            )
+            self._show(f"the machines' environments differ ({told}): {why}")
+
+
+def mark_file(folder: JobFolder, attempt: int, node: int) -> Path:
+    """Where a machine leaves its mark; see `JobFolder.mark`."""
+    return folder.path / "attempts" / f"{attempt:03}" / f"node-{node}.json"
 
 
 def worst(codes: Iterable[int]) -> int:

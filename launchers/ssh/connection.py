@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import queue
 import re
 import shlex
@@ -31,6 +32,11 @@ SSH_FAILED = 255
 """Exit code of ssh for faults of its own."""
 
 Event = tuple["Connection", dict[str, Any]]
+
+
+def ssh_environment() -> dict[str, str]:
+    """For every ssh: no window asks for a passphrase, which ssh would open for a jump host in spite of BatchMode."""
+    return {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
 
 
 class Unreachable(ConfigError):
@@ -64,7 +70,8 @@ def ssh_command(cfg: SshLauncherConfig, host: str, remote: str) -> list[str]:
 def address_of(cfg: SshLauncherConfig, host: str) -> str:
     """What ssh makes of a machine's name: it may be an alias that other machines do not know."""
     asked = [word for word in ssh_command(cfg, host, "") if word]
-    shown = subprocess.run([asked[0], "-G", *asked[1:]], capture_output=True, text=True)
+    asked.insert(1, "-G")
+    shown = subprocess.run(asked, env=ssh_environment(), capture_output=True, text=True, errors="replace")
     names = [line.partition(" ")[2] for line in shown.stdout.splitlines() if line.startswith("hostname ")]
     return names[0] if names else host.rpartition("@")[2]
 
@@ -86,22 +93,31 @@ class Connection:
         node: the machine's number.
         host: its name.
         command: of ssh, or of anything else that starts an agent.
-        inbox: takes what comes: an agent's frames, ``noise`` of a login shell, and at last ``closed``.
+        inbox: takes an agent's frames, and at last ``closed``. What a login shell says is passed over.
+
+    Raises:
+        OSError: ssh cannot be started, or too many files are open.
     """
 
     def __init__(self, node: int, host: str, command: Sequence[str], inbox: queue.Queue[Event]) -> None:
         self.node, self.host = node, host
         self._inbox, self._lock = inbox, threading.Lock()
+        self.closed = False
         self._complaints = tempfile.TemporaryFile()
-        # A session of its own: Ctrl-C is for the supervisor alone.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+        try:
+            # A session of its own: Ctrl-C is for the supervisor alone.
+            self.process = subprocess.Popen(
+                command,
+                env=ssh_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+        except OSError:
+            self._complaints.close()
+            raise
         threading.Thread(target=self._read, name=f"ssh-{host}", daemon=True).start()
         self._write(json.dumps(agent_source()).encode() + b"\n")
 
@@ -110,78 +126,59 @@ class Connection:
         self._write(agent.RS + json.dumps({"kind": kind, **content}).encode() + b"\n")
 
     def close(self) -> None:
-        """Ends ssh, and with it the agent."""
+        """Ends ssh, and with it the agent, and gives back the files that it took; may be called again."""
+        assert self.process.stdin is not None
         self.process.kill()
         self.process.wait()
+        with self._lock:
+            self.closed = True
+            with suppress(OSError):
+                self.process.stdin.close()
+        self._complaints.close()
 
     def complaints(self) -> str:
-        """What ssh, and the machine's shell, said on standard error."""
+        """What ssh, and the machine's shell, said on standard error; only until it is closed."""
         self._complaints.seek(0)
         return self._complaints.read().decode(errors="replace").strip()
 
     def _write(self, data: bytes) -> None:
         assert self.process.stdin is not None
         with self._lock, suppress(OSError):
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
+            if not self.closed:
+                self.process.stdin.write(data)
+                self.process.stdin.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            frame: dict[str, Any] = {"kind": "noise", "text": line.decode(errors="replace").rstrip("\n")}
-            if line.startswith(agent.RS):
-                with suppress(ValueError):
-                    frame = json.loads(line[1:])
-            self._inbox.put((self, frame))
+        with self.process.stdout as lines:
+            for line in lines:
+                if frame := agent.parse(line):
+                    self._inbox.put((self, frame))
         self._inbox.put((self, {"kind": "closed", "code": self.process.wait()}))
-
-
-class Beats:
-    """Gives all agents a sign of life, from a thread of its own: a terminal or a file system may hold up the others.
-
-    Args:
-        seconds: between two.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.connections: list[Connection] = []
-        self._seconds, self._over = seconds, threading.Event()
-
-    def __enter__(self) -> Beats:
-        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.wait(self._seconds):
-            for connection in tuple(self.connections):
-                connection.send("beat")
 
 
 COMPLAINTS: tuple[tuple[str, str, str | None], ...] = (
     (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key.*has changed",
-        "its host key is not the one that was known",
-        "if the machine was set up anew: ssh-keygen -R {host}, then ssh {host} once",
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed",
+        "{key} is not the one that was known",
+        "if that machine was set up anew: ssh-keygen -R {name}, then ssh {host} once",
     ),
     (
         r"Host key verification failed|No .* host key is known",
-        "its host key is not known here",
-        "ssh {host} once, or launcher.options=[StrictHostKeyChecking=accept-new]",
+        "{key} is not known here",
+        "ssh {host} once, or StrictHostKeyChecking accept-new in ~/.ssh/config, which jump hosts heed, too",
     ),
     (
         r"Permission denied",
         "refuses the user or the key",
-        "launcher.user=NAME, launcher.options=[IdentityFile=FILE] or ~/.ssh/config: `ssh {host} true` must ask nothing",
+        "launcher.user=NAME, launcher.options=[IdentityFile=FILE] or ~/.ssh/config, where those of jump hosts must be: "
+        "`ssh {host} true` must ask nothing",
     ),
     (r"Could not resolve hostname", "no machine of this name is known here", None),
     (r"Bad configuration option|no argument after keyword|Can't open user config", "{last}", None),
 )
 """What ssh says, what it means, and what helps."""
+KEY_OF = re.compile(r"host key (?:is known )?for (\S+?)(?: and| has)", re.I)
 OVERLOADED = re.compile(r"kex_exchange_identification|Connection (closed|reset) by")
 """A machine, or the jump host before it, has too many connections that are just beginning."""
 
@@ -197,13 +194,19 @@ def ssh_fault(host: str, code: int, complaints: str) -> ConfigError:
     said = complaints.splitlines()
     last = said[-1] if said else "no message"
     remedy = "install Python 3.8 or newer there, or python=PATH of one"
+    own_python = "does not have the job's Python, and its python3 is"
     if code == NO_PYTHON:
         return ConfigError(host, "has no Python: neither the job's nor a python3", remedy=remedy)
     if "SyntaxError" in last:
-        return ConfigError(host, "does not have the job's Python, and its python3 is older than 3.8", remedy=remedy)
+        return ConfigError(host, f"{own_python} older than 3.8", remedy=remedy)
+    if re.match("ModuleNotFoundError|ImportError", last):
+        return ConfigError(host, f"{own_python} older than 3.8, or not whole: {last}", remedy=remedy)
     if code != SSH_FAILED:
         return ConfigError(host, f"ended with code {code} before it could begin: {last}")
+    named = KEY_OF.search(complaints)  # a jump host's ssh complains in the same place
+    names = {"host": shlex.quote(host), "name": shlex.quote(named[1]) if named else "NAME", "last": last}
+    names["key"] = f"the host key of {named[1]}" if named else "its host key, or that of a jump host before it,"
     for pattern, found, helps in COMPLAINTS:
         if re.search(pattern, complaints):
-            return ConfigError(host, found.format(last=last), remedy=helps and helps.format(host=shlex.quote(host)))
+            return ConfigError(host, found.format(**names), remedy=helps and helps.format(**names))
     return Unreachable(host, f"cannot be reached: {re.sub(r'^ssh: ', '', last)}")

@@ -12,7 +12,9 @@ from typing import Any
 from configs.errors import ConfigError, CrosstuneError, ErrorGroup, first_line
 from configs.schema.launcher_ssh import SshLauncherConfig
 from launchers import agent
+from launchers.ssh.beats import Lapse
 from launchers.ssh.connection import OVERLOADED, Connection, Event, Unreachable, ssh_fault
+from launchers.ssh.probe import installed
 from launchers.supervise import StopSignals
 
 LOOK_SECONDS = 0.2
@@ -96,7 +98,7 @@ class Gathering:
 
     def run(self) -> Gathered:
         """All machines ready, or what is wrong with those that are not."""
-        places = self._places.values()
+        places, lapse = self._places.values(), Lapse(2 * LOOK_SECONDS)
         while not all(place.settled for place in places) and not self._stops.heard:
             self._knock()
             try:
@@ -107,7 +109,7 @@ class Gathering:
                 place = self._places.get(connection.node)
                 if place and place.connection is connection and not place.settled:
                     self._hear(place, connection, frame)
-            self._expire()
+            self._expire(now := time.monotonic(), lapse(now))
         answers = {place.node: place.answer for place in places if place.answer}
         faults = {place.node: place.faults for place in places if place.faults}
         return Gathered([place.connection for place in places if place.connection], answers, faults)
@@ -124,9 +126,10 @@ class Gathering:
             else:
                 self._waiting.append(place)
 
-    def _expire(self) -> None:
+    def _expire(self, now: float, lapsed: float) -> None:
         for place in self._places.values():
-            if not place.settled and place.connection and time.monotonic() > place.deadline:
+            place.deadline += lapsed
+            if not place.settled and place.connection and now > place.deadline:
                 found = "its agent does not come to an end of its checks" if place.heard else "does not answer"
                 place.faults.append(Unreachable(place.host, found))
 
@@ -147,18 +150,22 @@ class Gathering:
             self._on_closed(place, frame["code"], connection.complaints())
 
     def _on_closed(self, place: _Place, code: int, complaints: str) -> None:
+        assert place.connection is not None
         if place.heard:
             place.faults.append(Unreachable(place.host, f"its agent ended: {first_line(complaints) or 'no message'}"))
-        elif place.tries < TRIES and OVERLOADED.search(complaints):
+            return
+        fault = ssh_fault(place.host, code, complaints)
+        if place.tries < TRIES and isinstance(fault, Unreachable) and OVERLOADED.search(complaints):
+            place.connection.close()
             place.connection, place.due = None, time.monotonic() + PAUSE_SECONDS * place.tries
             self._waiting.append(place)
         else:
-            place.faults.append(ssh_fault(place.host, code, complaints))
+            place.faults.append(fault)
 
 
 def version_faults(gathered: Gathered, hosts: Mapping[int, str], python: str) -> dict[int, list[CrosstuneError]]:
     """Machines whose crosstune is not this one: ranks of different code would compute different things."""
-    ours, faults = agent.installed(), dict[int, list[CrosstuneError]]()
+    ours, faults = installed(), dict[int, list[CrosstuneError]]()
     for node, answer in gathered.answers.items():
         theirs = answer["installed"]
         if not theirs["sources"]:

@@ -19,10 +19,11 @@ from launchers.foreground import ForegroundLauncher, supervisor_here
 from launchers.job import Job, JobFolder
 from launchers.spec import LaunchSpec
 from launchers.ssh.attempt import Attempt
-from launchers.ssh.connection import Beats, Event
-from launchers.ssh.hosts import configured_hosts, host_faults, parse_hostfile, to_hostfile
+from launchers.ssh.beats import Beats
+from launchers.ssh.connection import Event
+from launchers.ssh.hosts import configured_hosts, host_faults, idle_devices, parse_hostfile, to_hostfile
 from launchers.ssh.session import Session
-from launchers.ssh.terminal import Terminal
+from launchers.ssh.terminal import Terminal, say
 from launchers.supervise import StopSignals, newest_step
 
 HOSTS = "hosts"
@@ -33,6 +34,7 @@ class SshLauncher(ForegroundLauncher):
     """See the module."""
 
     name = "ssh"
+    note = staticmethod(say)
 
     def __init__(self, cfg: SshLauncherConfig, cluster: ClusterConfig) -> None:
         super().__init__(cfg, cluster)
@@ -46,8 +48,7 @@ class SshLauncher(ForegroundLauncher):
         """Too few machines, one named twice, too few slots."""
         hosts, faults = configured_hosts(self.cfg)
         yield from faults
-        if not faults:
-            yield from host_faults(hosts, spec)
+        yield from host_faults(hosts, spec, unread=len(faults))
         if shutil.which("ssh") is None:
             yield ConfigError("launcher", "there is no ssh on this machine", remedy="install the OpenSSH client")
 
@@ -60,6 +61,8 @@ class SshLauncher(ForegroundLauncher):
         hosts, _ = parse_hostfile((folder.path / HOSTS).read_text(encoding="utf-8"), HOSTS)
         names = [host.name for host in hosts]
         self._hosts, self._spares = dict(enumerate(names[: job.spec.nodes])), names[job.spec.nodes :]
+        if idle := idle_devices(hosts[: job.spec.nodes], job.spec.nproc):
+            self.note(idle)
         if self._spares:
             self.note(f"machines: {', '.join(self._hosts.values())}; spares: {', '.join(self._spares)}")
         return super().submit(job, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import os
 import queue
 import shlex
@@ -19,13 +21,17 @@ from configs.schema.launcher_ssh import SshLauncherConfig
 from launchers.base import node_command, secret_values, with_setup
 from launchers.job import Job, JobFolder
 from launchers.spec import ATTEMPT, MASTER, NODE, this_python
-from launchers.ssh.connection import Beats, Connection, Event, Unreachable, address_of, agent_command, ssh_command
+from launchers.ssh import probe
+from launchers.ssh.attempt import mark_file
+from launchers.ssh.beats import Beats
+from launchers.ssh.connection import Connection, Event, Unreachable, address_of, agent_command, ssh_command
 from launchers.ssh.gather import Gathered, Gathering, in_one, version_faults
 from launchers.supervise import StopSignals
 from launchers.torchrun import EndedBySignal
 
 KNOCK_SECONDS = 5.0
 """Between two tries to reach a machine that is away."""
+FILES = "ulimit -Hn of this shell: three open files for each machine, and a hundred more"
 LOOPBACK = ("localhost", "127.", "::1")
 
 
@@ -121,15 +127,18 @@ class Session:
         gathered.faults.update(version_faults(gathered, hosts, self.python))
         if gathered.faults or self.stops.heard or not keep:
             gathered.close()
-            self.beats.connections.clear()
         if self.stops.heard:
             number = self.stops.heard[0]
             raise KeyboardInterrupt if number == signal.SIGINT else EndedBySignal(128 + number)
         return gathered
 
     def _connect(self, node: int, host: str) -> Connection:
-        connection = Connection(node, host, ssh_command(self.cfg, host, self.remote), self.inbox)
-        self.beats.connections.append(connection)
+        try:
+            connection = Connection(node, host, ssh_command(self.cfg, host, self.remote), self.inbox)
+        except OSError as error:
+            remedy = FILES if error.errno in (errno.EMFILE, errno.ENFILE) else None
+            raise ConfigError("launcher", f"no ssh to {host}: {error.strerror}", remedy=remedy) from None
+        self.beats.connections.add(connection)
         return connection
 
     def _master_of(self, host: str) -> str:
@@ -148,12 +157,13 @@ class Session:
             "node": node,
             "run_dir": str(folder.run_dir),
             "token": token,
-            "mark": str(folder.path / "attempts" / f"{self.attempt:03}" / f"node-{node}.json"),
+            "mark": str(mark_file(folder, self.attempt, node)),
             "working_dir": spec.working_dir,
             "setup": list(spec.setup),
             "master": self.master,
             "python": self.python,
-            "probe": with_setup([self.python, "-", "probe"], spec.setup),
+            "probe": with_setup([self.python, "-"], spec.setup),
+            "program": inspect.getsource(probe),
             "environment": {**spec.environment, **self.secrets},
             "grace": spec.grace_seconds,
             "heartbeat": self.cfg.heartbeat_seconds,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 ROOM = 10_000
 """Lines that wait; beyond, lines are left out here (they are in the machines' output.log)."""
@@ -12,11 +15,27 @@ LAST_SECONDS = 5.0
 """For what still waits at the end."""
 
 
+def say(line: str) -> None:
+    """A line for the user, at once. A job ends neither by a character nor by a reader that has gone (``| head``)."""
+    try:
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        told = f"crosstune: nobody takes this command's output any more ({error.strerror}); the job goes on\n"
+        with suppress(OSError):
+            os.write(2, told.encode())
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python still holds is for nobody, either
+
+
 class Terminal:
     """Shows lines without ever making whoever has them wait: a terminal that is held (Ctrl-S) holds up no job.
 
     Args:
-        say: prints a line.
+        say: prints a line; see `say`.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

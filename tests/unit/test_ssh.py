@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import json
 import os
@@ -26,9 +27,11 @@ from configs.errors import ConfigError
 from configs.schema.launcher_ssh import SshLauncherConfig
 from launchers import agent
 from launchers.base import Launcher, with_setup
-from launchers.job import JobFolder, Mark, root_cause
+from launchers.job import Job, JobFolder, Mark, root_cause
 from launchers.spec import LaunchSpec
+from launchers.ssh import probe
 from launchers.ssh.attempt import Attempt, worst
+from launchers.ssh.beats import Beats
 from launchers.ssh.connection import (
     Connection,
     Unreachable,
@@ -36,8 +39,9 @@ from launchers.ssh.connection import (
     ssh_command,
     ssh_fault,
 )
-from launchers.ssh.gather import in_one
-from launchers.ssh.hosts import host_faults, parse_hostfile, to_hostfile
+from launchers.ssh.gather import Gathering, in_one
+from launchers.ssh.hosts import host_faults, idle_devices, parse_hostfile, to_hostfile
+from launchers.ssh.session import Session
 from launchers.ssh.terminal import ROOM, Terminal
 from launchers.supervise import StopSignals
 
@@ -65,20 +69,51 @@ def test_a_hostfile_is_read_as_deepspeed_does_and_faults_name_the_line():
     assert told[0].startswith("rack:3: n2 slots=4, but nproc=8") and "nproc=4" in told[0]
     assert told[1].startswith("rack:6: N1, as in rack:2") and len(told) == 2
     [few] = host_faults(hosts[:1], SPEC)
+    assert not host_faults(hosts[:1], SPEC, unread=1), "who knows what the other line names"
     assert few.render() == "launcher.hosts: 1 machine named, but nodes=2"
     again, faults = parse_hostfile(to_hostfile(hosts[:3], 2), "hosts")
     assert not faults and [(host.name, host.slots) for host in again] == [(host.name, host.slots) for host in hosts[:3]]
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("n1:2222", "launcher.port=N"),
+        ("root@n1:22", "launcher.port=N"),
+        ("[::1]:22", "launcher.port=N"),
+        ("[::1]", "without brackets"),
+        ("slots=8", "the name first"),
+        ("n[1-3]", "no ranges"),
+        ("n[1,3]", "no ranges"),
+    ],
+)
+def test_what_is_no_name_of_a_machine_is_refused_with_what_was_meant(name, remedy):
+    hosts, [fault] = parse_hostfile(f"n0\n{name}\n", "rack")
+    assert len(hosts) == 1 and fault.where == "rack:2" and remedy in str(fault.remedy)
+    if "," not in name:
+        with pytest.raises(ConfigError, match="launcher.hosts: "):
+            SshLauncherConfig(hosts=[name])
+    assert SshLauncherConfig(hosts=["::1", "root@fe80::1", "10.0.0.1"])
+
+
+def test_devices_that_stay_idle_are_told():
+    hosts, _ = parse_hostfile("n1 slots=8\nn2 slots=8\nn3 slots=4\nn4", "rack")
+    assert idle_devices(hosts[:2], 1) == "slots=8 per machine, nproc=1: 7 devices stay idle; nproc=8 uses them"
+    assert "slots=4 to 8" in idle_devices(hosts[:3], 3) and "1 device or more stay idle" in idle_devices(hosts[:3], 3)
+    assert not idle_devices(hosts[:2], 8) and not idle_devices(hosts[:3], 4) and not idle_devices(hosts, 1)
+
+
 def test_the_launcher_renders_its_machines_and_tells_what_is_wrong_before_anything_is_written(tmp_path, monkeypatch):
     file = tmp_path / "hosts of\nmine"
-    file.write_text("n1 slots=8\nn2 slots=8\nn3 slots=8\n")
+    file.write_text("\ufeffn1 slots=8\nn2 slots=8\nn3 slots=8\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     cfg = compose("launch", ["launcher=ssh", "nodes=2", f"launcher.hostfile='{file.name}'"])
     assert cfg.launcher.hostfile == str(file), "a job is resumed from any folder"
     launcher = build(cfg.launcher, Launcher, cfg.cluster)
     assert not list(launcher.faults(SPEC))
     assert launcher.render(SPEC, 0) == {"hosts": "n1 slots=8  # node 0\nn2 slots=8  # node 1\nn3 slots=8  # spare\n"}
+    file.write_text("n1 slots=8\nn1 slots=8\nn2:22\n")
+    assert [fault.where.rpartition(":")[2] for fault in launcher.faults(SPEC)] == ["3", "2"], "all at once"
     file.unlink()
     assert "cannot be read: No such file" in next(iter(launcher.faults(SPEC))).render()
     for words, key in (
@@ -107,8 +142,17 @@ def test_ssh_asks_nothing_and_the_users_options_come_before_ours():
 @pytest.mark.parametrize(
     ("code", "complaints", "found"),
     [
-        (255, "No ED25519 host key is known for n1\nHost key verification failed.", "its host key is not known here"),
-        (255, "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", "is not the one"),
+        (
+            255,
+            "No ED25519 host key is known for jump and you\nHost key verification failed.",
+            "host key of jump is not known",
+        ),
+        (255, "Host key verification failed.", "its host key, or that of a jump host before it, is not known here"),
+        (
+            255,
+            "Host key for [n1]:22 has changed and you\nHost key verification failed.",
+            "host key of [n1]:22 is not the",
+        ),
         (255, "me@n1: Permission denied (publickey).", "refuses the user or the key"),
         (255, "ssh: Could not resolve hostname n1: Name or service not known", "no machine of this name is known here"),
         (255, "/c: line 3: Bad configuration option: hots", "/c: line 3: Bad configuration option: hots"),
@@ -119,6 +163,7 @@ def test_ssh_asks_nothing_and_the_users_options_come_before_ours():
         ),
         (127, "", "has no Python"),
         (1, "line 16\nSyntaxError: future feature annotations is not defined", "its python3 is older than 3.8"),
+        (1, "ModuleNotFoundError: No module named '_ctypes'", "older than 3.8, or not whole: Module"),
         (1, "This account is currently not available.", "ended with code 1 before it could begin: This account is"),
     ],
 )
@@ -157,16 +202,36 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody():
     assert shown[0] == "0" and shown[-2].endswith(" lines left out here ...") and shown[-1] == "last"
 
 
+def test_a_job_goes_on_when_nobody_reads_its_output_or_a_character_cannot_be_shown():
+    script = (
+        "import sys, time; from launchers.ssh.terminal import say\n"
+        "say('caf\u00e9'); sys.stdin.readline(); say('lost'); say('lost, too'); sys.exit(7)"
+    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, **streams)
+    assert process.stdout.readline() == b"caf\\xe9\n"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 7, said
+    assert said == "crosstune: nobody takes this command's output any more (Broken pipe); the job goes on\n"
+
+
 class Recorder:
     """A connection that only notes what is sent."""
 
     def __init__(self, node: int) -> None:
         self.node, self.host = node, f"n{node}"
         self.sent: list[str] = []
+        self.signals: list[object] = []
         self.closed = False
 
     def send(self, kind: str, **content: object) -> None:
         self.sent.append(kind)
+        self.signals += [content["signal"]] if "signal" in content else []
 
     def close(self) -> None:
         self.closed = True
@@ -175,14 +240,16 @@ class Recorder:
         return "Timeout, server n1 not responding."
 
 
-def attempt_of(folder: Path, events: list[tuple[int, dict[str, Any]]], *, shared: bool = True) -> Any:
+def attempt_of(
+    folder: Path, events: list[tuple[int, dict[str, Any]]], *, shared: bool = True, silence: float = 60
+) -> Any:
     """An attempt of two machines that has heard all events; the connections and what was shown."""
     inbox, shown, connections = queue.Queue[Any](), list[str](), [Recorder(0), Recorder(1)]
     for node, frame in events:
         inbox.put((connections[node], frame))
     (folder / "launch").mkdir(exist_ok=True)
     answers = dict.fromkeys(range(2), {"shared": shared})
-    times = {"silence_seconds": 60, "grace_seconds": 60}
+    times = {"silence_seconds": silence, "grace_seconds": 60}
     job = JobFolder(folder / "launch")
     attempt = Attempt(0, job, connections, answers, inbox, StopSignals(), **times, show=shown.append)
     return attempt, connections, shown, inbox
@@ -202,7 +269,8 @@ def test_environments_that_differ_are_said_and_marks_of_the_begin_do_not_overwri
             tmp_path, [*begins, (0, ENDED | {"code": 0}), (1, ENDED | {"code": 0})], shared=shared
         )
         assert attempt.run(lambda node: {}) == 0 and attempt.step == 4
-        assert shown == ["the machines' environments differ (n0 aaa, n1 bbb): crosstune doctor nodes says in what"]
+        [differ] = shown
+        assert differ.startswith("the machines' environments differ (n0 aaa, n1 bbb): ") and "ssh HOST env" in differ
         assert [mark.ended for mark in JobFolder(tmp_path / "launch").marks()] == ends
         assert all(connection.sent == ["start"] and connection.closed for connection in connections)
 
@@ -222,6 +290,94 @@ def test_a_failure_hastens_the_end_that_a_save_had_planned_and_a_lost_machine_ha
     assert [mark.exit_code for mark in marks] == [137, 3]
     mark, fault = root_cause(marks)
     assert mark.node == 1 and fault.render().startswith("n1: Timeout, server n1 not responding.")
+
+
+def test_nobody_is_lost_while_this_command_is_held_up_itself(tmp_path):
+    """As by Ctrl-Z: what the machines said meanwhile is read only afterwards, and it is that they saved and ended."""
+    attempt, connections, shown, inbox = attempt_of(tmp_path, [], silence=1)
+
+    def speak() -> None:
+        time.sleep(0.3)
+        for connection in connections:
+            inbox.put((connection, ENDED | {"code": 75}))
+
+    def look_around(now: float) -> None:
+        if not held:
+            time.sleep(1.5)
+            held.append(threading.Thread(target=speak))
+            held[0].start()
+        usual(now)
+
+    held, usual = list[threading.Thread](), attempt._look_around
+    attempt._look_around = look_around
+    assert attempt.run(lambda node: {}) == 75, shown
+
+
+def test_the_mark_that_a_machine_left_at_its_end_stands_though_its_connection_was_lost(tmp_path):
+    mark = Mark(1, 0, "n1", 7, 1.0, "aaa", ended=2.0, exit_code=75)
+    ends = [(0, ENDED | {"code": 75}), (1, {"kind": "closed", "code": 255})]
+    attempt, *_ = attempt_of(tmp_path, ends)
+    JobFolder(tmp_path / "launch").mark(mark)
+    assert attempt.run(lambda node: {}) == 75
+    assert mark in JobFolder(tmp_path / "launch").marks()
+
+
+def test_a_stop_heard_before_the_machines_were_started_reaches_them(tmp_path):
+    attempt, connections, _, inbox = attempt_of(tmp_path, [])
+    attempt._stops.heard.append(signal.SIGINT)
+    ends = [(connection, ENDED | {"code": 143}) for connection in connections]
+    threading.Timer(0.5, lambda: [inbox.put(end) for end in ends]).start()
+    assert attempt.run(lambda node: {}) == 130, "ended by Ctrl-C"
+    for connection in connections:
+        assert connection.sent == ["start", "stop"] and connection.signals == [signal.SIGTERM]
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    ("complaint", "tries"),
+    [
+        ("kex_exchange_identification: Connection closed by remote host", 4),
+        ("me@jump: Permission denied (publickey).\nConnection closed by UNKNOWN port 65535", 1),
+    ],
+)
+def test_a_machine_that_is_refused_again_and_again_leaves_no_files_open(monkeypatch, complaint, tries):
+    monkeypatch.setattr("launchers.ssh.gather.PAUSE_SECONDS", 0.0)
+    inbox, opened, before = queue.Queue[Any](), list[Connection](), open_files()
+
+    def connect(node: int, host: str) -> Connection:
+        command = ["sh", "-c", f"echo '{complaint}' >&2; echo $SSH_ASKPASS_REQUIRE >&2; exit 255"]
+        opened.append(Connection(node, host, command, inbox))
+        beats.connections.add(opened[-1])
+        return opened[-1]
+
+    with Beats(0.05) as beats:
+        cfg, refuse = SshLauncherConfig(), pytest.fail
+        gathered = Gathering({0: "n0"}, connect, refuse, inbox, StopSignals(), cfg, refuse).run()
+        assert len(opened) == tries and [each.closed for each in opened] == [True] * (tries - 1) + [False]
+        assert opened[-1].complaints().endswith("never"), "no window asks for a passphrase"
+        while len(beats.connections) > 1:
+            time.sleep(0.01)
+    assert opened[-1].closed and gathered.faults[0][0].where == "n0"
+    opened[-1].send("beat")
+    give_up = time.monotonic() + 10
+    while open_files() > before:  # the thread that reads closes what it reads from
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_too_many_open_files_is_a_fault_with_a_remedy(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("launchers.ssh.session.Connection", full)
+    folder, inbox = JobFolder(tmp_path), queue.Queue[Any]()
+    session = Session(SshLauncherConfig(), Job(SPEC, 1.0), folder, 0, StopSignals(), inbox, Beats(1), print)
+    with pytest.raises(ConfigError, match="no ssh to n1: Too many open files\n.*ulimit -Hn"):
+        session.assemble({0: "n1", 1: "n2"}, [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_here_is_said_once_and_ends_no_job(tmp_path):
@@ -250,7 +406,7 @@ def test_the_agent_is_for_old_pythons_too():
 
 def checks(folder: Path) -> dict[str, Any]:
     """What an agent is to look at."""
-    python = {"python": sys.executable, "probe": [sys.executable, "-", "probe"]}
+    python = {"python": sys.executable, "probe": [sys.executable, "-"], "program": inspect.getsource(probe)}
     times = {"grace": 1, "heartbeat": 1, "silence": 30}
     place = {"launch": "1", "node": 0, "master": "127.0.0.1", "setup": [], "working_dir": str(folder)}
     paths = {"run_dir": str(folder), "token": str(folder / "token"), "mark": str(folder / "mark.json")}
@@ -268,7 +424,7 @@ class Far:
     def __init__(self, folder: Path, command: list[str], **check: Any) -> None:
         self.folder, self.command = folder, command
         self.inbox: queue.Queue[Any] = queue.Queue()
-        remote = agent_command([sys.executable])
+        remote = "printf 'Welcome> '; " + agent_command([sys.executable])  # as some ~/.bashrc
         self.connection = Connection(0, "here", ["sh", "-c", remote], self.inbox)
         self.check = {**checks(folder), **check}
 
@@ -326,7 +482,7 @@ def daemon_of(folder: Path) -> psutil.Process:
 def _hasty(monkeypatch) -> None:
     """The agent with shorter times."""
     source = inspect.getsource(agent)
-    for name in ("MARGIN_SECONDS", "END_SECONDS"):
+    for name in ("MARGIN_SECONDS", "END_SECONDS", "ANSWER_SECONDS"):
         source, times = re.subn(rf"^{name} = \d+$", f"{name} = 1", source, flags=re.M)
         assert times == 1
     monkeypatch.setattr("launchers.ssh.connection.agent_source", lambda: source)
@@ -377,13 +533,13 @@ def test_the_first_stop_is_the_signal_itself_and_what_is_left_behind_is_told(far
 def test_odd_values_arrive_unchanged_behind_setup_scripts_and_are_written_nowhere(far, tmp_path):
     odd = "two words 'single' \"double\" $(touch planted) `touch planted`\nsecond line é"
     script = tmp_path / "set env $(touch planted).sh"
-    script.write_text('FROM_SETUP="$ODD"; export FROM_SETUP\n')
+    script.write_text('FROM_SETUP="$ODD"; export FROM_SETUP; printf "env ok "\n')
     shows = "import json, os; print(json.dumps([os.environ[n] for n in ('ODD', 'FROM_SETUP', 'TOKEN')]))"
     name = str(tmp_path / "job of\nmine $(touch planted).json")
     one = far(shows, environment={"ODD": odd, "TOKEN": "hidden"}, setup=[str(script)])
     one.command = with_setup(one.command, [str(script)])
     one.start(files={name: odd})
-    assert json.loads(one.until("line")["text"]) == [odd, odd, "hidden"]
+    assert one.until("line")["text"] == "env ok " + json.dumps([odd, odd, "hidden"])
     assert one.until("ended")["code"] == 0 and Path(name).read_text() == odd
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([script.name, Path(name).name])
     assert "hidden" not in shlex.join(one.connection.process.args)
@@ -415,8 +571,55 @@ def test_a_newer_agent_ends_one_that_is_cut_off_and_refuses_its_own_twin(far, tm
     assert one.until("ended")["why"] == "replaced"
 
 
+SAVES = """
+import os, signal, time
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(2)
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+print("up", flush=True)
+while True: time.sleep(1)
+"""
+
+
+def test_a_newer_agent_lets_one_that_is_ending_already_save(far):
+    one = far(SAVES, grace=60)
+    one.start()
+    one.until("line")
+    one.connection.send("stop", signal=signal.SIGTERM)  # as upon Ctrl-C
+    newer = far("print('newer')", launch="2")
+    newer.start()
+    assert one.until("ended")["code"] == 75 and newer.until("line")["text"] == "newer"
+
+
+def test_an_earlier_agent_that_does_not_answer_is_named(far):
+    one = far("import time; time.sleep(600)")
+    one.start()
+    stopped = one.connection.process.pid
+    os.kill(stopped, signal.SIGSTOP)
+    newer = far("pass", launch="2")
+    newer.until("hello")
+    newer.connection.send("check", **newer.check)
+    [[where, found, remedy]] = newer.until("fault", "ready")["faults"]
+    assert (where, remedy) == ("agent", f"kill -9 {stopped} there")
+    assert found.startswith(f"process {stopped} on ") and found.endswith("does not answer (state T)")
+
+
+def test_a_frame_is_found_behind_what_a_shell_left_without_a_newline():
+    frame = {"kind": "line", "text": "a \x1e b"}
+    assert agent.parse(b"Welcome> " + agent.RS + json.dumps(frame).encode() + b"\n") == frame
+    for noise in (b"\n", b"Welcome\n", agent.RS + b"{half", agent.RS + b"[1]", b"\xff" + agent.RS):
+        assert agent.parse(noise) is None
+
+
 @pytest.mark.parametrize(
-    ("more", "told"), [({}, "no '/no/python'"), ({"setup": ["/x.sh"], "probe": ["true"]}, "no file '/x.sh'")]
+    ("more", "told"),
+    [
+        ({}, "no '/no/python'"),
+        ({"setup": ["/x.sh"], "probe": ["true"]}, "no file '/x.sh'"),
+        ({"setup": ["/etc/passwd"], "probe": ["/no/bash", "-c"]}, "no '/no/bash', which reads it"),
+    ],
 )
 def test_what_is_wrong_with_a_machine_is_told_all_at_once(far, tmp_path, more, told):
     (tmp_path / "file").touch()
@@ -444,21 +647,20 @@ def test_output_that_nobody_takes_does_not_hold_up_the_run(tmp_path):
         while not (tmp_path / "done").exists():
             assert time.monotonic() < give_up
             time.sleep(0.05)
-        frames = [json.loads(line[1:]) for line in process.stdout]
+        frames = [frame for frame in map(agent.parse, process.stdout) if frame]
     texts = [frame["text"] for frame in frames if frame["kind"] == "line"]
     assert frames[-1]["kind"] == "ended" and frames[-1]["code"] == 0
     assert int(texts[0]) == 0 and len(texts) < 60_000, "the first came, later ones were left out"
 
 
 def test_the_hash_of_the_sources_tells_two_checkouts_apart(tmp_path):
-    ours = agent.installed()
-    for package in agent.PACKAGES:
+    ours = probe.installed()
+    for package in probe.PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
-    program = inspect.getsource(agent).encode()
+    program = inspect.getsource(probe).encode()
     for path, same in ((str(Path(__file__).parents[2]), True), (str(tmp_path), False)):
         environment = os.environ | {"PYTHONPATH": path}
-        done = subprocess.run(
-            [sys.executable, "-", "probe"], input=program, env=environment, cwd=tmp_path, capture_output=True
-        )
-        assert (json.loads(done.stdout[1:])["sources"] == ours["sources"]) is same, done
+        done = subprocess.run([sys.executable, "-"], input=program, env=environment, cwd=tmp_path, capture_output=True)
+        [answer] = [answer for answer in map(agent.parse, done.stdout.splitlines()) if answer]
+        assert (answer["sources"] == ours["sources"]) is same, done
