@@ -120,6 +120,8 @@ def parse(arguments: Sequence[str]) -> Request:
             request.command = f"{request.command} {word}"
         elif not request.words and (meant := nearest(word, SUBCOMMANDS.get(request.command, ()))):
             raise ConfigError(word, "unknown command", remedy=f"did you mean crosstune {request.command} {meant}?")
+        elif word == "x" and request.words and request.words[-1].startswith("fit="):
+            request.words[-1] += f" x {next(rest, '')}"  # --fit 64GiB x 8, unquoted
         else:
             request.words.append(word)
     _check_options(request)

@@ -12,9 +12,11 @@ from launchers.cli import main
 from tests.command import crosstune, write_uneven_records
 from tests.tiny import save_tiny_model
 
-WITHIN = 0.15
-"""Of the whole process; the libraries are most of a model so small, so the part that is the model's is held to more."""
-WITHOUT_LIBRARIES = 0.35
+WITHIN = 0.10
+"""Of the whole process: the goal of the table, where the worst of all cases is closer."""
+WITHOUT_LIBRARIES = 0.15
+"""Of what the config decides. Libraries are half of a process with a model so small, and are measured, not predicted;
+what is left holds the heap's holes, which differ by some MiB from run to run."""
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -40,7 +42,12 @@ def words_of(place, *more):
 
 
 @pytest.mark.parametrize(
-    "words", [["tuning=full", "nproc=1"], ["tuning=lora", "sharding=zero2", "nproc=2"]], ids=["full", "lora-zero2-2"]
+    "words",
+    [
+        pytest.param(["tuning=full", "nproc=1"], id="full"),
+        pytest.param(["tuning=lora", "sharding=zero2", "nproc=2"], id="lora-zero2-2", marks=pytest.mark.slow),
+        pytest.param(["tuning=full", "checkpoint.every=2"], id="asynchronous-save", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_takes_what_it_was_predicted_to_take(place, tmp_path, words):
     run = tmp_path / "run"
@@ -51,16 +58,24 @@ def test_a_run_takes_what_it_was_predicted_to_take(place, tmp_path, words):
     assert predicted == pytest.approx(measured, rel=WITHIN), plan["parts"]
     assert predicted - base == pytest.approx(measured - base, rel=WITHOUT_LIBRARIES), plan["parts"]
     assert f"peak memory: predicted {predicted:.2f} GiB, measured {measured:.2f} GiB" in said
-    crosstune("report", str(run))
+    assert main(["report", str(run)]) == 0
     assert f"predicted {predicted:.1f} GiB" in (run / "report.html").read_text()
 
 
-def planned(*words):
-    said = crosstune("plan", "--json", *words).splitlines()
-    return json.loads(next(line for line in said if line.startswith("{")))
+@pytest.fixture
+def planned(capfd, monkeypatch):
+    """The JSON of a plan, made in this process: what it imports takes longer than a plan."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # set by the command; put back at the end
+
+    def plan(*words):
+        assert main(["plan", "--json", *words]) == 0
+        said = capfd.readouterr()  # --json leaves standard output to the JSON: a second time it is the error stream
+        return json.loads(next(line for line in (said.out + said.err).splitlines() if line.startswith("{")))
+
+    return plan
 
 
-def test_a_plan_needs_a_config_json_only(place, tmp_path):
+def test_a_plan_needs_a_config_json_only(place, tmp_path, planned):
     (tmp_path / "config.json").write_text((place / "model" / "config.json").read_text())
     words = words_of(place, "tuning=full", f"model.path={tmp_path}")
     result = planned(*words, "sharding=zero3", "nproc=4", "plan.flops=1e12")
@@ -72,25 +87,31 @@ def test_a_plan_needs_a_config_json_only(place, tmp_path):
     assert any("supervised" in note for note in result["notes"]), "what is assumed is said"
 
 
-def test_fit_tells_what_fits_and_why_the_rest_does_not(place):
+def test_fit_tells_what_fits_and_why_the_rest_does_not(place, tmp_path, planned):
+    config = json.loads((place / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     words = [*words_of(place, "tuning=full", "plan.reserve_gib=0"), "device=ascend", "micro_batch_tokens=1400"]
+    words.append(f"model.path={tmp_path}")
     whole = planned(*words, "nproc=2", "sharding=zero2", "plan.reserve_gib=0.5")
     assert whole["beside_bytes"] == {
         "reserve for context and libraries": 2**29,
         "collective library, two buffers a communicator": 2 * 2 * 200 * 2**20,
     }
-    lines = planned(*words, "device=auto", "--fit", "700MiB x 2")["fits"]
+    lines = planned(*words, "device=auto", "--fit", "180MiB", "x", "2")["fits"]
     fitting = [line for line in lines if line["fits"]]
     assert 0 < len(fitting) < len(lines) == 24
-    assert lines[: len(fitting)] == fitting and all(line["needs_bytes"] <= 700 * 2**20 for line in fitting)
-    assert all(line["needs_bytes"] > 700 * 2**20 and "GiB" in line["reason"] for line in lines[len(fitting) :])
+    assert lines[: len(fitting)] == fitting and all(line["needs_bytes"] <= 180 * 2**20 for line in fitting)
+    assert all(line["needs_bytes"] > 180 * 2**20 and "GiB" in line["reason"] for line in lines[len(fitting) :])
     assert {line["micro_batch_tokens"] for line in lines} <= {1400, 700, 350, 256}
 
 
-def test_a_plan_of_a_run_that_was(place, tmp_path):
+def test_a_plan_of_a_run_that_was_with_flops_measured_here(place, tmp_path, planned):
     resolved = tmp_path / "resolved.yaml"
     save_resolved(compose("train", words_of(place, "sharding=zero1")), resolved)
-    assert planned("--resolved", str(resolved), "nproc=2")["processes"] == 2
+    result = planned("--resolved", str(resolved), "nproc=2", "plan.measure=true")
+    assert result["processes"] == 2
+    assert result["speed"]["from"] == "a matrix product timed here"
+    assert 1e9 < result["speed"]["flops"] < 1e14, "of a CPU"
 
 
 @pytest.mark.parametrize(
