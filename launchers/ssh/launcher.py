@@ -17,6 +17,7 @@ from configs.schema.launcher_ssh import SshLauncherConfig
 from launchers import agent
 from launchers.foreground import ForegroundLauncher, supervisor_here
 from launchers.job import Job, JobFolder
+from launchers.node import raise_file_limit
 from launchers.spec import LaunchSpec
 from launchers.ssh.attempt import Attempt
 from launchers.ssh.beats import Beats
@@ -79,6 +80,7 @@ class SshLauncher(ForegroundLauncher):
             RunFailedError: of a later attempt, a machine did not come back.
         """
         cfg = self.cfg
+        raise_file_limit()
         inbox: queue.Queue[Event] = queue.Queue()
         with Beats(cfg.heartbeat_seconds) as beats, Terminal(self.note) as terminal:
             session = Session(cfg, job, folder, attempt, stops, inbox, beats, terminal.show)
