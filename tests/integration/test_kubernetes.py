@@ -171,8 +171,12 @@ def test_a_lost_answer_makes_no_second_job(how: int | str, cluster: Cluster, kub
 
 
 def test_a_job_of_which_no_answer_came_is_found_by_its_name(cluster, kubeconfig: Path, tmp_path: Path) -> None:
-    answered = Fault("POST", r"/jobs\?fieldValidation=Strict$", "after")
-    cluster.faults += [answered, Fault("(GET|POST)", "/jobs", "before", times=1000)]
+    post = r"/jobs\?fieldValidation=Strict$"
+    cluster.faults += [
+        Fault("POST", post, "after"),
+        Fault("POST", post, "before", 999),
+        Fault("GET", "/", "before", 999),
+    ]
     made = Submitted(kubeconfig, tmp_path, "volcano", "launcher.patience_seconds=1")
     with pytest.raises(UnknownOutcomeError, match="what may be there: kubectl"):
         made.submit()
