@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT
+from configs.schema.device import DeviceConfig
 from configs.schema.doctor import DoctorConfig
 from launchers.doctor.findings import AUTO, PACKAGES, Finding, of_ascend, of_fault, of_look, of_packages
 from launchers.environment import ascend_config
@@ -115,10 +116,14 @@ def look(cfg: DoctorConfig, environment: Mapping[str, str]) -> list[dict[str, An
             if ended is None and records:
                 return records
             lost = lines[-1]["name"] if lines and "available" not in lines[-1] else None
-            asked = cfg.device._target_.rpartition(".")[2].removesuffix("Device").lower()  # as devices call themselves
-            records.append(_lost(lost or asked, ended or "it ended without an answer"))
+            records.append(_lost(lost or name_of(cfg.device), ended or "it ended without an answer"))
             if lost is None or cfg.device._target_ != AUTO:
                 return records
+
+
+def name_of(device: DeviceConfig) -> str:
+    """As a device calls itself; ``auto`` where it is to be found out."""
+    return device._target_.rpartition(".")[2].removesuffix("Device").lower()
 
 
 def _look(config: Path, out: Path, skip: list[str], environment: Mapping[str, str]) -> str | None:

@@ -30,7 +30,7 @@ from launchers.kubernetes.signals import EndsBySignal
 from launchers.spec import LaunchSpec
 
 if TYPE_CHECKING:
-    from launchers.doctor.nodes.carry import Heard
+    from launchers.doctor.nodes.converse import Heard
 
 PROGRAM = ("-P", "-m", "launchers.kubernetes.look")
 """What Python runs in a pod, with the request as its argument."""
@@ -64,6 +64,8 @@ class InPods:
     def node_names(self, nodes: int) -> Sequence[str]:
         """Only the scheduler knows the machines; pods find the first one by a name of the job's network."""
         return ()
+
+    node_addresses = node_names
 
     def spec(self, seconds: float) -> LaunchSpec:
         """A job like a run's, as far as its pods have to do with it; it is not started again.

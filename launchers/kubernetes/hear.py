@@ -15,7 +15,7 @@ from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import JOB_LABEL
 
 if TYPE_CHECKING:
-    from launchers.doctor.nodes.carry import Heard
+    from launchers.doctor.nodes.converse import Heard
 
 IMAGE = "launcher.image, launcher.pull_secrets; queue_seconds=... where it only takes long"
 REMEDIES = {

@@ -7,10 +7,10 @@ The request is the last argument, since nothing can be written to a pod before i
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 from configs.errors import CrosstuneError
+from launchers.doctor.nodes.ending import ends_on_signals
 from launchers.doctor.nodes.look import answer
 from launchers.kubernetes.entry import take_number
 
@@ -20,9 +20,7 @@ MACHINE = "CROSSTUNE_MACHINE"
 
 def main() -> None:
     """Answers the request."""
-    # Process 1 of a container gets no signal that it has no handler for, its own alarm included.
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    ends_on_signals()
     try:
         take_number(os.environ)
     except CrosstuneError as error:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import CrosstuneError
-from launchers.doctor.nodes.carry import COMMAND, Heard
+from launchers.doctor.nodes.carry import COMMAND, unreported
 from launchers.doctor.nodes.command import doctor_nodes
-from launchers.doctor.nodes.request import Request
+from launchers.doctor.nodes.converse import Asker, Ended
 from tests.command import crosstune
 from tests.net_lab import NetLab, net_lab
 from tests.slurm_cluster import SlurmCluster
@@ -84,8 +84,10 @@ def plants(folder: Path, run_dir: Path, blocked: str) -> dict[str, Plant]:
     }
 
 
-class Lab:
+class Lab(Asker):
     """A launcher over a lab: asks all hosts at once, with a fault planted on some."""
+
+    first_seconds = 60.0
 
     def __init__(self, lab: NetLab, planted: dict[str, Plant], environment: dict[str, str]) -> None:
         self.lab, self.planted, self.environment = lab, planted, environment
@@ -96,39 +98,30 @@ class Lab:
     def node_names(self, nodes: int) -> Sequence[str]:
         return self.lab.names[:nodes]
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Iterator[Heard]:
-        deadline = time.monotonic() + seconds
-        running = [self._start(request) for request in requests]
-        for request, process in zip(requests, running, strict=True):
-            try:
-                said, _ = process.communicate(timeout=deadline - time.monotonic())
-                yield request.node, said.splitlines()
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.communicate()
-                yield request.node, CrosstuneError(request.name, "it did not answer")
+    node_addresses = node_names
 
-    def _start(self, request: Request) -> subprocess.Popen[str]:
-        plant = self.planted.get(request.name, Plant("", ""))
-        environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"} | self.environment
-        path = [plant.environment.get("PYTHONPATH", ""), environment["PYTHONPATH"], *sys.path]
-        environment |= plant.environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-        for name in plant.unset:
-            del environment[name]
-        hosts = self.lab.folder / f"hosts-{request.name}"
-        addresses = {name: self.lab.address(name) for name in self.lab.names} | plant.hosts
-        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{each} {name}\n" for name, each in addresses.items()))
+    def called(self, node: int) -> str:
+        return self.lab.names[node]
+
+    def fault(self, node: int, ended: Ended) -> CrosstuneError:
+        return unreported(self.called(node), ended, sys.executable)
+
+    def commands(self, nodes: int, seconds: float) -> Mapping[tuple[int, ...], Sequence[str]]:
+        return {(node,): self._command(name) for node, name in enumerate(self.lab.names[:nodes])}
+
+    def _command(self, name: str) -> list[str]:
+        plant = self.planted.get(name, Plant("", ""))
+        environment = {"OMP_NUM_THREADS": "1"} | self.environment | plant.environment
+        path = [*(each.get("PYTHONPATH", "") for each in (plant.environment, self.environment)), *sys.path]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        changed = [*(f"--unset={each}" for each in plant.unset)]
+        changed += [f"{key}={value}" for key, value in environment.items() if key not in plant.unset]
+        hosts = self.lab.folder / f"hosts-{name}"
+        addresses = {each: self.lab.address(each) for each in self.lab.names} | plant.hosts
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{each} {host}\n" for host, each in addresses.items()))
         script = f'mount --bind {hosts} /etc/hosts && {plant.before} && exec "$@"'
-        words = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, *COMMAND]
-        command = self.lab.on(request.name, words)
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdin is not None
-        process.stdin.write(request.to_json())
-        process.stdin.close()
-        process.stdin = None
-        return process
+        words = ["unshare", "--mount", "sh", "-c", script, "sh", "env", *changed, sys.executable, *COMMAND]
+        return self.lab.on(name, words)
 
 
 def diagnosis(lab: NetLab, planted: dict[str, Plant], environment: dict[str, str], *words: str) -> dict[str, Any]:

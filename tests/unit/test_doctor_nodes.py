@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,20 @@ from torch import distributed as dist
 
 from configs.compose import compose
 from configs.errors import ConfigError, CrosstuneError, ErrorGroup
-from launchers.doctor.nodes import before, machine, network
+from launchers.doctor.nodes import allreduce, before, machine, network
 from launchers.doctor.nodes.allreduce import Roll
 from launchers.doctor.nodes.before import before_submit
 from launchers.doctor.nodes.between import clock_offsets
 from launchers.doctor.nodes.command import ask, doctor_nodes, requests_of
 from launchers.doctor.nodes.findings import Answer, Finding
 from launchers.doctor.nodes.judge import judge
+from launchers.doctor.nodes.look import way_to
 from launchers.doctor.nodes.page import show
 from launchers.doctor.nodes.rendezvous import Guest, Host
 from launchers.doctor.nodes.request import Request, report_in, report_lines
 from launchers.doctor.nodes.threads import in_threads
 from launchers.launch import plan
+from launchers.node import NOT_SHARED
 from launchers.spec import MASTER, NODE
 
 NAMES = ("n0", "n1", "n2", "n3")
@@ -44,7 +46,7 @@ NOW = 1_000_000.0
 def request(*words: str) -> Request:
     """What four nodes are asked."""
     cfg = compose("doctor_nodes", ["nodes=4", "nproc=2", "run_dir=/shared/run", "device=cpu", *words])
-    return requests_of(cfg, NAMES)[0]
+    return requests_of(cfg, NAMES, NAMES)[0]
 
 
 def healthy(node: int) -> dict[str, Any]:
@@ -57,9 +59,9 @@ def healthy(node: int) -> dict[str, Any]:
         "network": {
             "here": {"lo": {"addresses": ["127.0.0.1"], "up": True}, "eth0": eth},
             "chosen": {},
-            "route": {"address": f"10.0.0.{node}", "interface": "eth0"},
         },
-        "limits": {"memlock": None, "nofile": 65536, "nproc": None},
+        "way": {"interface": "eth0"},
+        "limits": {"memlock": None, "nofile": 65536, "nproc": None, "rdma": ["mlx5_0"]},
         "shm": {"total_bytes": 16 * GIB, "free_bytes": 16 * GIB, "free_files": 9},
         "run_dir": {**disk, "free_files": 9, "refused": None},
         "tmp": {**disk, "path": "/tmp", "folder": "/tmp", "free_files": 9, "refused": None},
@@ -137,6 +139,7 @@ def test_a_healthy_cluster_has_no_findings():
 
 
 SILENT = {"reached": False, "kind": "silent", "text": "no answer", "addresses": ["10.0.0.0"], "token": None}
+NO_WAY = {"wrong": "cluster.interface: there are eth0, eth1", "remedy": "name one"}
 NOT_HERE = {"failed": "Name or service not known"}
 BACK = {"kind": "refused", "text": "x", "addresses": ["10.0.0.2"]}
 GONE = {"GLOO_SOCKET_IFNAME": {"value": "ib0", "means": []}}
@@ -149,12 +152,14 @@ MISSING = {"level": "missing", "what": "nproc: 9 processes", "remedy": "lower np
     ("change", "level", "check", "nodes", "says"),
     [
         (put(2, "names/known/n0", NOT_HERE), "fault", "names", (2,), "'n0' does not resolve: Name or"),
-        (put(2, "names/known/n2", NOT_HERE), "fault", "names", (2,), "'n2' does not resolve"),
-        (put(0, "names/known/n3", NOT_HERE), "fault", "names", (0,), "'n3' does not resolve"),
+        (put(0, "names/known/n0", NOT_HERE), "fault", "names", (0,), "'n0' does not resolve"),
+        (put(2, "names/known/n2", NOT_HERE), "warning", "names", (2,), "'n2' does not resolve"),
+        (put(0, "names/known/n3", NOT_HERE), "warning", "names", (0,), "'n3' does not resolve"),
+        (put(0, "names/known/n3/addresses", ["10.9.9.9"]), "warning", "names", (0,), "that machine has 10.0.0.3"),
         (put(2, "names/known/n0/addresses", ["10.9.9.9"]), "fault", "names", (2,), "and that machine has 10.0.0.0"),
         (put(2, "names/known/n0/addresses", ["127.0.0.1"]), "fault", "names", (2,), "this node itself"),
-        (put(0, "names/known/n0/addresses", ["127.0.1.1"]), "fault", "names", (0,), "its own name 'n0' is 127.0.1.1"),
-        (put(2, "names/known/n2/addresses", ["127.0.1.1"]), "warning", "names", (2,), "its own name 'n2' is 127.0.1.1"),
+        (put(0, "way/interface", "lo"), "fault", "interface", (0,), "a run would take lo, which no other node reaches"),
+        (put(0, "way", NO_WAY), "fault", "interface", (0,), "cluster.interface: there are eth0, eth1"),
         (put(0, "meeting", {"listens": False, "text": "in use", "holder": "python (process 7)", "token": True}),
          "fault", "rendezvous", (0,), "port 29500 is taken by python (process 7)"),
         (put(2, "meeting", SILENT), "fault", "rendezvous", (2,), "cannot reach n0:29500: no answer"),
@@ -220,7 +225,7 @@ def test_a_node_without_a_report_is_one_finding_and_the_others_stay_as_they_are(
 
 
 def test_the_same_finding_on_several_nodes_is_one_and_faults_come_first():
-    change = both(*(put(node, "shm/free_bytes", 0) for node in (1, 3)), put(0, "limits/memlock", 1))
+    change = both(*(put(node, "shm/free_bytes", 0) for node in (1, 3)), put(0, "tmp/free_bytes", 2**29))
     assert [(each.level, each.nodes) for each in judge(request(), answers(change))] == [
         ("fault", (1, 3)),
         ("warning", (0,)),
@@ -230,6 +235,73 @@ def test_the_same_finding_on_several_nodes_is_one_and_faults_come_first():
 def test_behind_a_network_that_translates_addresses_names_are_not_called_wrong():
     change = both(*(put(node, "names/known/n0/addresses", ["192.168.9.1"]) for node in range(4)))
     assert judge(request(), answers(change)) == []
+
+
+def test_a_debian_host_whose_own_name_is_loopback_is_no_finding_where_a_run_finds_another_way():
+    own = both(*(put(node, f"names/known/n{node}/addresses", ["127.0.1.1"]) for node in range(4)))
+    assert judge(request(), answers(own)) == []
+
+
+def test_several_nodes_on_one_machine_may_meet_on_its_loopback_interface():
+    found = answers(both(*(put(node, "way/interface", "lo") for node in range(4))))
+    for each in found:
+        assert each.report is not None
+        each.report["machine"] = "m"
+    assert {each.what.partition(" as ")[0] for each in judge(request(), found)} == {"is the same machine"}
+
+
+def test_a_node_without_a_way_is_told_once():
+    change = both(
+        put(2, "way", {"wrong": "machine 0: 'n0' cannot be reached", "remedy": None}), put(2, "meeting", SILENT)
+    )
+    assert [each.check for each in judge(request(), answers(change))] == ["interface"]
+
+
+def test_little_shared_memory_breaks_runs_on_accelerators_alone():
+    def levels(device: dict[str, Any]) -> list[str]:
+        change = both(*(both(put(n, "shm/free_bytes", 2**20), put(n, "device", device)) for n in range(4)))
+        return [each.level for each in judge(request(), answers(change)) if each.check == "shm"]
+
+    whole = {"answers": {"available": True, "count": 1}, "versions": {}, "findings": [], "exit_code": 0}
+    assert levels({"device": "cpu", **whole}) == [] and levels({"device": "ascend", **whole}) == ["fault"]
+    quick: dict[str, Any] = {"findings": []}
+    assert levels({"asked": "cpu", **quick}) == [] and levels({"asked": "ascend", **quick}) == ["fault"]
+    assert levels({"asked": "auto", **quick}) == ["warning"]
+
+
+def test_locked_memory_is_of_no_interest_without_an_adapter_that_needs_it():
+    change = both(*(both(put(n, "limits/memlock", 2**23), put(n, "limits/rdma", [])) for n in range(4)))
+    assert judge(request(), answers(change)) == []
+
+
+def test_the_limit_of_open_files_is_the_one_that_a_run_raises_itself():
+    code = (
+        "import resource; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, 5000)));"
+        "from launchers.doctor.nodes.look import limits; print(limits()['nofile'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "5000\n", done.stderr
+
+
+def test_a_host_is_shown_as_it_was_written_and_reached_by_its_address():
+    cfg = compose("doctor_nodes", ["nodes=4", "nproc=2", "run_dir=/shared/run", "device=cpu"])
+    first = requests_of(cfg, NAMES, [f"10.0.0.{node}" for node in range(4)])[0]
+    assert first.master == "10.0.0.0" and first.on_this_machine({NODE: "2"}).name == "n2"
+
+    def by_address(facts: list[dict[str, Any]]) -> None:
+        for node, each in enumerate(facts):
+            each["names"]["known"] = {f"10.0.0.{i}": {"addresses": [f"10.0.0.{i}"]} for i in (0, node)}
+
+    missing = put(2, "names/known", {"10.0.0.0": NOT_HERE})
+    (finding,) = judge(first, answers(both(by_address, missing)))
+    assert finding.what.startswith("'10.0.0.0' (n0) does not resolve")
+    found = answers(both(by_address, put(2, "meeting", SILENT)))
+    (finding,) = judge(first, found)
+    assert finding.what.startswith("cannot reach n0:29500") and "(10.0.0.0)" in finding.what
+    out = io.StringIO()
+    show(first, found, [finding], Console(file=out, width=100))
+    assert "  fault        n2: cannot reach n0:29500" in out.getvalue()
 
 
 def test_not_shared_and_not_looked_at_is_no_finding():
@@ -300,13 +372,18 @@ class Told:
     def node_names(self, nodes: int) -> list[str]:
         return [f"n{number}" for number in range(nodes)]
 
+    node_addresses = node_names
+
     def run_on_each(self, requests: Any, seconds: float) -> Any:
         yield from self.said
 
 
 def test_a_node_that_says_nothing_or_something_else_is_told(capsys):
     cfg = compose("doctor_nodes", ["nodes=3", "quick=true"])
-    heard = ask(requests_of(cfg, ("n0", "n1", "n2")), Told((2, ["warning", "bash: python3: not found"]), (0, [])))
+    heard = ask(
+        requests_of(cfg, ("n0", "n1", "n2"), ("n0", "n1", "n2")),
+        Told((2, ["warning", "bash: python3: not found"]), (0, [])),
+    )
     errors = [each.error.found if each.error else "" for each in heard]
     assert "it said last: nothing" in errors[0] and "nothing came within" in errors[1]
     assert "it said last: bash: python3: not found" in errors[2]
@@ -356,10 +433,18 @@ def test_the_environment_tells_no_secret():
         **{"HCCL_BUFFSIZE": "64", "MY_TOKEN": "s3cret", "TORCH_SECRET_KEY": "s3cret", "GLOO_SOCKET_IFNAME": "eth0"},
         **{"HF_TOKEN": "s3cret", "PATH": "/bin"},
     }
-    found = machine.environment("session", ["MY_TOKEN"], variables)
+    found = machine.environment("session", ["MY_TOKEN"], NOT_SHARED, variables)
     assert found.keys() == {"HCCL_BUFFSIZE", "MY_TOKEN", "TORCH_SECRET_KEY"}
     assert found["HCCL_BUFFSIZE"]["value"] == "64" and "s3cret" not in json.dumps(found)
-    assert machine.environment("other", [], variables)["HCCL_BUFFSIZE"]["hash"] != found["HCCL_BUFFSIZE"]["hash"]
+    assert (
+        machine.environment("other", [], NOT_SHARED, variables)["HCCL_BUFFSIZE"]["hash"]
+        != found["HCCL_BUFFSIZE"]["hash"]
+    )
+
+
+def test_variables_in_which_machines_of_a_run_rightly_differ_are_not_compared():
+    own = ("NCCL_SOCKET_IFNAME", "HCCL_IF_IP", "KRB5CCNAME", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_HOME")
+    assert machine.environment("session", [], NOT_SHARED, dict.fromkeys(own, "x")) == {}
 
 
 def test_the_code_has_a_name_of_its_own(tmp_path):
@@ -381,9 +466,9 @@ def free_port() -> int:
 
 def meet(*words: str) -> Request:
     """Two nodes, both this machine."""
-    names = ("127.0.0.1", "localhost")
+    names = ("first", "no-such-host.invalid")  # a run asks for the first one's address only
     cfg = compose("doctor_nodes", ["nodes=2", f"master_port={free_port()}", "patience_seconds=5", *words])
-    return requests_of(cfg, names)[0]
+    return requests_of(cfg, names, ("127.0.0.1", names[1]))[0]
 
 
 def copy_for(node: int, first: Request) -> Request:
@@ -418,24 +503,59 @@ def test_a_taken_port_is_told_with_its_holder_and_strangers_are_not_answered():
     assert not met["guest"]["reached"] and met["guest"]["kind"] == "strange"
 
 
-def test_ranks_that_do_not_come_are_called_by_number():
+def roll_call(store: Any, ranks: Sequence[int], world: int, seconds: float) -> dict[str, Any]:
+    return in_threads({str(r): lambda r=r: Roll(store, r, world).call("came", seconds) for r in ranks}, 10)
+
+
+def test_ranks_that_do_not_come_are_called_by_number_for_all():
+    assert roll_call(dist.HashStore(), (0, 1, 2), 3, 5.0) == {"0": [], "1": [], "2": []}
+    assert roll_call(dist.HashStore(), (0, 2), 4, 0.2) == {"0": [1, 3], "2": [1, 3]}
     store = dist.HashStore()
-    assert Roll(store, 0, 3).call("came", 0.0) == [1, 2]
-    assert Roll(store, 2, 3).call("came", 0.1) == [1]
-    assert Roll(store, 1, 3).call("came", 0.0) == []
     Roll(store, 0, 3).sign("active")
-    assert Roll(store, 2, 3).absent("active") == [1, 2]
+    assert Roll(store, 0, 3).absent("active") == [1, 2] and Roll(store, 1, 3).absent("active") == []
+
+
+def test_a_first_rank_that_says_nothing_is_the_one_that_is_missing(monkeypatch):
+    monkeypatch.setattr(allreduce, "LAST_SECONDS", 0.1)
+    assert Roll(dist.HashStore(), 1, 2).call("came", 0.0) == [0]
+
+
+class Counting:
+    """A store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.store, self.keys = dist.HashStore(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        def called(*content: Any) -> Any:
+            self.keys += len(content[0]) if isinstance(content[0], list) else 1
+            return getattr(self.store, name)(*content)
+
+        return called
+
+
+def test_a_roll_of_many_ranks_asks_the_store_some_times_per_rank():
+    """Each asking after each other was 2.56 million keys at 1,600 ranks, more than a store tells in the time."""
+    store, world = Counting(), 200
+    assert set(map(tuple, roll_call(store, range(world), world, 30.0).values())) == {()}
+    assert store.keys < 30 * world
 
 
 def test_interfaces_are_those_that_the_libraries_would_take():
-    here = network.interfaces("127.0.0.1", {"GLOO_SOCKET_IFNAME": "nope0", "NCCL_SOCKET_IFNAME": "^nope"})
+    here = network.interfaces({"GLOO_SOCKET_IFNAME": "nope0", "NCCL_SOCKET_IFNAME": "^nope"})
     assert here["chosen"]["GLOO_SOCKET_IFNAME"]["means"] == []
     assert set(here["chosen"]["NCCL_SOCKET_IFNAME"]["means"]) == set(here["here"])
-    assert here["route"] == {"address": "127.0.0.1", "interface": "lo"}
+
+
+def test_the_interface_is_found_as_a_run_finds_it(monkeypatch):
+    assert way_to("127.0.0.1", None) == {"interface": "lo"} and way_to("n0", "ib0") == {"interface": "ib0"}
+    assert "no-such-host.invalid" in way_to("no-such-host.invalid", None)["wrong"]
+    monkeypatch.setattr("launchers.node.interface_to", lambda master: f"of {master}")
+    assert way_to("n0", None) == {"interface": "of n0"}
 
 
 def test_a_file_of_the_first_node_is_seen_or_not(tmp_path):
-    first = requests_of(compose("doctor_nodes", ["nodes=2", f"run_dir={tmp_path}/not/yet"]), ())[0]
+    first = requests_of(compose("doctor_nodes", ["nodes=2", f"run_dir={tmp_path}/not/yet"]), (), ())[0]
     assert machine.token_file(first).parent == tmp_path
     assert not machine.sees_token(first, 0.0)
     machine.token_file(first).write_text("another session")

@@ -39,7 +39,7 @@ def asker(kind: str, cluster: str, *words: str) -> tuple[InPods, Request]:
     cfg = compose("doctor_nodes", [f"launcher={kind}", f"cluster={cluster}", *WORDS, *numbers, *words])
     asks = asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
     assert isinstance(asks, InPods)
-    return asks, requests_of(cfg, asks.node_names(cfg.nodes))[0]
+    return asks, requests_of(cfg, asks.node_names(cfg.nodes), asks.node_addresses(cfg.nodes))[0]
 
 
 KINDS = [("volcano", "ascend"), ("trainjob", "nvidia"), ("pytorchjob", "amd"), ("ascendjob", "ascend")]
@@ -94,7 +94,7 @@ def test_question_variables_and_setup_arrive_unchanged() -> None:
     cfg.environment, cfg.cluster.setup, cfg.run_dir = {"ODD": odd}, [f"/shared/{odd}.sh"], f"/shared/{odd}"
     asks = asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
     assert isinstance(asks, InPods)
-    request = requests_of(cfg, ())[0]
+    request = requests_of(cfg, (), ())[0]
     [pod] = pods_in(yaml.safe_load(yaml.safe_dump(asks.manifests(request))))
     command = [expanded(word, {"HOME": "/root"}) for word in pod["spec"]["containers"][0]["command"]]
     assert Request.from_json(command[-1]) == request and request.run_dir == f"/shared/{odd}"

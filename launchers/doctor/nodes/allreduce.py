@@ -32,7 +32,8 @@ ROUNDS = 5
 LAST_SECONDS = 3.0
 """For the ranks' last signs of life: all give up at the same time, since they began together."""
 LINGER_SECONDS = 1.0
-"""For rank 0, whose store ends with it: the others still read there."""
+ASKED_PER_SECOND = 2000
+"""By all ranks together; a store answers some ten thousand."""
 KILL_SECONDS = 15.0
 """Beyond its time, for a process to say itself what went wrong."""
 
@@ -139,7 +140,7 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
         roll = Roll(store(serves=rank == 0), rank, world)
         missing = roll.call("came", half)
         if missing:
-            return _failure("not all ranks came", silent=missing)
+            return _leave(roll, _failure("not all ranks came", silent=missing))
         # A connection of its own: an operation that hangs keeps the other one.
         second = store(serves=False)
         speed, error = _within(half, lambda: measure(config, second, size, half))
@@ -150,10 +151,16 @@ def take_part(config: Path, size: int, seconds: float) -> dict[str, Any]:
         silent = roll.call("over", LAST_SECONDS) or roll.absent("active")
     except (RuntimeError, dist.DistError):
         silent = [0] if rank else []
-    if rank == 0:
-        time.sleep(LINGER_SECONDS)
     # A figure stands, whoever has left since.
-    return {"gb_per_s": speed, "silent": [], "error": None} if error is None else _failure(error, silent)
+    figure: dict[str, Any] = {"gb_per_s": speed, "silent": [], "error": None}
+    return _leave(roll, figure if error is None else _failure(error, silent))
+
+
+def _leave(roll: Roll, result: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's store ends with it, and the others still read there."""
+    if roll.rank == 0:
+        time.sleep(LINGER_SECONDS + roll.pause)
+    return result
 
 
 def _within(seconds: float, job: Callable[[], float]) -> tuple[float | None, str | None]:
@@ -174,29 +181,43 @@ def _within(seconds: float, job: Callable[[], float]) -> tuple[float | None, str
 
 
 class Roll:
-    """Who has come so far, kept in the store of rank 0."""
+    """Who has come so far, kept in the store of rank 0, which alone asks after each: n ranks send some n messages."""
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.store, self.rank, self.world = store, rank, world
+        self.pause = min(1.0, max(0.05, world / ASKED_PER_SECOND))
+        """Seconds between two looks of a rank."""
 
     def call(self, stage: str, seconds: float) -> list[int]:
-        """Signs in, and waits for all; the ranks that had not by then.
+        """Signs in, and waits for all; the ranks that had not come when rank 0 gave up, the same for everybody.
 
         Raises:
             RuntimeError: the store does not answer.
         """
         self.sign(stage)
+        verdict = f"{stage}/missing"
+        if self.store.add(f"{stage}/count", 1) == self.world:
+            self.store.compare_set(verdict, "", "[]")
         deadline = time.monotonic() + seconds
-        while (silent := self.absent(stage)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return silent
+        while not self.store.check([verdict]):
+            left = deadline - time.monotonic()
+            if left <= 0 and self.rank == 0:
+                self.store.compare_set(verdict, "", json.dumps(self.absent(stage)))
+            elif left <= -LAST_SECONDS:
+                return [0]
+            else:
+                time.sleep(min(self.pause, left) if left > 0 else self.pause)
+        missing: list[int] = json.loads(self.store.get(verdict))
+        return missing
 
     def sign(self, stage: str) -> None:
         """Notes that this rank has come so far."""
         self.store.set(f"{stage}/{self.rank}", "1")
 
     def absent(self, stage: str) -> list[int]:
-        """The ranks that have not."""
+        """The ranks that have not, for rank 0; empty for the others."""
+        if self.rank != 0:
+            return []
         return [rank for rank in range(self.world) if not self.store.check([f"{stage}/{rank}"])]
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import queue
 import shlex
-import subprocess
 import sys
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +13,8 @@ from configs.errors import ConfigError, CrosstuneError, first_line
 from configs.schema.doctor_nodes import DoctorNodesConfig
 from configs.schema.launcher_slurm import Container
 from launchers.base import Launcher, with_setup
-from launchers.doctor.nodes.request import Request, existing_part
+from launchers.doctor.nodes.converse import Asker, Ended, Heard
+from launchers.doctor.nodes.request import HELLO, Request, existing_part
 from launchers.kubernetes.ask import PROGRAM, InPods
 from launchers.kubernetes.base import KubernetesLauncher
 from launchers.local import LocalLauncher
@@ -24,13 +22,17 @@ from launchers.slurm import SlurmLauncher
 from launchers.slurm.launcher import LABEL
 from launchers.slurm.script import container_mounts
 from launchers.spec import MASTER, NODE, this_python
-from launchers.ssh.connection import SSH_FAILED, address_of, ssh_command, ssh_fault
+from launchers.ssh.connection import OVERLOADED, SSH_FAILED, address_of, ssh_command, ssh_fault
+from launchers.ssh.gather import LOGIN_SECONDS, PAUSE_SECONDS, TRIES
 from launchers.ssh.hosts import configured_hosts
 from launchers.ssh.launcher import SshLauncher
-from launchers.torchrun import end_with_parent
 
 COMMAND = ("-P", "-m", "launchers.doctor.nodes.look")
 """What Python runs on a node, with the request on standard input."""
+START_SECONDS = 30.0
+"""For Python on this machine."""
+CANNOT_RUN = (126, 127)
+"""Exit codes of a shell, and of env, that has not found a command or must not run it."""
 IN_PLACE = f"""
 if command -v scontrol >/dev/null; then
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -43,22 +45,22 @@ exec "$@"
 """
 """Shell: gives a task of Slurm its place, as the batch script of a job does."""
 
-Heard = tuple[int, "Iterable[str] | CrosstuneError"]
-"""A node's number, and the lines that it printed, or why it was not asked."""
-
 
 class AsksNodes(Protocol):
     """Runs `COMMAND` on all nodes at the same time."""
 
     def node_names(self, nodes: int) -> Sequence[str]:
-        """How the nodes reach each other, by number; empty where only the scheduler knows."""
+        """What the user calls them, by number; empty where only the scheduler knows."""
+
+    def node_addresses(self, nodes: int) -> Sequence[str]:
+        """How the nodes reach each other, likewise."""
 
     def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
         """Asks each node, and gives what it printed as it ends, in any order; who closes it takes the question back.
 
         Args:
             requests: by node number.
-            seconds: after which nodes that have not ended are given up.
+            seconds: that a node has to answer.
         """
 
 
@@ -85,21 +87,32 @@ def asker_of(cfg: DoctorNodesConfig, launcher: Launcher) -> AsksNodes:
     )
 
 
-class ThisMachine:
+class ThisMachine(Asker):
     """Asks this machine alone, in a process of its own."""
+
+    first_seconds = START_SECONDS
 
     def node_names(self, nodes: int) -> Sequence[str]:
         """This machine needs no name."""
         return ()
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
-        """See `AsksNodes`."""
-        for node, done in in_parallel({0: [sys.executable, *COMMAND]}, requests, seconds):
-            yield node, done if isinstance(done, CrosstuneError) else lines_of(done)
+    node_addresses = node_names
+
+    def called(self, node: int) -> str:
+        """See `Asker`."""
+        return "this machine"
+
+    def commands(self, nodes: int, seconds: float) -> Mapping[tuple[int, ...], Sequence[str]]:
+        """See `Asker`."""
+        return {(0,): [sys.executable, *COMMAND]}
+
+    def fault(self, node: int, ended: Ended) -> CrosstuneError:
+        """See `Asker`."""
+        return unreported(self.called(node), ended, sys.executable)
 
 
-class OverSsh:
-    """Asks each host of a list by an ssh of its own."""
+class OverSsh(Asker):
+    """Asks each host of a list by an ssh of its own, so many at a time and with such patience as the launcher."""
 
     def __init__(self, cfg: DoctorNodesConfig, launcher: SshLauncher) -> None:
         self.cfg, self.ssh = cfg, launcher.cfg
@@ -109,37 +122,63 @@ class OverSsh:
         if len(hosts) < cfg.nodes:
             raise ConfigError("nodes", f"{cfg.nodes}, but {len(hosts)} hosts are listed", remedy="launcher.hosts=[...]")
         self.hosts = [host.name for host in hosts[: cfg.nodes]]
+        self.parallel = self.ssh.parallel
+        self.first_seconds = self.ssh.connect_seconds + max(LOGIN_SECONDS, cfg.patience_seconds)
 
     def node_names(self, nodes: int) -> Sequence[str]:
+        """As the user wrote them, without the user to log in as."""
+        return [host.rpartition("@")[2] for host in self.hosts]
+
+    def node_addresses(self, nodes: int) -> Sequence[str]:
         """What ssh makes of each: it may know aliases that the nodes do not."""
-        names = [address_of(self.ssh, host) for host in self.hosts]
-        return [self.ssh.master or names[0], *names[1:]]
+        found = [address_of(self.ssh, host) for host in self.hosts]
+        return [self.ssh.master or found[0], *found[1:]]
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
-        """See `AsksNodes`."""
+    def called(self, node: int) -> str:
+        """See `Asker`."""
+        return self.hosts[node]
+
+    def commands(self, nodes: int, seconds: float) -> Mapping[tuple[int, ...], Sequence[str]]:
+        """See `Asker`."""
         remote = "exec " + shlex.join(command_on_node(self.cfg))
-        commands = {node: ssh_command(self.ssh, host, remote) for node, host in enumerate(self.hosts)}
-        for node, done in in_parallel(commands, requests, seconds):
-            if isinstance(done, CrosstuneError):
-                yield node, done
-            elif done.returncode == SSH_FAILED:
-                yield node, ssh_fault(self.hosts[node], done.returncode, done.stderr)
-            else:
-                yield node, lines_of(done)
+        return {(node,): ssh_command(self.ssh, host, remote) for node, host in enumerate(self.hosts)}
+
+    def again(self, ended: Ended) -> float | None:
+        """See `Asker`: as the launcher does."""
+        overloaded = ended.code == SSH_FAILED and OVERLOADED.search(ended.complaints)
+        return PAUSE_SECONDS * ended.tries if overloaded and ended.tries < TRIES else None
+
+    def fault(self, node: int, ended: Ended) -> CrosstuneError:
+        """See `Asker`."""
+        host = self.hosts[node]
+        if ended.code == SSH_FAILED:
+            return ssh_fault(host, ended.code, ended.complaints)
+        return unreported(host, ended, python_of(self.cfg))
 
 
-class ThroughSlurm:
+class ThroughSlurm(Asker):
     """Asks the nodes of an allocation that is made for it; which ones they are is Slurm's choice."""
 
     def __init__(self, cfg: DoctorNodesConfig, launcher: SlurmLauncher) -> None:
         self.cfg, self.slurm, self.cluster = cfg, launcher.cfg, launcher.cluster
+        self.first_seconds = cfg.queue_seconds + max(LOGIN_SECONDS, cfg.patience_seconds)
 
     def node_names(self, nodes: int) -> Sequence[str]:
         """Only Slurm knows."""
         return ()
 
+    node_addresses = node_names
+
+    def called(self, node: int) -> str:
+        """See `Asker`."""
+        return f"node {node}"
+
     def command(self, seconds: float) -> list[str]:
-        """The srun, with what a job of the launcher would ask for."""
+        """The srun, with what a job of the launcher would ask for.
+
+        Args:
+            seconds: that a node may take to answer.
+        """
         cfg, slurm = self.cfg, self.slurm
         chosen = {key: getattr(slurm, key) for key in ("partition", "account", "qos")}
         devices = self.cluster.devices_per_node or cfg.nproc
@@ -149,7 +188,7 @@ class ThroughSlurm:
             "cpus-per-task": cfg.cpus or None,
             "mem": f"{cfg.memory_gib}G" if cfg.memory_gib else None,
             "gres": f"{self.cluster.gres}:{devices}" if self.cluster.gres else None,
-            "time": int(seconds / 60) + 2,
+            "time": int((self.first_seconds + seconds) / 60) + 2,
             "immediate": cfg.queue_seconds,
             "job-name": "crosstune-doctor",
         }
@@ -173,18 +212,24 @@ class ThroughSlurm:
             return [], ["apptainer", "exec", *bound, *slurm.container_args, str(slurm.image), *command]
         return [], list(command)
 
-    def run_on_each(self, requests: Sequence[Request], seconds: float) -> Generator[Heard, None, None]:
-        """See `AsksNodes`. srun gives its standard input to all tasks."""
-        [(_, done)] = in_parallel({0: self.command(seconds)}, requests, seconds + self.cfg.queue_seconds)
-        if isinstance(done, CrosstuneError):
-            yield from ((request.node, done) for request in requests)
-            return
-        said: dict[int, list[str]] = {}
-        for line in done.stdout.splitlines():
-            if label := LABEL.fullmatch(line):
-                said.setdefault(int(label[1]), []).append(label[2])
-        refusal = CrosstuneError("srun", f"Slurm: {first_line(done.stderr) or 'no message'}")
-        yield from ((request.node, said.get(request.node, refusal)) for request in requests)
+    def commands(self, nodes: int, seconds: float) -> Mapping[tuple[int, ...], Sequence[str]]:
+        """See `Asker`. srun gives its standard input to all tasks."""
+        return {tuple(range(nodes)): self.command(seconds)}
+
+    def whose(self, nodes: Sequence[int], line: str) -> tuple[int, str] | None:
+        """See `Asker`: by srun's label."""
+        label = LABEL.fullmatch(line)
+        return (int(label[1]), label[2]) if label else None
+
+    def fault(self, node: int, ended: Ended) -> CrosstuneError:
+        """See `Asker`."""
+        complaints = ended.complaints.splitlines()
+        own = [found[1] for line in complaints if (found := self.whose((), line)) and found[0] == node]
+        if own or ended.out:
+            inside = self.slurm.container is not Container.none
+            own_end = Ended(ended.code, ended.out, "\n".join(own), ended.tries)
+            return unreported(self.called(node), own_end, python_of(self.cfg, inside=inside))
+        return CrosstuneError("srun", f"Slurm: {first_line(ended.complaints) or 'no message'}")
 
 
 def command_on_node(cfg: DoctorNodesConfig, program: Sequence[str] = COMMAND, *, inside: bool = False) -> list[str]:
@@ -196,53 +241,30 @@ def command_on_node(cfg: DoctorNodesConfig, program: Sequence[str] = COMMAND, *,
         inside: in a container, which has a Python of its own.
     """
     variables = [f"{name}={value}" for name, value in {**cfg.cluster.environment, **cfg.environment}.items()]
-    command = [cfg.python or ("python3" if inside else this_python()), *program]
+    command = [python_of(cfg, inside=inside), *program]
     return with_setup(["env", *variables, *command] if variables else command, cfg.cluster.setup)
 
 
-def in_parallel(
-    commands: Mapping[int, Sequence[str]], requests: Sequence[Request], seconds: float
-) -> Iterator[tuple[int, subprocess.CompletedProcess[str] | CrosstuneError]]:
-    """Runs commands at the same time, each with its request on standard input; gives each as it ends.
+def python_of(cfg: DoctorNodesConfig, *, inside: bool = False) -> str:
+    """The interpreter on the nodes; a container has one of its own."""
+    return cfg.python or ("python3" if inside else this_python())
+
+
+def unreported(where: str, ended: Ended, python: str) -> CrosstuneError:
+    """Why a node that was reached has given no report.
 
     Args:
-        commands: by node.
-        requests: by node number.
-        seconds: after which those that are left are ended.
+        where: the node.
+        ended: how.
+        python: that it was to run.
     """
-    ended: queue.Queue[tuple[int, subprocess.CompletedProcess[str] | CrosstuneError]] = queue.Queue()
-
-    def follow(node: int, process: subprocess.Popen[str]) -> None:
-        try:
-            out, err = process.communicate(requests[node].to_json(), timeout=seconds)
-            ended.put((node, subprocess.CompletedProcess(process.args, process.returncode, out, err)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            ended.put((node, CrosstuneError(f"node {node}", f"nothing came within {seconds:.0f} s")))
-
-    started = 0
-    for node, command in commands.items():
-        try:  # by this thread, which stays: Linux ends the child with the thread that forked it
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                preexec_fn=end_with_parent,
-            )
-        except OSError as error:
-            found = f"'{command[0]}' cannot be run here: {error.strerror}"
-            ended.put((node, ConfigError("launcher", found, remedy="doctor where the jobs are launched from")))
-        else:
-            threading.Thread(target=follow, args=(node, process), daemon=True).start()
-        started += 1
-    for _ in range(started):
-        yield ended.get()
-
-
-def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What a process said, its report last."""
-    return [*done.stderr.splitlines(), *done.stdout.splitlines()]
+    out = [line for line in ended.out if HELLO not in line]
+    # A greeting goes to standard output, too; what went wrong does not.
+    said = [*out, *ended.complaints.splitlines()]
+    last = next((line.strip()[:200] for line in reversed(said) if line.strip()), "nothing")
+    found = f"it ended without one, with code {ended.code}; it said last: {last}"
+    if ended.code in CANNOT_RUN:
+        return ConfigError(where, f"'{python}' cannot be run there: {last}", remedy="python=PATH of one that is there")
+    if "No module named" in last:
+        return ConfigError(where, found, remedy=f"install crosstune for '{python}' there, or python=PATH of another")
+    return CrosstuneError(where, found)

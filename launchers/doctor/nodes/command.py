@@ -33,7 +33,7 @@ def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[
         ConfigError: the launcher's nodes cannot be asked.
     """
     asks = asks or asker_of(cfg, build(cfg.launcher, Launcher, cfg.cluster))
-    requests = requests_of(cfg, asks.node_names(cfg.nodes))
+    requests = requests_of(cfg, asks.node_names(cfg.nodes), asks.node_addresses(cfg.nodes))
     answers = ask(requests, asks)
     findings = judge(requests[0], answers)
 
@@ -53,14 +53,21 @@ def doctor_nodes(cfg: DoctorNodesConfig, asks: AsksNodes | None = None) -> dict[
     }
 
 
-def requests_of(cfg: DoctorNodesConfig, names: Sequence[str]) -> list[Request]:
-    """The question to each node."""
+def requests_of(cfg: DoctorNodesConfig, names: Sequence[str], addresses: Sequence[str]) -> list[Request]:
+    """The question to each node.
+
+    Args:
+        cfg: what is meant to run.
+        names: as the user calls the nodes; empty: only a scheduler knows them.
+        addresses: by which they reach each other, likewise.
+    """
     doctor = DoctorConfig(nproc=cfg.nproc, model=cfg.model, device=cfg.device)
     first = Request(
         session=secrets.token_hex(16),
         nodes=cfg.nodes,
         names=tuple(names),
-        master=names[0] if names else "",
+        addresses=tuple(addresses),
+        master=addresses[0] if addresses else "",
         master_port=cfg.master_port,
         nproc=cfg.nproc,
         run_dir=None if cfg.run_dir is None else os.path.abspath(Path(cfg.run_dir).expanduser()),
@@ -91,7 +98,9 @@ def ask(requests: Sequence[Request], asks: AsksNodes) -> list[Answer]:
             if report is None and error is None:
                 said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
                 error = CrosstuneError(f"node {node}", f"it ended without one; it said last: {said[:200]}")
-            answers[node] = Answer(node, report, error, requests[node].asked_at, heard_at)
+            # The question may have waited for the last node to come.
+            asked_at = (report or {}).get("asked_at", requests[node].asked_at)
+            answers[node] = Answer(node, report, error, asked_at, heard_at)
     late = CrosstuneError("time", f"nothing came within {seconds:.0f} s")
     now = time.time()
     return [answers.get(each.node) or Answer(each.node, None, late, each.asked_at, now) for each in requests]

@@ -11,7 +11,7 @@ from typing import Any
 from launchers.doctor.nodes.between import of_clocks, of_environments, of_machines, of_versions
 from launchers.doctor.nodes.findings import FAULT, WARNING, Answer, Finding, merged
 from launchers.doctor.nodes.meeting import of_collectives, of_folder, of_meeting, of_names
-from launchers.doctor.nodes.network import is_local, is_loopback
+from launchers.doctor.nodes.network import INTERFACES, is_local, is_loopback
 from launchers.doctor.nodes.request import Request
 from train.units import in_gib
 
@@ -29,6 +29,7 @@ LEVELS = {"missing": FAULT, "note": WARNING}
 CHECKS = {
     "names": ("names", "name resolution", WARNING),
     "network": ("interface", "network interfaces", WARNING),
+    "way": ("interface", "the way to the first node", WARNING),
     "limits": ("limits", "limits", WARNING),
     "shm": ("shm", "/dev/shm", WARNING),
     "tmp": ("disk", "the folder for temporary files", WARNING),
@@ -49,18 +50,23 @@ def judge(request: Request, answers: Sequence[Answer]) -> list[Finding]:
         answers: one per node, by number.
     """
     found: list[Finding] = []
+    names = list(of_names(request, answers))
+    misnamed = {each.nodes[0] for each in names if each.level == FAULT}
+    astray, apart = set(misnamed), hosts_of(answers) > 1
     for answer in answers:
         if answer.report is None:
             found.append(silent(answer))
             continue
         found += of_failures(answer)
         found += of_interfaces(request, answer)
+        ways = list(of_way(request, answer, apart=apart)) if answer.node not in misnamed else []
+        astray |= {answer.node} if ways else set()
+        found += ways
         found += of_limits(request, answer)
         found += of_room(request, answer)
         found += of_device(answer)
-    names = list(of_names(request, answers))
     found += names
-    found += of_meeting(request, answers, {each.nodes[0] for each in names if each.level == FAULT})
+    found += of_meeting(request, answers, astray)
     found += of_folder(request, answers)
     found += of_clocks(answers)
     found += of_versions(answers)
@@ -116,40 +122,70 @@ def of_interfaces(request: Request, answer: Answer) -> Iterator[Finding]:
         yield Finding(FAULT, "interface", (answer.node,), what, f"one of {', '.join(usable) or 'none that is up'}")
 
 
+def of_way(request: Request, answer: Answer, *, apart: bool) -> Iterator[Finding]:
+    """The interface that a run would take where neither a variable nor the cluster names one.
+
+    Args:
+        request: what was asked.
+        answer: of a node that knows the first one's name.
+        apart: whether the nodes are several machines: on one they meet on its loopback interface.
+    """
+    way, network = answer.fact("way"), answer.fact("network")
+    if not way or not network or request.interface:
+        return
+    if "wrong" in way:
+        yield Finding(FAULT, "interface", (answer.node,), way["wrong"], way["remedy"])
+    elif apart and not network["chosen"].keys() >= set(INTERFACES) and not reachable(network["here"][way["interface"]]):
+        what = f"a run would take {way['interface']}, which no other node reaches: the first node's name leads there"
+        usable = sorted(name for name, each in network["here"].items() if reachable(each))
+        remedy = f"cluster.interface=..., one of {', '.join(usable) or 'none that is up'}; or mend /etc/hosts"
+        yield Finding(FAULT, "interface", (answer.node,), what, remedy)
+
+
+def hosts_of(answers: Sequence[Answer]) -> int:
+    """How many machines the nodes are, as far as they say."""
+    return len({answer.report["machine"] or answer.node for answer in answers if answer.report})
+
+
 def reachable(interface: Mapping[str, Any]) -> bool:
     """Whether others can reach this node through it."""
     return interface["up"] and not all(is_local(each) for each in interface["addresses"])
 
 
 def of_limits(request: Request, answer: Answer) -> Iterator[Finding]:
-    """Limits of the shell that the run's processes would meet."""
+    """Limits that the run's processes would meet."""
     facts = answer.fact("limits")
     if not facts:
         return
     files, needed = facts["nofile"], FILES_BASE + FILES_PER_RANK * request.nodes * request.nproc
     if files is not None and files < needed:
-        what = f"{files} open files are allowed, and a rank needs up to {needed}"
-        yield Finding(
-            FAULT, "limits", (answer.node,), what, f"ulimit -n {max(65536, needed)}; LimitNOFILE of the service"
-        )
-    pinned = facts["memlock"]
-    on_host = answer.fact("device").get("device", "cpu") == "cpu"
-    if request.nodes > 1 and not on_host and pinned is not None and pinned < MEMLOCK_SENSIBLE:
-        what = f"only {in_gib(pinned)} of memory may be locked, and RDMA locks its buffers"
+        what = f"no more than {files} open files are allowed, and a rank needs up to {needed}"
+        remedy = f"a hard limit of {max(65536, needed)}: LimitNOFILE of the service that starts ranks, or limits.conf"
+        yield Finding(FAULT, "limits", (answer.node,), what, remedy)
+    pinned, rdma = facts["memlock"], facts["rdma"]
+    if request.nodes > 1 and rdma and on_host(answer) is False and pinned is not None and pinned < MEMLOCK_SENSIBLE:
+        what = f"only {in_gib(pinned)} of memory may be locked, and RDMA ({', '.join(rdma)}) locks its buffers"
         yield Finding(
             WARNING, "limits", (answer.node,), what, "ulimit -l unlimited; LimitMEMLOCK=infinity of the service"
         )
 
 
+def on_host(answer: Answer) -> bool | None:
+    """Whether a run computes without an accelerator; None: that was not looked at, and no device was named."""
+    facts = answer.fact("device")
+    device = facts.get("device") or facts.get("asked")
+    return None if device in (None, "auto") else device == "cpu"
+
+
 def of_room(request: Request, answer: Answer) -> Iterator[Finding]:
-    """Shared memory and disks."""
-    shm = answer.fact("shm")
+    """Shared memory, which only the collectives of accelerators need, and disks."""
+    shm = answer.fact("shm") if on_host(answer) is not True else {}
     if shm and shm["free_bytes"] < request.nproc * SHM_PER_PROCESS:
         what = (
             f"/dev/shm has {in_gib(shm['free_bytes'])} free of {in_gib(shm['total_bytes'])}, too little for collectives"
         )
         remedy = "mount -o remount,size=16G /dev/shm; in a container --shm-size=16g, in a pod an emptyDir of Memory"
-        yield Finding(FAULT, "shm", (answer.node,), what, remedy)
+        yield Finding(FAULT if on_host(answer) is False else WARNING, "shm", (answer.node,), what, remedy)
     elif shm and shm["free_bytes"] < SHM_SENSIBLE:
         what = f"/dev/shm has only {in_gib(shm['free_bytes'])} free"
         yield Finding(WARNING, "shm", (answer.node,), what, "1 GiB or more; in a container --shm-size=16g")

@@ -20,6 +20,8 @@ PACKAGES = ("crosstune", "torch", "transformers", "deepspeed", "peft", "accelera
 ROOT = Path(__file__).resolve().parents[3]
 ROOMS = ("configs", "data_prep", "train", "launchers")
 CODE = (".py", ".yaml", ".jinja")
+RDMA = Path("/sys/class/infiniband")
+"""InfiniBand and RoCE adapters."""
 WRITE_BYTES = 2**16
 """Written to each disk: a quota, or a file system that has become read-only, shows only so."""
 TOKEN_SECONDS = 10.0
@@ -27,18 +29,19 @@ TOKEN_SECONDS = 10.0
 
 FAMILIES = re.compile(r"(P2P_|TORCH_)?[HNRX]CCL_|(GLOO|TORCH|PYTORCH|ASCEND|ACL|CUDA|HIP|OMP|MKL|KMP)_|DS_ACCELERATOR$")
 """Variables that decide how a run computes and communicates, and hold nothing secret."""
-OWN = re.compile(r"_SOCKET_IFNAME$|_IF_IP$|_VISIBLE_DEVICES$|DEVICE_ID$|_HOME(_PATH)?$|_PATH$|_DIR$")
-"""Of these every machine may have a value of its own."""
+OWN = re.compile(r"_IF_IP$|DEVICE_ID$|_HOME(_PATH)?$|_PATH$|_DIR$")
+"""Of these every machine may have a value of its own, beside those of which a run says so."""
 SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL")
 
 
-def limits() -> dict[str, int | None]:
-    """Soft limits; None: unlimited."""
+def limits() -> dict[str, Any]:
+    """Soft limits, None: unlimited; and ``rdma``: the adapters that need locked memory."""
     import resource
 
     kinds = {"memlock": resource.RLIMIT_MEMLOCK, "nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
     soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
-    return {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()}
+    found = {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()}
+    return {**found, "rdma": sorted(path.name for path in RDMA.glob("*"))}
 
 
 def shared_memory() -> dict[str, int]:
@@ -94,16 +97,20 @@ def code_hash(root: Path = ROOT) -> str:
     return whole.hexdigest()[:12]
 
 
-def environment(session: str, further: Iterable[str], variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def environment(
+    session: str, further: Iterable[str], not_shared: re.Pattern[str], variables: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     """By name: a hash of the value, and the value of what holds no secret. Variables of a machine's own are left out.
 
     Args:
         session: goes into the hashes, so that they tell nothing outside this look.
         further: names to compare beside `FAMILIES`.
+        not_shared: whole names that a run does not compare either.
         variables: of the process.
     """
     asked = {name for name in further if name in variables}
-    ours = {name for name in variables if FAMILIES.match(name) and not OWN.search(name)}
+    compared = (name for name in variables if not OWN.search(name) and not not_shared.fullmatch(name))
+    ours = {name for name in compared if FAMILIES.match(name)}
     found = {}
     for name in sorted(asked | ours):
         digest = hashlib.sha256(f"{session}\0{variables[name]}".encode(errors="surrogateescape")).hexdigest()[:12]

@@ -13,27 +13,30 @@ FIREWALL = "open TCP between the nodes, the rendezvous port and those from 1024 
 
 
 def of_names(request: Request, answers: Sequence[Answer]) -> Iterator[Finding]:
-    """Names that mean nothing, or the wrong machine, on a node that needs them.
+    """Names that mean nothing, or the wrong machine: a run needs that of the first node on all, and no other one.
 
     An address that a machine does not know may still lead to it, behind a network that translates addresses: it is
     wrong only where another node has the right one.
     """
     if not request.meets:
         return
-    numbers = {name: number for number, name in reversed(list(enumerate(request.names)))}
+    numbers = {address: number for number, address in reversed(list(enumerate(request.addresses)))}
     if request.master:
         numbers.setdefault(request.master, 0)
-    for name, number in numbers.items():
+    for address, number in numbers.items():
         owned = _own_addresses(answers[number])
-        known = {answer.node: _meaning(name, answer) for answer in answers}
+        known = {answer.node: _meaning(address, answer) for answer in answers}
         right = any(owned & set(entry.get("addresses", ())) for entry in known.values())
         for node, entry in known.items():
             what = _wrong(entry, owned if right else set()) if node != number or "failed" in entry else None
             if what:
-                remedy = f"DNS, or a line for {name} in /etc/hosts of this node"
-                yield Finding(FAULT, "names", (node,), f"'{name}' {what}", remedy)
-    for answer in answers:
-        yield from _own_name(request, answer)
+                shown = f"'{address}'" + (f" ({request.names[number]})" if _is_alias(request, number) else "")
+                remedy = f"DNS, or a line for {address} in /etc/hosts of this node"
+                yield Finding(FAULT if number == 0 else WARNING, "names", (node,), f"{shown} {what}", remedy)
+
+
+def _is_alias(request: Request, number: int) -> bool:
+    return bool(request.names) and request.names[number] != request.addresses[number]
 
 
 def _own_addresses(answer: Answer) -> set[str]:
@@ -64,29 +67,13 @@ def _meaning(name: str, answer: Answer) -> dict[str, Any]:
     return entry
 
 
-def _own_name(request: Request, answer: Answer) -> Iterator[Finding]:
-    """The node's own host name at a loopback address: what binds by host name then offers that to the others.
-
-    Of the first node, whose name tells every rank's interface there, this breaks a run.
-    """
-    own = answer.fact("names").get("own", "")
-    addresses = _meaning(own, answer).get("addresses", [])
-    if answer.fact("network").get("chosen") or request.interface or not addresses:
-        return
-    if all(is_loopback(each) for each in addresses):
-        level = FAULT if answer.node == 0 and own == request.master else WARNING
-        what = f"its own name '{own}' is {addresses[0]} here, which what binds by host name offers to the others"
-        remedy = f"take {own} out of the line of {addresses[0]} in /etc/hosts, or cluster.interface=..."
-        yield Finding(level, "names", (answer.node,), what, remedy)
-
-
-def of_meeting(request: Request, answers: Sequence[Answer], misnamed: set[int]) -> Iterator[Finding]:
+def of_meeting(request: Request, answers: Sequence[Answer], astray: set[int]) -> Iterator[Finding]:
     """Who did not get through to the first node's port, and to whom it did not get through.
 
     Args:
         request: what was asked.
         answers: of all nodes.
-        misnamed: nodes whose names are wrong already.
+        astray: nodes that were found not to know the way already.
     """
     host = answers[0].fact("meeting")
     if not request.meets or not host:
@@ -96,13 +83,14 @@ def of_meeting(request: Request, answers: Sequence[Answer], misnamed: set[int]) 
         what = f"port {request.master_port} is taken{holder}: {host['text']}"
         yield Finding(FAULT, "rendezvous", (0,), what, "master_port=..., a port that is free")
         return
-    where = f"{request.master or 'the first node'}:{request.master_port}"
+    first = request.names[0] if request.names else request.master or "the first node"
+    where = f"{first}:{request.master_port}"
     for answer in answers[1:]:
         guest = answer.fact("meeting")
-        if guest and not guest["reached"] and answer.node not in misnamed:
+        if guest and not guest["reached"] and answer.node not in astray:
             yield Finding(FAULT, "rendezvous", (answer.node,), f"cannot reach {where}: {_how(guest)}", FIREWALL)
         back = host["guests"].get(str(answer.node), {}).get("back") if guest else None
-        if back and 0 not in misnamed:
+        if back and 0 not in astray:
             what = f"reaches {where}, but is not reached from there: {_how(back)}"
             yield Finding(FAULT, "rendezvous", (answer.node,), what, FIREWALL)
 

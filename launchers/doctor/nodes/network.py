@@ -1,4 +1,4 @@
-"""How this machine sees the others: names, interfaces, routes. Needs psutil besides the standard library."""
+"""How this machine sees the others: names and interfaces. Needs psutil besides the standard library."""
 
 from __future__ import annotations
 
@@ -51,13 +51,8 @@ def is_local(address: str) -> bool:
     return is_loopback(address) or ipaddress.ip_address(address).is_link_local
 
 
-def interfaces(peer: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The interfaces of this machine, which of them the variables name, and which leads to `peer`.
-
-    Args:
-        peer: name or address of another machine; empty: no route is looked for.
-        environment: whose variables are read.
-    """
+def interfaces(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The interfaces of this machine, and which of them the variables name."""
     import psutil
 
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
@@ -70,20 +65,12 @@ def interfaces(peer: str, environment: Mapping[str, str] = os.environ) -> dict[s
         }
         for name, entries in psutil.net_if_addrs().items()
     }
-    route: dict[str, Any] = {}
-    if peer:
-        try:
-            source = source_address(peer)
-            owner = next((name for name, each in here.items() if source in each["addresses"]), None)
-            route = {"address": source, "interface": owner}
-        except OSError as error:
-            route = {"failed": error.strerror or str(error)}
     chosen = {
         name: {"value": environment[name], "means": meant_by(name, environment[name])}
         for name in INTERFACES
         if environment.get(name)
     }
-    return {"here": here, "chosen": chosen, "route": route}
+    return {"here": here, "chosen": chosen}
 
 
 def meant_by(variable: str, value: str) -> list[str]:

@@ -119,7 +119,7 @@ def _devices(answer: Answer) -> str:
 def _interface(answer: Answer, request: Request) -> str:
     facts = answer.fact("network")
     means = [name for each in facts.get("chosen", {}).values() for name in each["means"]]
-    return request.interface or next(iter(means), None) or facts.get("route", {}).get("interface") or "-"
+    return request.interface or next(iter(means), None) or answer.fact("way").get("interface") or "-"
 
 
 def _rendezvous(answer: Answer, first: Answer, request: Request) -> str:

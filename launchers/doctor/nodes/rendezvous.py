@@ -195,23 +195,21 @@ class Host:
 
 
 def call_back(request: Request, hello: dict[str, Any], seen: str) -> dict[str, Any] | None:
-    """Connects to a guest under its name, or where its name is the scheduler's affair, under the address it came from.
+    """Connects to a guest under the address that it came from: a run asks for no other machine's name than the first's.
 
     Returns:
-        None, or what went wrong, with ``addresses``: what its name means here.
+        None, or what went wrong, with ``addresses``: that address.
     """
-    name = str(hello["name"]) if request.names else seen
-    addresses: list[str] = []
+    addresses = [seen]
     try:
-        addresses = addresses_of(name)
-        with socket.create_connection((name, int(hello["port"])), timeout=CONNECT_SECONDS) as connection:
+        with socket.create_connection((seen, int(hello["port"])), timeout=CONNECT_SECONDS) as connection:
             talk = Talk(connection)
             talk.say(session=request.session)
             answered = talk.hear(CONNECT_SECONDS).get("node")
             if answered == hello["node"]:
                 return None
             return {"kind": "strange", "text": f"node {answered} answers", "addresses": addresses}
-    except (OSError, ValueError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         return {**why(error), "addresses": addresses}
 
 

@@ -16,6 +16,8 @@ from launchers.spec import MASTER, NODE
 
 MARK = "CROSSTUNE-NODE-REPORT "
 """Begins a line of a report: a scheduler's log holds other lines, too."""
+HELLO = "CROSSTUNE-NODE-HELLO"
+"""A machine's first line: what runs before it, a login or a setup script, has come to an end."""
 LINE = re.compile(MARK + r"(\d+) (\S+)")
 """One of them: its number, and its piece of the report."""
 PIECE = 400
@@ -33,7 +35,9 @@ class Request:
     """Random: tells this question's connections and files from everything else."""
     nodes: int
     names: tuple[str, ...]
-    """Of the machines, by number; empty where only the scheduler knows them."""
+    """Of the machines as the user calls them, by number; empty where only the scheduler knows them."""
+    addresses: tuple[str, ...]
+    """By which they are reached, likewise."""
     master: str
     """Name or address of machine 0; empty: the launcher's variable has it."""
     master_port: int
@@ -67,8 +71,13 @@ class Request:
 
     @property
     def name(self) -> str:
-        """This machine's, as the others know it; empty where only it knows."""
+        """This machine's for the user; empty where only it knows."""
         return self.names[self.node] if self.names else ""
+
+    @property
+    def address(self) -> str:
+        """By which this machine is reached; empty where only it knows."""
+        return self.addresses[self.node] if self.addresses else ""
 
     @property
     def meets(self) -> bool:
@@ -105,7 +114,7 @@ class Request:
             TypeError: a field is missing or unknown.
         """
         content: dict[str, Any] = json.loads(text)
-        return Request(**content | {key: tuple(content[key]) for key in ("names", "compare")})
+        return Request(**content | {key: tuple(content[key]) for key in ("names", "addresses", "compare")})
 
     def on_this_machine(self, environment: Mapping[str, str] = os.environ) -> Request:
         """The copy for the machine whose number and master a launcher's variables say, where they are set."""
