@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from configs.compose import compose
@@ -16,6 +17,7 @@ from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
 from train.plan.model import Model
 from train.plan.predict import Data, Predictor
+from train.plan.process import Files
 from train.plan.tape import Tape
 from train.plan.trace import FREED, Pass, fullest, trace_optimizer
 from train.plan.zero_engines import script_of
@@ -139,6 +141,28 @@ def test_logits_are_counted_as_the_loss_makes_them(folder):
     assert one.shape.supervised * one.model.vocabulary * 4 in sizes
     _, parts = parts_of(folder)
     assert parts[part.LOGITS] >= 3 * one.shape.supervised * one.model.vocabulary * 4
+
+
+def test_autograds_graph_lies_in_a_hosts_memory_until_the_pass_ends(folder):
+    one = predictor(folder, "tuning=full", "model.precision=fp32")
+    found = one.model.traced(torch.float32, one.shape, recompute=False)
+    made = {number for number, size in found.events[: found.forward_ends] if number in found.graph and size != FREED}
+    assert made == found.graph and len(made) > 100
+    assert not found.graph & {number for number, size in found.events if size == FREED}
+    assert part.GRAPH in one.forecast().parts
+    assert part.GRAPH not in predictor(folder, "tuning=full", on_cpu=False).forecast().parts, "no device holds it"
+
+
+def test_files_stay_mapped_beside_what_loading_made_anew(tmp_path):
+    """Two experts that become one weight: their pages stay as long as another weight of the file is mapped."""
+    save_file(
+        {"norm": torch.ones(256), "e.0": torch.ones(64, 64), "e.1": torch.ones(64, 64)}, tmp_path / "a.safetensors"
+    )
+    shapes = {"norm": torch.Size((256,)), "e": torch.Size((2, 64, 64))}
+    joined, cast = Files(tmp_path, shapes, torch.float32), Files(tmp_path, shapes, torch.bfloat16)
+    assert joined.mapped == 4 * 256 and 2 * 4 * 64 * 64 <= joined.beside < 2 * 4 * 64 * 64 + 500
+    assert cast.mapped == cast.beside == 0, "nothing holds the file"
+    assert Files(tmp_path / "none", shapes, torch.float32).beside == 0
 
 
 def test_recomputation_leaves_a_layers_input(folder):
