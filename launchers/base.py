@@ -56,6 +56,14 @@ class Launcher(ABC):
             attempt: number of its first attempt.
         """
 
+    def render_sweep(self, specs: Sequence[LaunchSpec], attempt: int) -> dict[str, str]:
+        """The files by which several jobs go to the scheduler as one; none: each goes by its own files.
+
+        Raises:
+            ConfigError: they cannot go as one.
+        """
+        return {}
+
     @abstractmethod
     def submit(self, job: Job, folder: JobFolder) -> dict[str, Any]:
         """Hands the rendered files, which lie in `folder`, to the scheduler.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.compose import amend, compose, load_resolved
 from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, raise_all
+from configs.groups import options_of
 from configs.schema.device import DeviceConfig
 from configs.schema.launch import LaunchConfig
 from configs.schema.roots import TrainConfig
@@ -55,8 +56,9 @@ def launch(planned: Plan, *, dry_run: bool = False) -> Result:
         UnknownOutcomeError: the scheduler did not answer; the folder is kept, and `crosstune status` asks again.
         CrosstuneError: the scheduler refused the job, and nothing of it is left.
     """
+    _note_devices(planned)
     if dry_run:
-        _print_files(planned)
+        _print_files([planned], planned.files)
         return {"files": planned.files, "spec": planned.job.spec.to_json()}
     return start([planned], _as_new)[0]
 
@@ -68,7 +70,12 @@ def launch_all(plans: Sequence[Plan], *, dry_run: bool = False) -> Result:
         CrosstuneError: see `launch`; of jobs in the foreground, what ended one, after the others have been named.
     """
     launcher = plans[0].launcher
+    if dry_run and (files := launcher.render_sweep([planned.job.spec for planned in plans], plans[0].job.attempt)):
+        _note_devices(plans[0])
+        _print_files(plans, files)
+        return {"files": files, "jobs": [{"spec": planned.job.spec.to_json()} for planned in plans]}
     if not dry_run and not isinstance(launcher, ForegroundLauncher):
+        _note_devices(plans[0])
         return {"jobs": start(plans, _as_new)}
     results: list[Result] = []
     for number, planned in enumerate(plans, start=1):
@@ -86,6 +93,15 @@ def launch_all(plans: Sequence[Plan], *, dry_run: bool = False) -> Result:
 def _tell_left_out(plans: Sequence[Plan]) -> None:
     if plans:
         print(f"not started: {', '.join(planned.folder.run_dir.name for planned in plans)}", file=sys.stderr)
+
+
+def _note_devices(planned: Plan) -> None:
+    """A scheduler gives the devices that a job asks for, and a job without them may wait for hours to say so."""
+    asked = planned.cfg.device._target_
+    if not planned.launcher.foreground and not planned.job.spec.devices and asked != target_of("cpu"):
+        options = ", ".join(each for each in options_of("cluster") if each != "none")
+        text = f"no devices are asked for: cluster=... ({options}) does, or cluster.gres, cluster.resource"
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _as_new(planned: Plan) -> Plan:
@@ -196,7 +212,8 @@ def target_of(device: str) -> str:
     return cfg._target_
 
 
-def _print_files(planned: Plan) -> None:
-    for name, text in planned.files.items():
+def _print_files(plans: Sequence[Plan], files: Mapping[str, str]) -> None:
+    for name, text in files.items():
         print(f"# ---- {name}\n{text}")
-    print(f"# each rank: crosstune {shlex.join(planned.job.spec.arguments(0))}")
+    for planned in plans:
+        print(f"# each rank: crosstune {shlex.join(planned.job.spec.arguments(0))}")

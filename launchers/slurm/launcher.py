@@ -89,6 +89,15 @@ class SlurmLauncher(Launcher):
         place = Place(job.spec.name, str(folder.path))
         return _handle(submit_script(NAME, place, clusters_of(self.cfg.extra)), place)
 
+    def render_sweep(self, specs: Sequence[LaunchSpec], attempt: int) -> dict[str, str]:
+        """See `Launcher.render_sweep`: an array.
+
+        Raises:
+            ConfigError: the jobs differ in shape.
+        """
+        check_shape(specs)
+        return {SWEEP_NAME: render_script(specs, attempt, self.cfg, self.cluster, array=True)}
+
     def submit_all(self, jobs: Sequence[tuple[Job, JobFolder]]) -> list[dict[str, Any]]:
         """See `Launcher.submit_all`: jobs of equal shape become one array, each with its own state and end.
 
@@ -100,9 +109,9 @@ class SlurmLauncher(Launcher):
         if len(jobs) == 1:
             return [self.submit(*jobs[0])]
         specs = [job.spec for job, _ in jobs]
-        check_shape(specs)
+        [text] = self.render_sweep(specs, jobs[0][0].attempt).values()
         folder = Path(os.path.commonpath([spec.run_dir for spec in specs]))
-        write_whole(folder / SWEEP_NAME, render_script(specs, jobs[0][0].attempt, self.cfg, self.cluster, array=True))
+        write_whole(folder / SWEEP_NAME, text)
         try:
             note_array(jobs, folder)
             submitted = submit_script(SWEEP_NAME, place_of(*jobs[0]), clusters_of(self.cfg.extra))
