@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -87,9 +88,29 @@ class SlurmCluster:
         options = [f"--{option}={self.root}/munge.{name}" for option, name in files.items()]
         self._start("munged", "--foreground", "--force", *options)
         self._until((self.root / "munge.socket").exists, "munged")
-        self._start("slurmctld", "-D", "-c", "-f", str(self.config))
+        self.start_controller("-c")
         for name in NODES:
             self.start_node(name)
+
+    def start_controller(self, *options: str) -> None:
+        """Starts slurmctld with the jobs that it had; with ``-c`` it forgets them."""
+        self._start("slurmctld", "-D", *options, "-f", str(self.config))
+
+    def stop_controller(self) -> None:
+        """As an administrator does who starts it anew."""
+        daemon = self._processes.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait(60)
+
+    @contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """Takes what it is sent, and answers once it goes on."""
+        daemon = self._processes["slurmctld"]
+        daemon.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            daemon.send_signal(signal.SIGCONT)
 
     def start_node(self, name: str) -> None:
         """Starts a node's slurmd, and waits until the controller has it: idle, or with a job that waited for it."""

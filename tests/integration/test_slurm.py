@@ -10,6 +10,8 @@ import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,12 @@ class Site:
 
     def job_id(self, run: Path) -> str:
         return str(JobFolder.of_run(run).read().handle["job_id"])
+
+    def forget(self, run: Path) -> str:
+        """Leaves a job as a launch does that got no answer; its number."""
+        number, folder = self.job_id(run), JobFolder.of_run(run)
+        folder.write(replace(folder.read(), handle={}))
+        return number
 
     def wait_for_steps(self, run: Path, count: int = 2) -> None:
         """Returns while it runs."""
@@ -169,6 +177,8 @@ def test_two_machines_whatever_the_paths_and_the_environment_hold(site, in_peace
         "secrets=[TOKEN]",
         "cluster.devices_per_node=3",
     )
+    number = site.forget(run)
+    assert site.status(run)["state"] in ("pending", "running") and site.job_id(run) == number
     shown = site.crosstune("logs", "-f", str(run))
     assert f"step {STEPS}/{STEPS}" in shown and "Traceback" not in shown, shown
     assert site.ended(run)["state"] == "succeeded", site.all_words(run)
@@ -218,6 +228,7 @@ def test_what_never_started_is_told_in_slurms_own_words(site):
     site.launched(f"run_dir={run}", "nodes=1", "python=/no/such/python", "restarts=0")
     failed = site.ended(run)
     assert failed["state"] == "failed" and "FAILED (NonZeroExitCode)" in str(failed["detail"])
+    assert str(failed["detail"]).endswith("; crosstune: no restart is left (restarts=0)")
     assert "/no/such/python: No such file or directory" in site.crosstune("logs", str(run))
 
 
@@ -229,6 +240,9 @@ def test_a_sweep_is_one_array_of_jobs_with_folders_of_their_own(site, in_peace):
     numbers = [site.job_id(run) for run in runs]
     assert [number.partition("_")[2] for number in numbers] == ["0", "1"]
     assert len({number.partition("_")[0] for number in numbers}) == 1
+    assert [site.forget(run) for run in runs] == numbers
+    assert all(site.status(run)["state"] in ("pending", "running") for run in runs)
+    assert [site.job_id(run) for run in runs] == numbers
     for run in runs:
         assert site.ended(run)["state"] == "succeeded", site.all_words(sweep)
     assert steps_of(runs[0]) == [1, 2, 3] and same(final_weights(runs[1]), in_peace)
@@ -298,6 +312,57 @@ def test_a_killed_rank_fails_the_attempt_on_all_machines_and_the_next_goes_on(si
     assert "rank 1" in told or "SIGKILL" in told, told
     assert site.ended(run)["state"] == "succeeded", site.all_words(run)
     assert same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_takes_without_an_answer_is_adopted(site):
+    run = site.home / "answered late"
+    with ThreadPoolExecutor(1) as beside:
+        with site.slurm.silent_controller():
+            launch = beside.submit(site.launched, f"run_dir='{run}'", "max_steps=2")
+            until((run / "launch" / "job.json").exists, launch.result)
+            time.sleep(15)  # sbatch waits for 10 s, Slurm's MessageTimeout
+        shown = launch.result()
+    assert "Slurm is asked whether it has the job" in shown and "submitted" in shown, shown
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_away_when_an_attempt_fails_does_not_end_the_job(site, in_peace):
+    run = site.home / "controller-away"
+    site.launched(f"run_dir={run}", SLOWLY, "checkpoint.every=5")
+    site.wait_for_steps(run, 6)
+    site.slurm.stop_controller()
+    try:
+        [rank] = (one for one in site.slurm.processes_of("n2") if "RANK" in one.environ())
+        rank.kill()
+        until(lambda: "scontrol failed: it is tried again" in site.own_words(run), lambda: site.all_words(run))
+    finally:
+        site.slurm.start_controller()
+    site.wait_for_requeue(run)
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+    assert same(final_weights(run), in_peace)
+
+
+@pytest.mark.slow
+def test_a_job_of_an_array_is_started_again_alone_and_has_its_own_devices(site, in_peace):
+    """The last one's SLURM_JOB_ID is the number of the whole array."""
+    sweep, look = site.home / "sweep of which one fails", site.home / "devices.sh"
+    look.write_text('echo "$ASCEND_RT_VISIBLE_DEVICES" >> "${BASH_SOURCE[0]}.$SLURM_ARRAY_TASK_ID.$SLURM_PROCID"\n')
+    more = [f"run_dir='{sweep}'", f"cluster.setup=['{look}']", SLOWLY, "checkpoint.every=5"]
+    site.launched(*more, f"max_steps={STEPS},{STEPS + 1}", multirun=True)
+    runs = [sweep / "000", sweep / "001"]
+    site.wait_for_steps(runs[1], 6)
+    ranks = [one for one in site.slurm.processes_of("n1") if "RANK" in one.environ()]
+    [last] = (one for one in ranks if one.environ()["SLURM_ARRAY_TASK_ID"] == "1")
+    last.kill()
+    site.wait_for_requeue(runs[1])
+    for run in runs:
+        assert site.ended(run)["state"] == "succeeded", site.all_words(sweep)
+    assert [site.status(run)["attempt"] for run in runs] == [0, 1] and same(final_weights(runs[0]), in_peace)
+    seen = [(site.home / f"devices.sh.{task}.0").read_text().split() for task in range(2)]
+    first = [devices[0] for devices in seen]  # while both ran
+    assert sorted(first) == ["0", "1"] and [len(devices) for devices in seen] == [1, 2], seen
 
 
 @pytest.mark.slow
