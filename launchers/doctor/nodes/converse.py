@@ -7,31 +7,28 @@ end tells the node that nobody listens any more.
 
 from __future__ import annotations
 
-import os
 import queue
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import IO
 
 from configs.errors import ConfigError, CrosstuneError
+from launchers.doctor.nodes.call import Call, Inbox, all_end
 from launchers.doctor.nodes.request import HELLO, LINE, Request, report_in
 from launchers.kubernetes.signals import EndsBySignal
 from launchers.node import raise_file_limit
-from launchers.torchrun import end_with_parent
 
 LOOK_SECONDS = 0.2
 NOTE_SECONDS = 15.0
 """Between two lines for the user who waits."""
+LEAVE_SECONDS = 2.0
+"""For a process to end by itself once its nodes have reported."""
 END_SECONDS = 5.0
-"""For processes to end: srun still has to end its tasks."""
+"""For one that was told to: srun still has to end its tasks."""
 NAMED = 6
 """Nodes that such a line names; the others are counted."""
 
@@ -91,73 +88,6 @@ class Asker(ABC):
 
 
 @dataclass
-class _Call:
-    """One process, and how far it has come."""
-
-    nodes: tuple[int, ...]
-    command: Sequence[str]
-    process: subprocess.Popen[bytes] | None = None
-    complaints: IO[bytes] | None = None
-    tries: int = 0
-    due: float = 0.0
-    """When to start it."""
-    late: float = 0.0
-    """When its nodes must have given a sign."""
-
-    def start(self, inbox: queue.Queue[tuple[_Call, subprocess.Popen[bytes], str | None]]) -> None:
-        """Starts the process; must be called by a thread that stays: Linux ends a child with the thread that forked it.
-
-        Raises:
-            OSError: there is no such command.
-        """
-        self.complaints = tempfile.TemporaryFile()
-        self.tries += 1
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.complaints,
-            start_new_session=True,  # neither asks at the terminal nor gets its Ctrl-C
-            env=os.environ | {"SSH_ASKPASS_REQUIRE": "never"},
-            preexec_fn=end_with_parent,
-        )
-        threading.Thread(target=self._read, args=(self.process, inbox), daemon=True).start()
-
-    def _read(
-        self, process: subprocess.Popen[bytes], inbox: queue.Queue[tuple[_Call, subprocess.Popen[bytes], str | None]]
-    ) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            inbox.put((self, process, line.decode(errors="replace").rstrip("\r\n")))
-        process.wait()
-        inbox.put((self, process, None))
-
-    def say(self, text: str) -> None:
-        """Writes to the process, from a thread of its own: one that does not read holds up no other."""
-        process = self.process
-        assert process is not None and process.stdin is not None
-        pipe = process.stdin
-
-        def write() -> None:
-            with suppress(OSError, ValueError):  # it has gone
-                pipe.write(text.encode())
-                pipe.flush()
-
-        threading.Thread(target=write, daemon=True).start()
-
-    def said(self) -> str:
-        """What the process printed on standard error."""
-        assert self.complaints is not None
-        self.complaints.seek(0)
-        return self.complaints.read().decode(errors="replace").strip()
-
-    def end(self) -> None:
-        """Wishes the process to end."""
-        if self.process is not None:
-            self.process.terminate()
-
-
-@dataclass
 class Conversation:
     """See the module.
 
@@ -174,16 +104,17 @@ class Conversation:
     """Nodes that have given a sign."""
     over: set[int] = field(default_factory=set)
     """Nodes that have answered, or will not."""
+    reported: set[int] = field(default_factory=set)
     last: float | None = None
     """When all must have answered; None before they are asked."""
 
     def run(self) -> Generator[Heard, None, None]:
         """One answer per node, as they come."""
         asked = self.asker.commands(len(self.requests), self.seconds)
-        self.calls = [_Call(nodes, command) for nodes, command in asked.items()]
+        self.calls = [Call(nodes, command) for nodes, command in asked.items()]
         self.waiting = deque(self.calls)
         self.lines: dict[int, list[str]] = {request.node: [] for request in self.requests}
-        self.inbox: queue.Queue[tuple[_Call, subprocess.Popen[bytes], str | None]] = queue.Queue()
+        self.inbox: Inbox = queue.Queue()
         self.noted = time.monotonic()
         raise_file_limit()  # three files for each process
         with EndsBySignal() as signals:
@@ -191,8 +122,10 @@ class Conversation:
                 while len(self.over) < len(self.requests):
                     for node, heard in self._step():
                         self.over.add(node)
+                        if not isinstance(heard, CrosstuneError):
+                            self.reported.add(node)
                         yield node, heard
-                self._close(END_SECONDS / 2)
+                self._close(LEAVE_SECONDS)
             finally:
                 signals.clearing()
                 self._close()
@@ -229,10 +162,10 @@ class Conversation:
                 why = ConfigError("launcher", found, remedy="doctor where the jobs are launched from")
                 yield from ((node, why) for node in call.nodes)
 
-    def _known(self, call: _Call) -> bool:
+    def _known(self, call: Call) -> bool:
         return all(node in self.present or node in self.over for node in call.nodes)
 
-    def _hear(self, call: _Call, line: str | None) -> Iterator[Heard]:
+    def _hear(self, call: Call, line: str | None) -> Iterator[Heard]:
         """A line of a process, or its end."""
         if line is None:
             yield from self._hear_end(call)
@@ -244,7 +177,7 @@ class Conversation:
             elif LINE.search(text) and report_in(self.lines[node]) is not None:
                 yield node, self.lines[node]
 
-    def _hear_end(self, call: _Call) -> Iterator[Heard]:
+    def _hear_end(self, call: Call) -> Iterator[Heard]:
         assert call.process is not None
         left = [node for node in call.nodes if node not in self.over]
         code, complaints = call.process.returncode, call.said()
@@ -269,7 +202,7 @@ class Conversation:
                 found = f"nothing came within {self.seconds:.0f} s"
                 yield from ((n, CrosstuneError(self.asker.called(n), found)) for n in left if n not in self.over)
 
-    def _without_sign(self, node: int, call: _Call) -> CrosstuneError:
+    def _without_sign(self, node: int, call: Call) -> CrosstuneError:
         said = [line for line in (*call.said().splitlines(), *self.lines[node]) if line.strip()]
         last = f"; it said last: {said[-1][:200]}" if said else ""
         return CrosstuneError(
@@ -300,19 +233,16 @@ class Conversation:
                 print(f"doctor nodes: {what} {names}{more} ({count})", file=sys.stderr, flush=True)
 
     def _close(self, grace: float = 0.0) -> None:
-        """Ends all processes; those that end by themselves within `grace` seconds need not be told."""
+        """Ends all processes; those whose nodes have all reported may end by themselves within `grace` seconds."""
         running = [call.process for call in self.calls if call.process is not None]
-        if not _all_end(running, grace):
-            for process in running:
+        done = [
+            call.process for call in self.calls if call.process is not None and self.reported.issuperset(call.nodes)
+        ]
+        for process in set(running).difference(done):
+            process.terminate()
+        if not all_end(done, grace):
+            for process in done:
                 process.terminate()
-            if not _all_end(running, END_SECONDS):
-                for process in running:
-                    process.kill()
-
-
-def _all_end(running: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
-    by = time.monotonic() + seconds
-    for process in running:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, by - time.monotonic()))
-    return all(process.returncode is not None for process in running)
+        if not all_end(running, END_SECONDS):
+            for process in running:
+                process.kill()
