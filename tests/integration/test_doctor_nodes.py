@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from launchers.doctor.nodes.carry import COMMAND, unreported
 from launchers.doctor.nodes.command import doctor_nodes
 from launchers.doctor.nodes.converse import Asker, Ended
 from tests.command import crosstune
-from tests.net_lab import NetLab, net_lab
+from tests.net_lab import SSHD, NetLab, net_lab, wait_for
 from tests.slurm_cluster import SlurmCluster
 from tests.standin import StandinKit
 
@@ -287,6 +288,66 @@ def test_real_ssh_carries_the_questions_and_a_host_that_is_off_is_named(tmp_path
     assert report["nodes"][1]["report"]["facts"]["meeting"]["reached"] and report["nodes"][2]["report"] is None
     (fault,) = report["findings"]
     assert fault["nodes"] == ["n2"] and "cannot be reached" in fault["what"]
+
+
+def ssh_words(lab: NetLab, *words: str) -> list[str]:
+    """Of a doctor over ssh."""
+    return [
+        *("doctor", "nodes", "launcher=ssh", "quick=true", "--json", "device=cpu", "needed_gib=0.01"),
+        *(f"launcher.config={lab.ssh_config}", f"environment.PYTHONPATH={os.pathsep.join(filter(None, sys.path))}"),
+        *words,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_doctor_that_is_ended_leaves_no_port_and_no_file_on_the_hosts(number, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with net_lab(tmp_path, 3) as lab:
+        lab.switch_off("n2")
+        words = ssh_words(lab, "nodes=3", "launcher.hosts=[n0,n1,n2]", f"run_dir={run_dir}")
+        words.append("launcher.connect_seconds=1")
+        command = lab.from_client([sys.executable, "-P", "-m", "launchers.cli", *words, "patience_seconds=60"])
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            wait_for(lambda: any(run_dir.iterdir()), 60)
+            process.send_signal(number)
+            process.communicate(timeout=20)
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        wait_for(lambda: not any("doctor.nodes.look" in each for each in lab.processes("n0").values()), 3)
+        assert list(run_dir.iterdir()) == []
+        out = crosstune(*words, "nodes=2", prefix=lab.from_client([]))
+    assert json.loads(out.splitlines()[-1])["findings"] == []
+
+
+@pytest.mark.slow
+def test_names_that_only_the_login_host_knows_and_a_debian_host_name_are_no_fault(tmp_path, monkeypatch):
+    """Hosts are shown as they were written; no more logins at a time than the jump host takes."""
+    with net_lab(tmp_path, 7) as lab:
+        aliases = "".join(f"Host node-{name}\n  HostName {lab.address(name)}\n" for name in lab.names[:6])
+        aliases += "Host node-n*\n  ProxyJump n6\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
+        lab.ssh_config.write_text(aliases + lab.ssh_config.read_text())
+        lab.switch_off("n6")
+        monkeypatch.setattr("tests.net_lab.SSHD", SSHD.replace("MaxStartups 100", "MaxStartups 2:100:2"))
+        lab.switch_on("n6")
+        own = tmp_path / "debian"
+        own.write_text(f"127.0.0.1 localhost\n127.0.1.1 n0\n{lab.address('n0')} first\n")
+        assert lab.run_on("n0", "mount", "--bind", str(own), "/etc/hosts").returncode == 0
+        hosts = ",".join(f"node-{name}" for name in lab.names[:6])
+        words = ssh_words(lab, "nodes=6", f"launcher.hosts=[{hosts}]", f"run_dir={tmp_path}")
+        out = crosstune(*words, prefix=lab.from_client([]))
+        found = json.loads(out.splitlines()[-1])
+        assert [each["name"] for each in found["nodes"]] == [f"node-{name}" for name in lab.names[:6]]
+        assert found["findings"] == [], out
+        assert {each["report"]["facts"]["way"]["interface"] for each in found["nodes"]} == {"eth0"}
+        # By the name that is its loopback interface's on itself: a run takes the only other interface that there is.
+        crosstune(*words, "launcher.master=n0", "launcher.parallel=2", prefix=lab.from_client([]))
+        links = ("link add d0 type veth peer name d1", "link set d0 up", "link set d1 up")
+        for command in (*links, "addr add 10.99.0.1/24 dev d0"):
+            assert lab.run_on("n0", "ip", *command.split()).returncode == 0
+        out = crosstune(*words, "launcher.master=n0", "launcher.parallel=2", code=2, prefix=lab.from_client([]))
+    [fault] = json.loads(out.splitlines()[-1])["findings"]
+    assert fault["nodes"] == ["node-n0"] and fault["check"] == "interface" and "eth0, d0" in fault["what"]
 
 
 @pytest.mark.slow
