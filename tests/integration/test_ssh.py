@@ -364,6 +364,7 @@ def test_what_keeps_machines_from_taking_part_is_told_of_all_before_anything_sta
     lab = kit.lab
     with lab.ssh_config.open("a") as config:
         config.write(f"Host unknown\n  HostName {lab.address('n0')}\nHost away\n  HostName 10.77.0.99\n")
+        config.write(f"Host behind\n  HostName {lab.address('n1')}\n  HostKeyAlias n1\n  ProxyJump unknown\n")
         config.write(f"Host twin\n  HostName {lab.address('n0')}\n  HostKeyAlias n0\n")
         config.write(f"Host stranger\n  HostName {lab.address('n2')}\n  HostKeyAlias n2\n")
     (lab.folder / "other").write_text('"""Another crosstune."""\n')
@@ -371,16 +372,17 @@ def test_what_keeps_machines_from_taking_part_is_told_of_all_before_anything_sta
     lab.run_on("n1", "mount", "--bind", str(lab.folder / "other"), bound)
     lab.run_on("n2", "mount", "-t", "tmpfs", "none", str(kit.home / "tools"))
     try:
-        hosts = "n0,n1,n2,twin,unknown,nobody-here@stranger,away,nx"
+        hosts = "n0,n1,n2,twin,unknown,behind,nobody-here@stranger,away,nx"
         python = f"python={kit.home}/tools/python"
-        shown = kit.run(kit.launch(tmp_path / "run", python, hosts=hosts, nodes=8), code=2)
+        shown = kit.run(kit.launch(tmp_path / "run", python, hosts=hosts, nodes=9), code=2)
     finally:
         lab.run_on("n1", "umount", bound)
         lab.run_on("n2", "umount", str(kit.home / "tools"))
     for said in (
         f"n2: python: no '{kit.home}/tools/python'\n",
         "the same machine as node ",  # n0 or twin, whichever came first
-        "unknown: its host key is not known here\n  remedy:  ssh unknown once, or launcher.options=",
+        f"unknown: the host key of {lab.address('n0')} is not known here\n  remedy:  ssh unknown once, or Strict",
+        f"behind: the host key of {lab.address('n0')} is not known here\n",  # of its jump host
         "nobody-here@stranger: refuses the user or the key\n  remedy:  launcher.user=NAME",
         "away: cannot be reached: connect to host 10.77.0.99 port 22: No route to host\n",
         "nx: no machine of this name is known here\n",
