@@ -36,6 +36,9 @@ class PlanOptions:
         for key in ("flops", "reserve_gib"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"plan.{key}", str(getattr(self, key)), allowed="0 or more")
+        if 0 < self.flops < 1e9:
+            remedy = f"FLOP/s of one device: plan.flops={self.flops:g}e12 for {self.flops:g} TFLOP/s"
+            raise ConfigError("plan.flops", f"{self.flops:g}", allowed="0, or 1e9 and more", remedy=remedy)
         if not 0 < self.mfu <= 1:
             raise ConfigError("plan.mfu", str(self.mfu), allowed="above 0, up to 1")
         if not 0 <= self.supervised_share <= 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ def _choices(made: Plan) -> Iterator[tuple[str, bool, Precision]]:
 
 def _line(made: Plan, sharding: str, recompute: bool, precision: Precision, limit: int) -> dict[str, Any]:
     from train.devices.base import DTYPES
+    from train.plan.predict import BASE
 
     tried: dict[str, Any] = {}
     for tokens in _halvings(made.cfg):
@@ -69,11 +70,16 @@ def _line(made: Plan, sharding: str, recompute: bool, precision: Precision, limi
         }
         if tried["fits"]:
             return tried
-        name, size = max(parts.items(), key=lambda each: each[1])
-        tried["reason"] = f"{name} alone {'takes' if size <= limit else 'exceeds it:'} {size / 2**30:.1f} GiB"
+        tried["reason"] = _reason(parts, {BASE, *made.beside(cfg)}, limit)
         if tokens <= made.cfg.max_length or forecast.device_bytes - _of_a_pass(parts) > limit:
             return tried  # a smaller micro-batch would not help
     return tried
+
+
+def _reason(parts: Mapping[str, int], fixed: Collection[str], limit: int) -> str:
+    """The largest part that a setting can change, unless one that none can change is too large by itself."""
+    name = max(parts, key=lambda each: (each in fixed and parts[each] > limit, each not in fixed, parts[each]))
+    return f"{name} alone {'takes' if parts[name] <= limit else 'exceeds it:'} {parts[name] / 2**30:.1f} GiB"
 
 
 def _of_a_pass(parts: dict[str, int]) -> int:

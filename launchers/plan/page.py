@@ -18,7 +18,7 @@ def show(result: Mapping[str, Any], cfg: PlanConfig, page: Page) -> None:
 
     share = result["trained"] / result["parameters"]
     page.head(
-        f"plan for {result['processes']} process{'es' if result['processes'] > 1 else ''}",
+        f"plan for {_count(result['processes'], 'process', 'es')}",
         f"{result['family']}, {result['parameters']:,} parameters, {result['trained']:,} train ({share:.2%}); "
         f"{result['precision']} on {result['device'] if result['on_cpu'] else 'an accelerator'}",
     )
@@ -29,14 +29,19 @@ def show(result: Mapping[str, Any], cfg: PlanConfig, page: Page) -> None:
         page.head("\nbeside it on the device", in_gib(sum(result["beside_bytes"].values())), "bold")
         _sizes(page, result["beside_bytes"])
     machine = result["per_machine"]
-    page.head(f"\nhost memory of a machine, {machine['processes']} processes", in_gib(machine["host_bytes"]), "bold")
+    page.head(
+        f"\nhost memory of a machine, {_count(machine['processes'], 'process', 'es')}",
+        in_gib(machine["host_bytes"]),
+        "bold",
+    )
     _sizes(page, result["host_parts"])
     page.head("\ndisk")
     page.row("a checkpoint", in_gib(result["checkpoint_bytes"]), indent=EDGE)
     kept = result["checkpoints_kept"]
     text = f"{kept} at once: {in_gib(kept * result['checkpoint_bytes'])}" if kept else "no bound: all, or many, stay"
     page.row("checkpoints kept", text, indent=EDGE)
-    page.head("\na step", f"{result['tokens_per_step']:,} tokens in {result['passes_per_step']} passes of a rank")
+    passes = _count(result["passes_per_step"], "pass", "es")
+    page.head("\na step", f"{result['tokens_per_step']:,} tokens in {passes} of a rank")
     for name, size in result["sent_bytes"].items():
         page.row(name, f"{in_gib(size)} sent by each rank", indent=EDGE)
     speed = result["speed"]
@@ -55,6 +60,10 @@ def show(result: Mapping[str, Any], cfg: PlanConfig, page: Page) -> None:
         _fits(page, result["fits"], str(cfg.fit))
 
 
+def _count(number: int, what: str, more: str) -> str:
+    return f"{number} {what}{more if number != 1 else ''}"
+
+
 def _sizes(page: Page, sizes: Mapping[str, int]) -> None:
     from train.units import in_gib
 
@@ -66,6 +75,10 @@ def _sizes(page: Page, sizes: Mapping[str, int]) -> None:
 def _fits(page: Page, lines: list[dict[str, Any]], fit: str) -> None:
     found = sum(line["fits"] for line in lines)
     page.head(f"\nsettings for {fit}", f"{found} of {len(lines)} fit", GOOD if found else BAD)
+    alone = {line.get("reason", "").rpartition(" alone exceeds")[0] for line in lines}
+    if len(alone) == 1 and "" not in alone:
+        page.row("too large", f"whatever the setting: {lines[0]['reason']}", label_style=BAD)
+        return
     for line in lines:
         words = (
             f"sharding={line['sharding']} model.precision={line['precision']} "

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from configs.compose import compose
-from configs.errors import ConfigError
-from configs.schema.plan import room
+from configs.errors import ConfigError, ModelError
+from configs.schema.plan import PlanOptions, room
+from launchers.plan.fit import _reason
 from tests.tiny import save_tiny_model
 from train.data.plan import RowKind
+from train.models.load import load_config
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
 from train.plan.model import Model
-from train.plan.predict import Data, Predictor
+from train.plan.predict import BASE, Data, Predictor
 from train.plan.process import Files
 from train.plan.tape import Tape
 from train.plan.trace import FREED, Pass, fullest, trace_optimizer
@@ -207,3 +211,18 @@ def test_room_is_read():
     for wrong in ("", "x 8", "64", "64GiB x 0", "lots"):
         with pytest.raises(ConfigError):
             room(wrong)
+
+
+def test_the_reason_is_what_a_setting_can_change_or_what_is_too_large_by_itself():
+    parts = {BASE: 9 * GIB, "reserve": 5 * GIB, "activations": 4 * GIB, "weights": 2 * GIB}
+    assert _reason(parts, {BASE, "reserve"}, 10 * GIB) == "activations alone takes 4.0 GiB"
+    assert _reason(parts, {BASE, "reserve"}, 8 * GIB) == f"{BASE} alone exceeds it: 9.0 GiB"
+
+
+def test_what_a_user_meant_by_teraflops_or_by_a_hidden_size_is_told(folder, tmp_path):
+    with pytest.raises(ConfigError, match="plan.flops=312e12 for 312 TFLOP/s"):
+        PlanOptions(flops=312)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 97, "num_attention_heads": 7}))
+    with pytest.raises(ModelError, match="hidden size .97. is not a multiple"):
+        load_config(tmp_path)

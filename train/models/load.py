@@ -163,12 +163,15 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: config.json is damaged or of an architecture that transformers does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(str(model_dir / "config.json"), first_line(error) or type(error).__name__) from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        # A strict dataclass tells which check failed in its first line, and what it found in the cause.
+        told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ModelError(str(model_dir / "config.json"), first_line(told) or type(told).__name__) from None
 
 
 def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
