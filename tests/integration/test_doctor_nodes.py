@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -361,3 +362,21 @@ def test_slurm_carries_the_questions_to_the_nodes_that_it_gives(slurm: SlurmClus
     refused = crosstune(*words, "launcher.partition=nowhere", code=2, **slurm.environment)
     (fault,) = json.loads(refused.splitlines()[-1])["findings"]
     assert "invalid partition" in fault["what"].lower() and len(fault["nodes"]) == 2
+
+
+@pytest.mark.slow
+def test_an_ended_doctor_leaves_no_job_of_slurm(slurm: SlurmCluster, tmp_path):
+    """Its tasks wait for each other, as the first one's port is another's."""
+    words = ["doctor", "nodes", "launcher=slurm", "nodes=2", "device=cpu", "needed_gib=0.01", "patience_seconds=60"]
+    words += [f"environment.PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", f"run_dir={tmp_path}"]
+    with socket.create_server(("", 0)) as taken:
+        command = [sys.executable, "-P", "-m", "launchers.cli", *words, f"master_port={taken.getsockname()[1]}"]
+        with subprocess.Popen(command, env={**os.environ, **slurm.environment}, stdout=subprocess.DEVNULL) as process:
+            wait_for(lambda: any(tmp_path.iterdir()), 60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+    wait_for(lambda: "crosstune-doctor" not in slurm.run("squeue", "-h", "-o", "%j"), 20)
+    assert list(tmp_path.iterdir()) == []
+    refused = crosstune(*words, "python=/no/such/python", "--json", code=2, **slurm.environment)
+    (fault,) = json.loads(refused.splitlines()[-1])["findings"]
+    assert "'/no/such/python' cannot be run there" in fault["what"] and len(fault["nodes"]) == 2

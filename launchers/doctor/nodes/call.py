@@ -61,9 +61,8 @@ class Call:
 
     def say(self, text: str) -> None:
         """Writes to the process, from a thread of its own: one that does not read holds up no other."""
-        process = self.process
-        assert process is not None and process.stdin is not None
-        pipe = process.stdin
+        assert self.process is not None and self.process.stdin is not None
+        pipe = self.process.stdin
 
         def write() -> None:
             with suppress(OSError, ValueError):  # it has gone
@@ -71,6 +70,17 @@ class Call:
                 pipe.flush()
 
         threading.Thread(target=write, daemon=True).start()
+
+    def hush(self) -> None:
+        """Ends what the process reads."""
+        if self.process is not None and self.process.stdin is not None:
+            pipe = self.process.stdin
+
+            def close() -> None:
+                with suppress(OSError, ValueError):
+                    pipe.close()
+
+            threading.Thread(target=close, daemon=True).start()
 
     def said(self) -> str:
         """What the process printed on standard error."""

@@ -26,9 +26,9 @@ LOOK_SECONDS = 0.2
 NOTE_SECONDS = 15.0
 """Between two lines for the user who waits."""
 LEAVE_SECONDS = 2.0
-"""For a process to end by itself once its nodes have reported."""
+"""For a process to end by itself once nobody listens any more."""
 END_SECONDS = 5.0
-"""For one that was told to: srun still has to end its tasks."""
+"""For one that was told to."""
 NAMED = 6
 """Nodes that such a line names; the others are counted."""
 
@@ -104,7 +104,6 @@ class Conversation:
     """Nodes that have given a sign."""
     over: set[int] = field(default_factory=set)
     """Nodes that have answered, or will not."""
-    reported: set[int] = field(default_factory=set)
     last: float | None = None
     """When all must have answered; None before they are asked."""
 
@@ -122,10 +121,7 @@ class Conversation:
                 while len(self.over) < len(self.requests):
                     for node, heard in self._step():
                         self.over.add(node)
-                        if not isinstance(heard, CrosstuneError):
-                            self.reported.add(node)
                         yield node, heard
-                self._close(LEAVE_SECONDS)
             finally:
                 signals.clearing()
                 self._close()
@@ -196,11 +192,11 @@ class Conversation:
             if call.process and now > call.late:
                 silent = [node for node in left if node not in self.present]
                 yield from ((node, self._without_sign(node, call)) for node in silent)
-                if silent and self._known(call):
-                    call.end()
             if self.last is not None and now > self.last:
                 found = f"nothing came within {self.seconds:.0f} s"
                 yield from ((n, CrosstuneError(self.asker.called(n), found)) for n in left if n not in self.over)
+            if left and self.over.issuperset(call.nodes):
+                call.end()
 
     def _without_sign(self, node: int, call: Call) -> CrosstuneError:
         said = [line for line in (*call.said().splitlines(), *self.lines[node]) if line.strip()]
@@ -232,17 +228,14 @@ class Conversation:
                 count = f"{len(nodes)} of {len(self.requests)} nodes"
                 print(f"doctor nodes: {what} {names}{more} ({count})", file=sys.stderr, flush=True)
 
-    def _close(self, grace: float = 0.0) -> None:
-        """Ends all processes; those whose nodes have all reported may end by themselves within `grace` seconds."""
+    def _close(self) -> None:
+        """Ends all processes: by the end of what they read, which nodes hear, too; srun's tasks hear nothing else."""
+        for call in self.calls:
+            call.hush()
         running = [call.process for call in self.calls if call.process is not None]
-        done = [
-            call.process for call in self.calls if call.process is not None and self.reported.issuperset(call.nodes)
-        ]
-        for process in set(running).difference(done):
-            process.terminate()
-        if not all_end(done, grace):
-            for process in done:
-                process.terminate()
-        if not all_end(running, END_SECONDS):
+        if not all_end(running, LEAVE_SECONDS):
             for process in running:
-                process.kill()
+                process.terminate()
+            if not all_end(running, END_SECONDS):
+                for process in running:
+                    process.kill()
