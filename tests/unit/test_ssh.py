@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,27 @@ def test_devices_that_stay_idle_are_told():
     assert idle_devices(hosts[:2], 1) == "slots=8 per machine, nproc=1: 7 devices stay idle; nproc=8 uses them"
     assert "slots=4 to 8" in idle_devices(hosts[:3], 3) and "1 device or more stay idle" in idle_devices(hosts[:3], 3)
     assert not idle_devices(hosts[:2], 8) and not idle_devices(hosts[:3], 4) and not idle_devices(hosts, 1)
+
+
+def test_a_launch_tells_of_idle_devices_and_may_open_many_files(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise ConfigError("here", str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+
+    told: list[str] = []
+    monkeypatch.setattr("launchers.ssh.launcher.Session", refuse)
+    monkeypatch.setattr("launchers.ssh.launcher.SshLauncher.note", told.append)
+    job, folder = Job(replace(SPEC, nproc=1), 1.0), JobFolder(tmp_path)
+    (tmp_path / "hosts").write_text("n1 slots=8\nn2 slots=8\n")
+    cfg = compose("launch", ["launcher=ssh", "nodes=2", "launcher.hosts=[n1,n2]"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with pytest.raises(ConfigError) as fault:
+            build(cfg.launcher, Launcher, cfg.cluster).submit(job, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert int(fault.value.found) > 256
+    assert told == ["slots=8 per machine, nproc=1: 7 devices stay idle; nproc=8 uses them"]
 
 
 def test_the_launcher_renders_its_machines_and_tells_what_is_wrong_before_anything_is_written(tmp_path, monkeypatch):
@@ -393,6 +416,8 @@ def test_the_agent_is_for_old_pythons_too():
     """Of a host on which nothing is installed. Annotations are not evaluated; all else must be known to 3.8."""
     source = inspect.getsource(agent)
     ast.parse(source, feature_version=(3, 8))
+    with pytest.raises(SyntaxError):  # by which `ssh_fault` knows what to advise
+        ast.parse(source, feature_version=(3, 7))
     assert "from __future__ import annotations" in source
     modules = {node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     modules |= {
