@@ -222,7 +222,7 @@ def test_the_reason_is_what_a_setting_can_change_or_what_is_too_large_by_itself(
 def test_what_a_user_meant_by_teraflops_or_by_a_hidden_size_is_told(folder, tmp_path):
     with pytest.raises(ConfigError, match="plan.flops=312e12 for 312 TFLOP/s"):
         PlanOptions(flops=312)
-    config = json.loads((folder / "model" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 97, "num_attention_heads": 7}))
     with pytest.raises(ModelError, match="hidden size .97. is not a multiple"):
         load_config(tmp_path)
