@@ -279,7 +279,7 @@ def test_real_ssh_carries_the_questions_and_a_host_that_is_off_is_named(tmp_path
         lab.switch_off("n2")
         words = [
             *("doctor", "nodes", "launcher=ssh", "nodes=3", "launcher.hosts=[n0,root@n1,n2]", "quick=true", "--json"),
-            *(f"launcher.config={lab.ssh_config}", "launcher.connect_seconds=3", "patience_seconds=6", "device=cpu"),
+            *(f"launcher.config={lab.ssh_config}", "launcher.connect_seconds=2", "patience_seconds=3", "device=cpu"),
             *(f"environment.PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", "needed_gib=0.01"),
             f"run_dir={tmp_path}",
         ]
