@@ -153,7 +153,10 @@ class NetLab:
 
     def _wire(self, name: str) -> None:
         inside = str(self._inside(name))
-        self._in_switch("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", inside)
+        # Always the same: the others know a host that was switched off and on by it for a while.
+        hardware = f"02:00:0a:4d:00:{int(self.address(name).rpartition('.')[2]):02x}"
+        peer = ("peer", "name", "eth0", "address", hardware, "netns", inside)
+        self._in_switch("ip", "link", "add", name, "type", "veth", *peer)
         self._in_switch("ip", "link", "set", name, "master", "br0", "up")
         wait_for(lambda: self.address(name) in self.run_on(name, "ip", "-4", "addr").stdout, 10)
 
