@@ -15,15 +15,11 @@ from configs.errors import EXIT_DONE, EXIT_RESUMABLE, CheckpointError
 from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.supervise import Note, StopSignals, failed, newest_step, supervise
+from launchers.terminal import say
 from train.run_folder import STOP_FILE
 
 SAME_PROCESS_SECONDS = 1.0
 """By so much the begin of a process may differ between two looks at it; numbers of processes are given out again."""
-
-
-def say(text: str) -> None:
-    """A line for the user, at once."""
-    print(text, flush=True)
 
 
 class ForegroundLauncher(Launcher):

@@ -21,6 +21,7 @@ from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
 from launchers.run_dir import LOCK, make_writable
 from launchers.supervise import deferred_stops
+from launchers.terminal import say
 
 Result = dict[str, Any]
 
@@ -120,10 +121,10 @@ def write(planned: Plan) -> None:
 def _run(planned: Plan) -> Result:
     """In the foreground, to its end."""
     launcher, folder, job = planned.launcher, planned.folder, planned.job
-    print(f"job {job.spec.name}: {_size(job)}; run: {folder.run_dir}", flush=True)
+    say(f"job {job.spec.name}: {_size(job)}; run: {folder.run_dir}")
     code = int(launcher.submit(job, folder)["exit_code"])
     if code == EXIT_DONE:
-        print(f"done; run: {folder.run_dir}")
+        say(f"done; run: {folder.run_dir}")
     return {"run_dir": str(folder.run_dir), "handle": job.handle, "exit_code": code}
 
 

@@ -24,8 +24,8 @@ from launchers.ssh.beats import Beats
 from launchers.ssh.connection import Event
 from launchers.ssh.hosts import configured_hosts, host_faults, idle_devices, parse_hostfile, to_hostfile
 from launchers.ssh.session import Session
-from launchers.ssh.terminal import Terminal, say
 from launchers.supervise import StopSignals, newest_step
+from launchers.terminal import Terminal, say
 
 HOSTS = "hosts"
 """The rendered file: the machines in order, spares last."""

@@ -44,8 +44,8 @@ from launchers.ssh.connection import (
 from launchers.ssh.gather import Gathering, in_one
 from launchers.ssh.hosts import host_faults, idle_devices, parse_hostfile, to_hostfile
 from launchers.ssh.session import Session
-from launchers.ssh.terminal import ROOM, Terminal
 from launchers.supervise import StopSignals
+from launchers.terminal import ROOM, Terminal
 
 HOSTFILE = """# the new rack
 n1 slots=8
@@ -227,7 +227,7 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody():
 
 def test_a_job_goes_on_when_nobody_reads_its_output_or_a_character_cannot_be_shown():
     script = (
-        "import sys, time; from launchers.ssh.terminal import say\n"
+        "import sys, time; from launchers.terminal import say\n"
         "say('caf\u00e9'); sys.stdin.readline(); say('lost'); say('lost, too'); sys.exit(7)"
     )
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
