@@ -39,9 +39,10 @@ demo: install
 standin: install
 	$(BIN)/crosstune doctor ascend-standin
 
-# The default suite stays under 20 minutes on two cores, two files at a time; slow proofs run in test-all.
+# The default suite stays under 20 minutes on two cores, two files at a time, the long ones of integration before the short
+# ones of unit; slow proofs run in test-all.
 test: install-test
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install-test
 	$(BIN)/python -m pytest

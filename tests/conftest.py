@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 pytest_plugins = ["tests.slurm_cluster", "tests.standin"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, which our commands and theirs would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,16 @@ from tests.command import crosstune, final_weights, metrics_of, write_uneven_rec
 from tests.tiny import save_tiny_model
 from train.run_folder import RunFolder
 
-STEPS = 40
+STEPS = 80
 
 
 def words(folder: Path) -> list[str]:
-    """Of a run of two ranks whose every step counts in the end."""
+    """Of a run whose every step counts in the end."""
     return [
         *(f"model.path={folder / 'model'}", f"dataset.path={folder / 'records.jsonl'}"),
         *(f"cache_dir={folder / 'cache'}", "device=cpu", "model.precision=fp32", "optim.lr=5e-3"),
         *("max_length=320", "batch_tokens=400", "micro_batch_tokens=400", f"max_steps={STEPS}"),
-        *("nproc=2", "sharding=zero2", "checkpoint.every=2", "checkpoint.mode=synchronous"),
+        *("checkpoint.every=2", "checkpoint.mode=synchronous"),
     ]
 
 

