@@ -277,7 +277,7 @@ def test_a_run_that_meets_its_time_limit_saves_before_and_goes_on(site):
 @pytest.mark.slow
 def test_a_cancelled_run_is_resumed_as_a_job_of_its_own(site, in_peace):
     run = site.home / "resumed"
-    site.launched(f"run_dir={run}", SLOWLY)
+    site.launched(f"run_dir={run}", SLOWLY, "checkpoint.every=1", "checkpoint.mode=synchronous")
     site.wait_for_steps(run)
     site.crosstune("cancel", str(run))
     assert site.ended(run)["state"] == "cancelled", site.all_words(run)
