@@ -6,8 +6,8 @@ The hosts are namespaces with an sshd each (tests/net_lab.py). Nothing is ever l
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -391,7 +391,8 @@ def test_what_keeps_machines_from_taking_part_is_told_of_all_before_anything_sta
     ):
         assert said in shown, f"{said}\n{shown}"
     # Installed, it has a version; run from its sources alone, none.
-    assert re.search(r"^n1: crosstune \S.* \(sources \w+\), but here .*\n  remedy:  install the same", shown, re.M), shown
+    other = r"^n1: crosstune \S.* \(sources \w+\), but here .*\n  remedy:  install the same"
+    assert re.search(other, shown, re.MULTILINE), shown
     assert not list(tmp_path.rglob("attempts")) and not list(tmp_path.rglob(".seen-*"))
 
 
