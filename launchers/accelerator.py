@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from configs.compose import build
-from configs.errors import ConfigError, DeviceError
+from configs.errors import ConfigError, DeviceError, raise_all
 from configs.schema.device import DeviceConfig
 from configs.schema.model import Precision
 from configs.schema.roots import TrainConfig
@@ -27,8 +27,6 @@ def check_processes(cfg: TrainConfig, began_in: str | None = None) -> None:
         ConfigError: an outer launcher started another number of processes.
         DeviceError: the device is not there, there are fewer of them than processes, or it cannot do what was asked.
     """
-    from train.devices.base import raise_all
-
     world = os.environ.get("WORLD_SIZE")
     if world is not None and cfg.nproc not in (1, int(world)):
         raise ConfigError(

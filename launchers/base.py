@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from launchers.spec import LaunchSpec
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 """Between two looks at a log that is followed."""
+LAST_BYTES = 1 << 16
+"""At the end of a file in which its last lines are looked for."""
 CHUNK = 1 << 20
 """Bytes of a log that are in memory at a time."""
 
@@ -182,6 +185,17 @@ def _read(path: Path, position: int) -> bytes:
             return file.read(CHUNK)
     except FileNotFoundError:
         return b""
+
+
+def last_lines(path: Path) -> list[str]:
+    """The lines at the end of a file; the first may be cut.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+        return file.read().decode("utf-8", errors="replace").splitlines()
 
 
 def node_command(python: str, job_file: str) -> list[str]:

@@ -164,13 +164,17 @@ class JobFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(str(self.file), f"damaged: {error}") from None
 
+    def mark_file(self, attempt: int, node: int) -> Path:
+        """Where a machine leaves its mark."""
+        return self.path / "attempts" / f"{attempt:03}" / f"node-{node}.json"
+
     def mark(self, mark: Mark) -> None:
         """Leaves a machine's mark.
 
         Raises:
             StorageError: it cannot be written.
         """
-        file = self.path / "attempts" / f"{mark.attempt:03}" / f"node-{mark.node}.json"
+        file = self.mark_file(mark.attempt, mark.node)
         make_folder(file.parent)
         write_whole(file, json.dumps(asdict(mark), indent=1) + "\n")
 

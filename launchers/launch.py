@@ -16,6 +16,8 @@ from configs.groups import options_of
 from configs.schema.device import DeviceConfig
 from configs.schema.launch import LaunchConfig
 from configs.schema.roots import TrainConfig
+from launchers.base import Launcher
+from launchers.doctor.device import name_of
 from launchers.doctor.nodes.before import before_submit
 from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
@@ -44,7 +46,7 @@ def plan(command: str, cfg: TrainConfig, options: LaunchConfig, *, label: str = 
     stamp = time.strftime("%Y%m%d-%H%M%S") + label
     spec = make_spec(command, cfg, options, folder.request, stamp)
     launcher = launcher_of(options)
-    raise_all([*_faults(cfg, options), *launcher.faults(spec)])
+    raise_all([*_faults(cfg, options, launcher), *launcher.faults(spec)])
     handle = launcher.handle() if isinstance(launcher, ForegroundLauncher) else {}
     return Plan(launcher, cfg, options, Job(spec, time.time(), handle), folder, launcher.render(spec, attempt=0))
 
@@ -180,18 +182,17 @@ def relaunch(cfg: TrainConfig, words: Sequence[str] = (), *, config_dir: Path | 
     return start([planned], again)[0]
 
 
-def _faults(cfg: TrainConfig, options: LaunchConfig) -> list[CrosstuneError]:
+def _faults(cfg: TrainConfig, options: LaunchConfig, launcher: Launcher) -> list[CrosstuneError]:
     """What the step and the machines say against each other."""
     found: list[CrosstuneError] = []
     cluster = options.cluster
     if cluster.device and not any(cfg.device._target_ == target_of(name) for name in ("auto", cluster.device)):
-        asked = cfg.device._target_.rpartition(".")[2].removesuffix("Device").lower()
-        told = f"{asked}, but these machines have {cluster.device}"
+        told = f"{name_of(cfg.device)}, but these machines have {cluster.device}"
         found.append(ConfigError("device", told, remedy=f"device={cluster.device}"))
     if 0 < cluster.devices_per_node < cfg.nproc:
         there = f"cluster.devices_per_node={cluster.devices_per_node}"
         found.append(ConfigError("nproc", f"{cfg.nproc}, above {there}: one process drives one device"))
-    if launcher_of(options).foreground:
+    if launcher.foreground:
         for key, remedy in (
             ("time_limit_minutes", "guard.stop_after_minutes=..."),
             ("cpus", None),

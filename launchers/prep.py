@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import ConfigError, ErrorGroup, nearest
+from configs.errors import ConfigError, ErrorGroup, nearest, raise_all
 
 if TYPE_CHECKING:
     from configs.schema.roots import PrepConfig
@@ -113,8 +113,7 @@ def read_wanted(path: Path, words: Sequence[str]) -> Wanted:
             faults.append(fault)
     if values.get("rejects") and (other := {"id", "split"} & values.keys()):
         faults.append(ConfigError(min(other), "has no use with rejects=true", remedy="leave one of them out"))
-    if faults:
-        raise faults[0] if len(faults) == 1 else ErrorGroup(faults)
+    raise_all(faults)
     return Wanted(path, **values)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from configs.compose import build, load_resolved
 from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, RunFailedError
 from configs.schema.launch import LaunchConfig
-from launchers.base import Launcher
+from launchers.base import Launcher, last_lines
 from launchers.failure import last_step
 from launchers.job import Job, JobFolder, Mark, Report, State, Word, root_cause, state_of
 
@@ -21,7 +21,6 @@ UNKNOWN = "unknown"
 """In place of a state, while the scheduler does not answer."""
 LAST_LINES = 12
 """Of the log of the rank that failed first."""
-LAST_BYTES = 1 << 16
 
 
 def status(run_dir: Path) -> Result:
@@ -36,15 +35,14 @@ def status(run_dir: Path) -> Result:
     try:
         report = launcher.report(job, folder)
     except RunFailedError as error:
-        return _told(job, folder, Report(Word.unknown, f"{error.where}: {error.found}"), UNKNOWN) | {
-            "exit_code": error.exit_code
-        }
-    state = state_of(report, folder.marks(), job.spec.nodes, cancelled=folder.cancelled)
-    return _told(job, folder, report, state.value)
-
-
-def _told(job: Job, folder: JobFolder, report: Report, state: str) -> Result:
+        silent = Report(Word.unknown, f"{error.where}: {error.found}")
+        return _told(job, folder, silent, folder.marks(), UNKNOWN) | {"exit_code": error.exit_code}
     marks = folder.marks()
+    state = state_of(report, marks, job.spec.nodes, cancelled=folder.cancelled)
+    return _told(job, folder, report, marks, state.value)
+
+
+def _told(job: Job, folder: JobFolder, report: Report, marks: Sequence[Mark], state: str) -> Result:
     print(f"{state}: {job.spec.name}" + (f" ({report.detail})" if report.detail else ""))
     attempt = marks[0].attempt if marks else job.attempt
     step, total = _progress(folder.run_dir)
@@ -96,17 +94,11 @@ def _tell_cause(folder: JobFolder, marks: Sequence[Mark]) -> Result | None:
     print("    " + error.render().replace("\n", "\n    "))
     log = folder.logs(mark.attempt, mark.node) / "workers" / f"rank{rank}.log"
     log = log if rank and log.is_file() else folder.output(mark.attempt, mark.node)
-    lines = _last_lines(log) if log.is_file() else []
+    lines = last_lines(log)[-LAST_LINES:] if log.is_file() else []
     if lines:
         print(f"  the end of {log}:")
         print("\n".join(f"    {line}" for line in lines))
     return {"node": mark.node, "host": mark.host, "rank": rank, "error": error.render(), "log": str(log)}
-
-
-def _last_lines(log: Path) -> list[str]:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LAST_BYTES))
-        return file.read().decode("utf-8", errors="replace").splitlines()[-LAST_LINES:]
 
 
 def _progress(run_dir: Path) -> tuple[int, int]:

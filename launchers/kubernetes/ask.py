@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import ConfigError, CrosstuneError, ErrorGroup
+from configs.errors import ConfigError, CrosstuneError, raise_all
 from configs.schema.doctor_nodes import DoctorNodesConfig
 from launchers.doctor.nodes.request import Request
 from launchers.kubernetes import Manifest
@@ -57,9 +57,7 @@ class InPods:
     def __init__(self, cfg: DoctorNodesConfig, launcher: KubernetesLauncher, command: Sequence[str]) -> None:
         self.cfg, self.launcher, self.command = cfg, launcher, command
         self.name, self.made = f"{NAME}-{secrets.token_hex(5)}", False
-        faults = list(launcher.faults(self.spec(0)))
-        if faults:
-            raise faults[0] if len(faults) == 1 else ErrorGroup(faults)
+        raise_all(list(launcher.faults(self.spec(0))))
 
     def node_names(self, nodes: int) -> Sequence[str]:
         """Only the scheduler knows the machines; pods find the first one by a name of the job's network."""

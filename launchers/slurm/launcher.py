@@ -15,7 +15,7 @@ from configs.errors import EXIT_RESUMABLE, ConfigError, CrosstuneError
 from configs.files import write_whole
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
-from launchers.base import Launcher, UnknownOutcomeError
+from launchers.base import Launcher, UnknownOutcomeError, last_lines
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.slurm.commands import end, signal_batch, state_of_job
 from launchers.slurm.script import NAME, SWEEP_NAME, render_script
@@ -30,8 +30,6 @@ SHAPE = (
     *("secrets", "setup", "python", "working_dir"),
 )
 """Fields that one script has for all jobs of an array."""
-TAIL = 1 << 16
-"""Bytes at the end of Slurm's output in which the batch script's last line is looked for."""
 
 
 class SlurmLauncher(Launcher):
@@ -194,9 +192,7 @@ class SlurmLauncher(Launcher):
 def last_words(output: Path) -> str:
     """The batch script's own last line in what Slurm kept of a job, behind a semicolon; empty where there is none."""
     try:
-        with output.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        lines = last_lines(output)
     except OSError:
         return ""
     return next((f"; {line}" for line in reversed(lines) if line.startswith("crosstune: ")), "")

@@ -218,7 +218,7 @@ class Attempt:
     def _own_mark(self, node: int) -> Mark | None:
         """The mark that a machine left at its end; None: it has not ended, or did not say so."""
         with suppress(OSError, ValueError, TypeError):
-            mark = Mark(**json.loads(mark_file(self.folder, self.number, node).read_text(encoding="utf-8")))
+            mark = Mark(**json.loads(self.folder.mark_file(self.number, node).read_text(encoding="utf-8")))
             return mark if mark.ended is not None else None
         return None
 
@@ -265,11 +265,6 @@ class Attempt:
                 "a variable of their login shells or of cluster.setup is not the same; `ssh HOST env` shows the former"
             )
             self._show(f"the machines' environments differ ({told}): {why}")
-
-
-def mark_file(folder: JobFolder, attempt: int, node: int) -> Path:
-    """Where a machine leaves its mark; see `JobFolder.mark`."""
-    return folder.path / "attempts" / f"{attempt:03}" / f"node-{node}.json"
 
 
 def worst(codes: Iterable[int]) -> int:

@@ -22,7 +22,6 @@ from launchers.base import node_command, secret_values, with_setup
 from launchers.job import Job, JobFolder
 from launchers.spec import ATTEMPT, MASTER, NODE, this_python
 from launchers.ssh import probe
-from launchers.ssh.attempt import mark_file
 from launchers.ssh.beats import Beats
 from launchers.ssh.connection import Connection, Event, Unreachable, address_of, agent_command, ssh_command
 from launchers.ssh.gather import Gathered, Gathering, in_one, version_faults
@@ -157,7 +156,7 @@ class Session:
             "node": node,
             "run_dir": str(folder.run_dir),
             "token": token,
-            "mark": str(mark_file(folder, self.attempt, node)),
+            "mark": str(folder.mark_file(self.attempt, node)),
             "working_dir": spec.working_dir,
             "setup": list(spec.setup),
             "master": self.master,

@@ -18,10 +18,10 @@ from configs.compose import compose
 from configs.errors import ConfigError, CrosstuneError
 from configs.schema.launch import ClusterConfig, LaunchConfig
 from configs.schema.launcher_slurm import Container, SlurmLauncherConfig
+from launchers.base import LAST_BYTES
 from launchers.job import Job, JobFolder, Mark, State, Word, state_of
 from launchers.slurm import SlurmLauncher, launcher, script
 from launchers.slurm.commands import JobState, parse_accounting, parse_job, refused
-from launchers.slurm.launcher import TAIL
 from launchers.slurm.script import NAME, render_script
 from launchers.spec import LaunchSpec
 
@@ -513,7 +513,7 @@ def test_why_a_job_that_is_over_was_not_started_again(tmp_path):
     assert report_of(None, folder, output).detail.endswith(said)
     for name in ("RUNNING", "PENDING", "COMPLETED"):
         assert report_of(JobState(name), folder, output).detail == f"job 7: {name}", name
-    output.write_bytes(output.read_bytes() + b"x\n" * TAIL)
+    output.write_bytes(output.read_bytes() + b"x\n" * LAST_BYTES)
     assert report_of(JobState("FAILED"), folder, output).detail == "job 7: FAILED", "the end alone is read"
 
 

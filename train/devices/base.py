@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.errors import CrosstuneError, DeviceError, ErrorGroup
+from configs.errors import DeviceError, raise_all
 from configs.schema.device import DeviceConfig
 from configs.schema.model import Precision
 from data_prep.pool import usable_cores
@@ -279,14 +279,3 @@ def memory_is_full(error: BaseException, texts: tuple[str, ...] = ()) -> bool:
             return True
         cause = cause.__cause__
     return False
-
-
-def raise_all(faults: list[DeviceError]) -> None:
-    """Raises what was found, all at once.
-
-    Raises:
-        CrosstuneError: the only fault, or the group of them.
-    """
-    if faults:
-        error: CrosstuneError = faults[0] if len(faults) == 1 else ErrorGroup(faults)
-        raise error

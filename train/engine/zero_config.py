@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import ConfigError, CrosstuneError, ErrorGroup, nearest
+from configs.errors import ConfigError, CrosstuneError, nearest, raise_all
 from configs.schema.sharding import ZeroConfig
 
 WHERE = "sharding.deepspeed"
@@ -97,8 +97,7 @@ def deepspeed_config(
     user = user_keys(config)
     settings = _settings(config, world_size, precision, max_grad_norm)
     faults = _unknown(user) + _refused(user) + _contradictions(user, settings)
-    if faults:
-        raise faults[0] if len(faults) == 1 else ErrorGroup(faults)
+    raise_all(faults)
     return _merge(_merge(_defaults(config, model_numel, pin_memory), user), settings)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from configs.errors import DeviceError
+from configs.errors import DeviceError, raise_all
 from configs.schema.device import KernelChoice
-from train.devices.base import Device, raise_all
+from train.devices.base import Device
 from train.models.families import Family
 from train.models.load import dtype_name
 from train.ops.agreement import disagreement
