@@ -53,7 +53,7 @@ check: install-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -P tests/lint_vendor_names.py
-	$(BIN)/python -m pytest tests/unit/test_compose.py
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit/test_compose.py
 
 bench: install-test
 	$(BIN)/python -m tests.bench

@@ -13,9 +13,10 @@ pytest_plugins = ["tests.slurm_cluster", "tests.standin"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interrupts_are_heard() -> None:
-    """A shell starts what it puts into the background deaf to Ctrl-C, which our commands and theirs would inherit."""
+def signals_are_heard() -> None:
+    """A shell makes what runs in the background deaf to Ctrl-C, nohup to a hangup; our commands would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -226,12 +226,15 @@ def test_a_pod_that_is_evicted_while_it_looks_is_told(cluster, words, tmp_path) 
 
 @pytest.mark.slow
 def test_pods_on_hosts_of_their_own_are_healthy_or_have_the_fault_that_was_planted(cluster, words, tmp_path) -> None:
-    """The whole look with its all-reduce, over a network; then an older torch, a small /dev/shm, a full disk."""
+    """The whole look with its all-reduce, over a network; then an older torch, and no room for temporary files."""
     words += ["allreduce_mib=1", "allreduce_seconds=120", "nodes=3", "queue_seconds=60", "--json"]
     older = tmp_path / "older/torch-2.12.0.dist-info"
     older.mkdir(parents=True)
     (older / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n")
-    planted = {1: f"export PYTHONPATH={older.parent}:$PYTHONPATH", 2: "mount -t tmpfs -o size=1m none /dev/shm"}
+    planted = {
+        1: f"export PYTHONPATH={older.parent}:$PYTHONPATH",
+        2: "mount -t tmpfs -o size=1m none /dev/shm; export TMPDIR=/dev/shm",
+    }
 
     def told(lab: Any, planted: dict[int, str]) -> dict[str, Any]:
         argv = [sys.executable, "-P", "-m", "launchers.cli", "doctor", "nodes", *words]
@@ -246,7 +249,7 @@ def test_pods_on_hosts_of_their_own_are_healthy_or_have_the_fault_that_was_plant
         assert report["findings"] == [] and report["exit_code"] == 0
         assert all(each["report"]["facts"]["allreduce"]["gb_per_s"] > 0 for each in report["nodes"])
         found = faults(told(lab, planted))
-    assert [(each["nodes"], each["check"]) for each in found] == [(["worker-2"], "shm"), (["worker-1"], "versions")]
+    assert [(each["nodes"], each["check"]) for each in found] == [(["worker-2"], "disk"), (["worker-1"], "versions")]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launchers.doctor.nodes.ending import leaves
 from launchers.doctor.nodes.request import Request, existing_part
 from train.versions import versions_of
 
@@ -68,6 +69,7 @@ def disk(path: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": path, "folder": str(folder), **room(folder), "refused": None}
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".crosstune-try-") as file:
+            leaves(Path(file.name))
             file.write(bytes(WRITE_BYTES))
             file.flush()
             os.fsync(file.fileno())
