@@ -105,6 +105,7 @@ class ErrorGroup(CrosstuneError):
 
     def __init__(self, errors: Sequence[CrosstuneError]) -> None:
         self.errors = list(errors)
+        self.exit_code = min(error.exit_code for error in errors)  # what the user can mend comes first
         super().__init__(self.errors[0].where, self.errors[0].found)
 
     def __reduce__(self) -> tuple[Any, ...]:

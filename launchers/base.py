@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CrosstuneError, RunFailedError
+from configs.errors import CrosstuneError, RunFailedError, first_line
 from configs.schema.launch import ClusterConfig, LauncherConfig
 from launchers.job import Job, JobFolder, Report
 from launchers.spec import LaunchSpec
@@ -88,18 +90,46 @@ class Launcher(ABC):
             Their handles, in order.
 
         Raises:
-            UnknownOutcomeError: the scheduler did not answer.
+            UnknownOutcomeError: the scheduler did not answer, or does not say that it ended those before the one that
+                it refused; which of them may run is told.
             CrosstuneError: one was refused; those before it have been cancelled.
         """
         handles: list[dict[str, Any]] = []
         try:
             for job, folder in jobs:
                 handles.append(self.submit(job, folder))
-        except CrosstuneError:
-            for (job, folder), handle in zip(jobs, handles, strict=False):
-                self.cancel(replace(job, handle=handle), folder, hard=True)
+        except BaseException as error:
+            self._take_back(
+                [(replace(job, handle=handle), folder) for (job, folder), handle in zip(jobs, handles, strict=False)],
+                error,
+            )
             raise
         return handles
+
+    def _take_back(self, submitted: Sequence[tuple[Job, JobFolder]], reason: BaseException) -> None:
+        """Cancels the jobs of a sweep that cannot be submitted as a whole.
+
+        Raises:
+            UnknownOutcomeError: not all are known to have ended.
+        """
+        left = []
+        for job, folder in submitted:
+            try:
+                self.cancel(job, folder, hard=True)
+                note = folder.ask_to_cancel
+            except CrosstuneError as fault:
+                left.append(f"{folder.run_dir.name}: {fault.found}")
+                note = partial(folder.write, job)  # by its handle it can be asked for later
+            with suppress(CrosstuneError):
+                note()
+        if left:
+            why = reason.found if isinstance(reason, CrosstuneError) else first_line(reason)
+            run = shlex.quote(str(submitted[0][1].run_dir.parent))
+            raise UnknownOutcomeError(
+                f"launcher={self.name}",
+                f"{why}; jobs that may run although they were to be cancelled: {'; '.join(left)}",
+                remedy=f"crosstune status {run} tells, crosstune cancel --hard {run} ends them",
+            ) from None
 
     @abstractmethod
     def report(self, job: Job, folder: JobFolder) -> Report:

@@ -16,6 +16,7 @@ from launchers.base import Launcher
 from launchers.job import Job, JobFolder, Report, Word
 from launchers.supervise import Note, StopSignals, failed, newest_step, supervise
 from launchers.terminal import say
+from launchers.watch import SILENT_SECONDS, last_sign, watched
 from train.run_folder import STOP_FILE
 
 SAME_PROCESS_SECONDS = 1.0
@@ -48,13 +49,13 @@ class ForegroundLauncher(Launcher):
         Raises:
             RunFailedError: a job of several machines did not end well; it has the exit code that this ended with.
         """
-        with StopSignals() as stops:
+        with StopSignals() as stops, watched(job, folder):
             start = partial(self.start, job, folder, stops=stops)
             code = supervise(start, job, folder, stops, self.note, self.newest_step)
         if stops.heard and code not in (EXIT_DONE, EXIT_RESUMABLE):
             folder.ask_to_cancel()  # ended by its user before it could save: that is no failure
         if code != EXIT_DONE and job.spec.nodes > 1:
-            raise failed(folder, code)
+            raise failed(job, folder, code)
         return {"exit_code": code}  # a single machine has told its fault already, on this terminal
 
     def newest_step(self, folder: JobFolder) -> int:
@@ -66,15 +67,16 @@ class ForegroundLauncher(Launcher):
         return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
 
     def report(self, job: Job, folder: JobFolder) -> Report:
-        """Whether the supervisor lives; from another machine, what the marks say."""
+        """Whether the supervisor is at this job: what it said itself, whether its process lives, or gives signs."""
         if not job.handle:
             return Report(Word.unknown, "it was not started")
-        where = f"process {job.handle['pid']} on {job.handle['host']}"
+        where, sign = f"process {job.handle['pid']} on {job.handle['host']}", last_sign(job, folder)
+        if sign is not None and sign.ended:
+            return Report(Word.ended, f"{where} has ended it")
         if job.handle["host"] == socket.gethostname():
             return Report(Word.running, where) if _supervisor(job) else Report(Word.ended, f"{where} has ended")
-        marks = folder.marks()
-        if marks and all(mark.ended is not None for mark in marks):
-            return Report(Word.ended, f"{where}, as its machines say")
+        if sign is not None and sign.age_seconds > SILENT_SECONDS:
+            return Report(Word.ended, f"{where} has given no sign for {sign.age_seconds / 60:.0f} minutes")
         return Report(Word.running, f"{where}, which cannot be asked from {socket.gethostname()}")
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:

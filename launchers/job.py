@@ -7,6 +7,7 @@
         <rendered files>     what the launcher submitted, as it was
         attempts/000/node-0.json   what each machine did: host, begin, end, exit code, fault
         cancelled            somebody asked for the job's end
+        supervisor           signs of life of who supervises it in the foreground (`launchers.watch`)
     RUN/logs/attempt-000/node-0/   output.log, torchrun.log, workers/, errors/
 
 A job's state is the scheduler's word joined with these marks: an exit code alone tells neither a save before a
@@ -178,10 +179,16 @@ class JobFolder:
         make_folder(file.parent)
         write_whole(file, json.dumps(asdict(mark), indent=1) + "\n")
 
-    def marks(self, attempt: int | None = None) -> list[Mark]:
-        """Marks of an attempt by machine; None: of the latest that has any. What is half there is left out."""
-        folders = sorted((self.path / "attempts").glob("[0-9]*"))
-        chosen = [path for path in folders if attempt is None or int(path.name) == attempt][-1:]
+    def marks(self, attempt: int | None = None, *, since: int = 0) -> list[Mark]:
+        """Marks of an attempt by machine. What is half there is left out.
+
+        Args:
+            attempt: its number; None: the latest that has any.
+            since: earlier attempts do not count; those before `Job.attempt` are of jobs that were here before.
+        """
+        folders = sorted((path for path in (self.path / "attempts").glob("[0-9]*")), key=lambda path: int(path.name))
+        numbered = [path for path in folders if int(path.name) >= since]
+        chosen = [path for path in numbered if attempt is None or int(path.name) == attempt][-1:]
         found = []
         for file in (file for path in chosen for file in path.glob("node-*.json")):
             try:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_
 from launchers.job import Job, JobFolder, Mark, make_folder
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, environment_hash
 from launchers.steps import resumable
+from launchers.terminal import Terminal
 from launchers.torchrun import EndedBySignal, Group, run_workers
 
 AUTO = "auto"
@@ -39,6 +41,8 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 ELSEWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737): the routing table is asked for the way there, and nothing is sent."""
 OPEN_FILES = 65_536
+PIECE, PIECES = 65_536, 256
+"""Bytes of output read at once, and how many such pieces wait for a terminal that does not take them."""
 EXIT_INTERRUPTED = 130
 
 
@@ -263,7 +267,7 @@ def copied_to(path: Path) -> Iterator[None]:
     read, write = os.pipe()
     before = [os.dup(1), os.dup(2)]
     # Numbers of its own, which it closes: it may outlive us by a child that holds the pipe open.
-    thread = threading.Thread(target=_copy, args=(read, os.dup(1), file), name="output", daemon=True)
+    thread = threading.Thread(target=_copy, args=(read, file, os.dup(1)), name="output", daemon=True)
     thread.start()
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -281,22 +285,28 @@ def copied_to(path: Path) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _copy(source: int, *targets: int) -> None:
-    while data := os.read(source, 65536):
-        for target in targets:
-            with suppress(OSError):  # whoever listened has gone, or a disk is full; the other goes on
-                _write_all(target, data)
-    for number in (source, *targets):
+def _copy(source: int, file: int, terminal: int) -> None:
+    """Every byte to the file; to the terminal what it takes, for ranks must not wait for somebody's Ctrl-S."""
+    with Terminal(partial(_write_all, terminal), _pieces_missing, PIECES) as shown:
+        while data := os.read(source, PIECE):
+            _write_all(file, data)
+            shown.show(data)
+    for number in (source, file):  # a terminal may still be in the middle of a piece
         os.close(number)
+
+
+def _pieces_missing(count: int) -> bytes:
+    return f"\n... up to {count * PIECE} bytes left out here; output.log has them ...\n".encode()
 
 
 def _write_all(target: int, data: bytes) -> None:
     rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(target, rest) :]
-        except BlockingIOError:  # a terminal that another process has set so
-            select.select([], [target], [])
+    with suppress(OSError):  # whoever listened has gone, or a disk is full; the other goes on
+        while rest:
+            try:
+                rest = rest[os.write(target, rest) :]
+            except BlockingIOError:  # a terminal that another process has set so
+                select.select([], [target], [])
 
 
 if __name__ == "__main__":

@@ -8,20 +8,23 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from configs.errors import CheckpointError, ConfigError, StorageError
+from configs.errors import CheckpointError, ConfigError, RunFailedError, StorageError
 from configs.schema.roots import TrainConfig
 from launchers.stages import is_first_rank
 
 C = TypeVar("C", bound=TrainConfig)
 
 LOCK = ".lock"
+LOCK_SECONDS = 240.0
+"""A server of NFS gives a dead client's lock away after its lease (90 s); a machine that is merely cut off ends its
+ranks after a few time-outs."""
 SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints")
 """There from the first step on. A folder that a fault left before that may be used again."""
 
@@ -71,34 +74,79 @@ def new_run(folder: Path) -> Iterator[None]:
         with alone_in(folder):
             yield
     finally:
-        if is_first_rank() and [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            folder.rmdir()
+        if is_first_rank():
+            remove_if_empty(folder)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
     """Holds the run for this command; ranks other than the first of an outer launcher leave that to it.
+
+    Args:
+        folder: of the run.
+        patient: a job's next attempt may begin while the lock is still that of the machine that was lost.
 
     Raises:
         ConfigError: another command is at work in the folder.
+        RunFailedError: it still is after `LOCK_SECONDS`.
     """
     if not is_first_rank():
         yield
         return
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        with held(folder / LOCK, LOCK_SECONDS if patient else 0.0):
+            yield
+    except LockedError:
+        found, remedy = f"another crosstune is at work in '{folder}'", "wait for it, stop it, or name another run_dir"
+        if patient:
+            raise RunFailedError("run_dir", f"{found}, after {LOCK_SECONDS:.0f} s still", remedy=remedy) from None
+        raise ConfigError("run_dir", found, remedy=f"{remedy}; {FREE_AGAIN.format(folder / LOCK)}") from None
+
+
+class LockedError(Exception):
+    """Somebody else holds a lock."""
+
+
+FREE_AGAIN = "if none is at work there, on any machine, remove '{}'"
+"""A file system without locks (Lustre without ``-o flock``) keeps that of a process that was killed on another host."""
+
+
+@contextmanager
+def held(lock: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Holds a lock file; says so where it has to wait.
+
+    Args:
+        lock: the file.
+        seconds: to wait for it.
+
+    Raises:
+        LockedError: somebody else holds it.
+        StorageError: it cannot be made.
+    """
+    own = FileLock(lock)
+    try:
+        try:
+            own.acquire(blocking=False)
+        except Timeout:
+            if seconds:
+                print(f"waits up to {seconds:.0f} s for another crosstune to let go of {lock}", flush=True)
+            own.acquire(timeout=seconds)
     except Timeout:
-        raise ConfigError(
-            "run_dir",
-            f"another crosstune is at work in '{folder}'",
-            remedy="wait for it, stop it, or name another run_dir",
-        ) from None
+        raise LockedError from None
+    except OSError as error:
+        raise StorageError(str(lock), f"cannot be locked: {error.strerror or error}") from None
     try:
         yield
     finally:
-        lock.release()
+        own.release()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Takes a folder away in which nothing but a lock is left."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def make_writable(folder: Path, key: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.compose import build, load_resolved
-from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, RunFailedError
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError, CrosstuneError, RunFailedError, raise_all
 from configs.schema.launch import LaunchConfig
 from launchers.base import Launcher, last_lines
 from launchers.failure import last_step
@@ -29,15 +29,17 @@ def status(run_dir: Path) -> Result:
     Of a job whose scheduler does not answer it tells what lies in the folder, with exit code 3.
     """
     if runs := runs_of_sweep(run_dir):
-        return {"jobs": [{"run_dir": str(run), **status(run)} for run in runs]}
+        told = [{"run_dir": str(run), **status(run)} for run in runs]
+        return {"jobs": told, "exit_code": max(each.get("exit_code", EXIT_DONE) for each in told)}
     folder = JobFolder.of_run(existing_launch(run_dir))
     job, launcher = opened(folder)
     try:
         report = launcher.report(job, folder)
     except RunFailedError as error:
         silent = Report(Word.unknown, f"{error.where}: {error.found}")
-        return _told(job, folder, silent, folder.marks(), UNKNOWN) | {"exit_code": error.exit_code}
-    marks = folder.marks()
+        marks = folder.marks(since=job.attempt)
+        return _told(job, folder, silent, marks, UNKNOWN) | {"exit_code": error.exit_code}
+    marks = folder.marks(since=job.attempt)
     state = state_of(report, marks, job.spec.nodes, cancelled=folder.cancelled)
     return _told(job, folder, report, marks, state.value)
 
@@ -126,16 +128,41 @@ def logs(run_dir: Path, *, node: int, follow: bool) -> Result:
 def cancel(run_dir: Path, *, hard: bool) -> Result:
     """`crosstune cancel [--hard] RUN`: the run saves and ends; with --hard it ends at once."""
     if runs := runs_of_sweep(run_dir):
-        return {"jobs": [{"run_dir": str(run), **cancel(run, hard=hard)} for run in runs]}
+        return _cancel_all(runs, hard=hard)
     folder = JobFolder.of_run(existing_launch(run_dir))
     job, launcher = opened(folder)
-    if launcher.is_over(job, folder):
-        print("the job has ended already")
-        return {"cancelled": False}
-    folder.ask_to_cancel()
-    launcher.cancel(job, folder, hard=hard)
+    before = folder.cancelled
+    folder.ask_to_cancel()  # first: whoever would start the job again looks here, also while a scheduler is silent
+    try:
+        if launcher.is_over(job, folder):
+            if not before:
+                folder.take_back_cancel()
+            print("the job has ended already")
+            return {"cancelled": False}
+        launcher.cancel(job, folder, hard=hard)
+    except RunFailedError as error:
+        again = f"crosstune cancel {'--hard ' if hard else ''}{shlex.quote(str(run_dir))}"
+        error.remedy = f"it will not be started again, but runs on where it runs: once it can be asked, {again}"
+        raise
     print("ending" if hard else f"ending with a save; crosstune cancel --hard {shlex.quote(str(run_dir))} ends at once")
     return {"cancelled": True}
+
+
+def _cancel_all(runs: Sequence[Path], *, hard: bool) -> Result:
+    """All that can be reached.
+
+    Raises:
+        CrosstuneError: what kept the others.
+    """
+    told: list[Result] = []
+    faults: list[CrosstuneError] = []
+    for run in runs:
+        try:
+            told.append({"run_dir": str(run), **cancel(run, hard=hard)})
+        except CrosstuneError as error:
+            faults.append(error)
+    raise_all(faults)
+    return {"jobs": told}
 
 
 def runs_of_sweep(parent: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def train(cfg: TrainConfig, *, worker: bool = False, resume: bool = False, launc
     folder = Path(str(cfg.run_dir))
     stages = Stages(3, quiet=worker)
     with resumable(folder, worker=worker or launched), traceback_kept_in(folder / "logs"):
-        with nullcontext() if worker else alone_in(folder) if resume else new_run(folder):
+        with nullcontext() if worker else alone_in(folder, patient=launched) if resume else new_run(folder):
             _train(cfg, folder, stages, resume=resume and not (launched and _has_nothing(folder)))
     stages.end(f"run: {folder}")
     return {"run_dir": str(folder)}
@@ -65,7 +65,7 @@ def run(cfg: RunConfig, *, resume: bool = False, launched: bool = False) -> Resu
     folder = Path(str(cfg.run_dir))
     stages = Stages(5)
     with resumable(folder, worker=launched), traceback_kept_in(folder / "logs"):
-        with alone_in(folder) if resume else new_run(folder):
+        with alone_in(folder, patient=launched) if resume else new_run(folder):
             _train(cfg, folder, stages, resume=resume and not (launched and _has_nothing(folder)))
             if not is_first_rank():  # under an outer torchrun the other ranks are done here
                 return {"run_dir": str(folder)}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, ConfigError
@@ -19,7 +17,7 @@ from configs.schema.roots import TrainConfig
 from launchers.base import Launcher, UnknownOutcomeError
 from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
-from launchers.run_dir import LOCK, make_writable
+from launchers.run_dir import FREE_AGAIN, LOCK, LockedError, held, make_writable, remove_if_empty
 from launchers.supervise import deferred_stops
 from launchers.terminal import say
 
@@ -53,10 +51,9 @@ def start(plans: Sequence[Plan], prepare: Callable[[Plan], Plan]) -> list[Result
         with ExitStack() as undo:
             ready = []
             for planned in plans:
-                new = not planned.folder.path.exists()
                 held.enter_context(alone_with(planned.folder))
-                undo.enter_context(_as_it_was(planned, new))
                 ready.append(prepare(planned))
+                undo.enter_context(_as_they_were(_files_of(ready[-1])))
                 write(ready[-1])
             if isinstance(launcher, ForegroundLauncher):
                 handles = []
@@ -69,42 +66,64 @@ def start(plans: Sequence[Plan], prepare: Callable[[Plan], Plan]) -> list[Result
 
 @contextmanager
 def alone_with(folder: JobFolder) -> Iterator[None]:
-    """Holds a job's folder while it is written and submitted.
+    """Holds a job's folder while it is written and submitted. What it makes, and is still empty after a fault, goes.
 
     Raises:
         ConfigError: another command does.
         StorageError: it cannot be made or written.
     """
-    make_writable(folder.path, "run_dir")
-    lock = FileLock(folder.path / LOCK)
+    made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     try:
-        with lock.acquire(blocking=False):
-            yield
-    except Timeout:
+        make_writable(folder.path, "run_dir")
+        with held(folder.path / LOCK):
+            try:
+                yield
+            except BaseException:
+                remove_if_empty(folder.path)  # while nobody else can be in it
+                raise
+    except LockedError:
         raise ConfigError(
-            str(folder.run_dir), "another crosstune is just starting a job there", remedy="crosstune status tells"
+            str(folder.run_dir),
+            "another crosstune is just starting a job there",
+            remedy=f"crosstune status tells; {FREE_AGAIN.format(folder.path / LOCK)}",
         ) from None
+    except BaseException:
+        for path in made:
+            remove_if_empty(path)
+        raise
 
 
 @contextmanager
-def _as_it_was(planned: Plan, new: bool) -> Iterator[None]:
-    """Puts the folder of a job back as it was where the job is refused; not where that is unknown."""
-    folder = planned.folder
-    files = [folder.file, folder.options, folder.request, folder.cancel_mark]
-    files += [folder.path / name for name in planned.files]
-    there = {file: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+def _as_they_were(files: Sequence[Path]) -> Iterator[None]:
+    """Puts files back as they were where a job is refused; not where that is unknown.
+
+    They are copied beforehand and renamed back, so that a disk that is full meanwhile does not matter.
+    """
+    kept: dict[Path, Path] = {}
     try:
+        for file in files:
+            if file.is_file():
+                kept[file] = file.with_name(f".{file.name}.before")
+                write_whole(kept[file], file.read_text(encoding="utf-8"))
         yield
     except UnknownOutcomeError:
         raise
     except BaseException:
-        for file, text in there.items():
-            write_whole(file, text)
-        if new:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            if [path.name for path in folder.run_dir.iterdir()] in ([], [LOCK]):
-                shutil.rmtree(folder.run_dir, ignore_errors=True)
+        for file in files:
+            with suppress(OSError):  # the fault that is already told counts
+                kept[file].replace(file) if file in kept else file.unlink(missing_ok=True)
         raise
+    finally:
+        for copy in kept.values():
+            with suppress(OSError):
+                copy.unlink(missing_ok=True)
+
+
+def _files_of(planned: Plan) -> list[Path]:
+    """What `write` writes, or takes away."""
+    folder = planned.folder
+    rendered = [folder.path / name for name in planned.files]
+    return [folder.file, folder.options, folder.request, folder.cancel_mark, *rendered]
 
 
 def write(planned: Plan) -> None:

@@ -105,14 +105,15 @@ def newest_step(folder: JobFolder) -> int:
     return int(saved[-1].parent.name.removeprefix("step-")) if saved else -1
 
 
-def failed(folder: JobFolder, code: int) -> RunFailedError:
+def failed(job: Job, folder: JobFolder, code: int) -> RunFailedError:
     """What a job that did not end well is told as: its earliest fault, with the machine it befell.
 
     Args:
+        job: what was submitted.
         folder: of the job.
         code: exit code of its last attempt, which the error takes on.
     """
-    cause = root_cause(marks := folder.marks())
+    cause = root_cause(marks := folder.marks(since=job.attempt))
     if cause is None:
         told = ", ".join(f"{mark.exit_code} on {mark.host}" for mark in marks if mark.exit_code)
         error = RunFailedError(

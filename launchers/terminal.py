@@ -8,11 +8,16 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Generic, TypeVar
 
 ROOM = 10_000
-"""Lines that wait; beyond, lines are left out here (they are in the machines' output.log)."""
 LAST_SECONDS = 5.0
 """For what still waits at the end."""
+
+
+def lines_missing(count: int) -> str:
+    """Stands for lines that were not shown."""
+    return f"... {count} lines left out here ..."
 
 
 def say(line: str) -> None:
@@ -31,19 +36,25 @@ def say(line: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python still holds is for nobody, either
 
 
-class Terminal:
+Line = TypeVar("Line", str, bytes)
+
+
+class Terminal(Generic[Line]):
     """Shows lines without ever making whoever has them wait: a terminal that is held (Ctrl-S) holds up no job.
 
     Args:
         say: prints a line; see `say`.
+        missing: the line that stands for so many which were left out.
+        room: lines that wait; beyond, they are left out here (they are in the machines' output.log).
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._lines: queue.Queue[str | None] = queue.Queue(ROOM)
+    def __init__(self, say: Callable[[Line], None], missing: Callable[[int], Line], room: int = ROOM) -> None:
+        self._say: Callable[[Line], None] = say
+        self._missing: Callable[[int], Line] = missing
+        self._lines: queue.Queue[Line | None] = queue.Queue(room)
         self._left_out = 0
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Terminal[Line]:
         self._thread = threading.Thread(target=self._run, name="terminal", daemon=True)
         self._thread.start()
         return self
@@ -55,11 +66,11 @@ class Terminal:
             return
         self._thread.join(LAST_SECONDS)
 
-    def show(self, line: str) -> None:
+    def show(self, line: Line) -> None:
         """A line, unless too many wait already."""
         try:
             if self._left_out:
-                self._lines.put_nowait(f"... {self._left_out} lines left out here ...")
+                self._lines.put_nowait(self._missing(self._left_out))
                 self._left_out = 0
             self._lines.put_nowait(line)
         except queue.Full:

@@ -53,8 +53,11 @@ def end_with_parent() -> None:
 
 
 def passed_on() -> tuple[signal.Signals, ...]:
-    """`STOP_SIGNALS`, without SIGHUP under `nohup`, which a handler of ours would undo."""
-    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangups_are_ignored())
+    """`STOP_SIGNALS` without what this process was started to ignore, which a handler of ours would undo.
+
+    That is SIGHUP under `nohup`, and Ctrl-C in a script's background.
+    """
+    return tuple(number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def hangups_are_ignored() -> bool:

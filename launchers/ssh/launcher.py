@@ -25,7 +25,7 @@ from launchers.ssh.connection import Event
 from launchers.ssh.hosts import configured_hosts, host_faults, idle_devices, parse_hostfile, to_hostfile
 from launchers.ssh.session import Session
 from launchers.supervise import StopSignals, newest_step
-from launchers.terminal import Terminal, say
+from launchers.terminal import Terminal, lines_missing, say
 
 HOSTS = "hosts"
 """The rendered file: the machines in order, spares last."""
@@ -82,7 +82,7 @@ class SshLauncher(ForegroundLauncher):
         cfg = self.cfg
         raise_file_limit()
         inbox: queue.Queue[Event] = queue.Queue()
-        with Beats(cfg.heartbeat_seconds) as beats, Terminal(self.note) as terminal:
+        with Beats(cfg.heartbeat_seconds) as beats, Terminal(self.note, lines_missing) as terminal:
             session = Session(cfg, job, folder, attempt, stops, inbox, beats, terminal.show)
             gathered = session.assemble(self._hosts, self._spares)
             try:

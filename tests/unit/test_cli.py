@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -230,8 +231,10 @@ def test_under_an_outer_launcher_no_fault_is_lost_and_few_are_said_twice(variabl
 @pytest.mark.parametrize(
     ("nohup", "handled"), [(False, "SIGTERM,SIGINT,SIGHUP,SIGUSR1"), (True, "SIGTERM,SIGINT,SIGUSR1")]
 )
-def test_the_torchrun_command_and_the_workers_environment(tmp_path, monkeypatch, nohup, handled):
-    monkeypatch.setattr("launchers.torchrun.hangups_are_ignored", lambda: nohup)
+def test_the_torchrun_command_and_the_workers_environment(tmp_path, request, nohup, handled):
+    if nohup:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     command = torchrun_command(3, ["train", "--resolved", "r.yaml"], tmp_path, Group(port=29511))
     assert command == [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),

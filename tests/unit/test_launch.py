@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from configs.compose import compose, load_resolved
-from configs.errors import CheckpointError, ConfigError, ErrorGroup, RunFailedError
+from configs.errors import CheckpointError, ConfigError, ErrorGroup, RunFailedError, StorageError
 from configs.schema.launch import LaunchConfig
 from launchers import launch, launch_words, node, status, submit
 from launchers.base import Launcher, UnknownOutcomeError, tail, with_setup
@@ -320,6 +320,69 @@ def test_of_several_jobs_all_are_submitted_or_none(tmp_path: Path) -> None:
     assert scheduler.cancelled == [("3", True)]
 
 
+def test_jobs_of_a_sweep_that_could_not_be_ended_again_are_named_and_keep_their_folders(tmp_path, monkeypatch) -> None:
+    def silent(self: Scheduler, job: Job, folder: JobFolder, *, hard: bool) -> None:
+        if job.handle["id"] == "0":
+            raise RunFailedError("scheduler", "no answer")
+
+    monkeypatch.setattr(Scheduler, "room", 2)
+    monkeypatch.setattr(Scheduler, "cancel", silent)
+    with pytest.raises(UnknownOutcomeError, match=r"is full; jobs that may run .*: 000: no answer") as caught:
+        launch.launch_all([job_of(tmp_path / "sweep" / f"{number:03}") for number in range(3)])
+    assert f"crosstune cancel --hard {tmp_path / 'sweep'}" in str(caught.value.remedy)
+    jobs = [JobFolder.of_run(tmp_path / "sweep" / name) for name in ("000", "001")]
+    assert [(job.read().handle, job.cancelled) for job in jobs] == [({"id": "0"}, False), ({}, True)]
+
+    def broken(self: Scheduler, job: Job, folder: JobFolder) -> dict[str, Any]:
+        if self.taken == 1:
+            raise KeyError("a fault of ours")
+        return Scheduler_submit(self, job, folder)
+
+    Scheduler_submit = Scheduler.submit
+    monkeypatch.setattr(Scheduler, "submit", broken)
+    monkeypatch.setattr(Scheduler, "cancel", lambda self, job, folder, *, hard: ended.append(job.handle["id"]))
+    ended: list[str] = []
+    with pytest.raises(KeyError):
+        launch.launch_all([job_of(tmp_path / "other" / f"{number:03}") for number in range(3)])
+    assert ended == ["0"] and not (tmp_path / "other").exists()
+
+
+def test_a_job_that_another_command_starts_meanwhile_is_left_alone(tmp_path: Path, monkeypatch) -> None:
+    """The other one comes after this one has seen that there is no folder yet."""
+    first = submit.make_writable
+
+    def overtaken(path: Path, key: str) -> None:
+        monkeypatch.setattr(submit, "make_writable", first)
+        launch.launch(job_of(tmp_path / "r"))
+        first(path, key)
+
+    monkeypatch.setattr(submit, "make_writable", overtaken)
+    with pytest.raises(ConfigError, match="the job has not ended"):
+        launch.launch(job_of(tmp_path / "r"))
+    assert status.status(tmp_path / "r")["state"] == "running"
+
+
+def test_a_disk_that_is_full_meanwhile_leaves_the_job_that_was_there(tmp_path: Path, monkeypatch) -> None:
+    launch.launch(job_of(tmp_path / "r"))
+    monkeypatch.setattr(Scheduler, "word", Word.ended)
+    folder = JobFolder.of_run(tmp_path / "r")
+    folder.ask_to_cancel()
+    before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
+
+    def full(self: JobFolder, job: Job) -> None:
+        monkeypatch.setattr("configs.files.write_whole", no_room)
+        monkeypatch.setattr(submit, "write_whole", no_room)
+        no_room(self.file, "")
+
+    def no_room(path: Path, text: str) -> None:
+        raise StorageError(str(path), "cannot be written: No space left on device")
+
+    monkeypatch.setattr(JobFolder, "write", full)
+    with pytest.raises(StorageError, match=r"job\.json: cannot be written"):
+        launch.launch(job_of(tmp_path / "r", "nodes=2"))
+    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+
+
 def test_a_resume_takes_words_of_the_launch_and_a_refused_one_leaves_all_as_it_was(tmp_path: Path, monkeypatch) -> None:
     cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={tmp_path / 'r'}"])
     launch.launch(launch.plan("train", cfg, options(f"launcher._target_={__name__}.Scheduler")))
@@ -379,7 +442,7 @@ def test_a_job_of_which_nothing_is_known_keeps_its_folder_and_a_refused_one_leav
     monkeypatch.setattr(Scheduler, "room", 0)
     (tmp_path / "sweep" / "001" / "checkpoints").mkdir(parents=True)  # a run of another day
     for error, plans in (
-        ("is full", [job_of(tmp_path / "q")]),
+        ("is full", [job_of(tmp_path / "deep" / "er" / "q")]),
         ("holds a run already", [job_of(tmp_path / "sweep" / name) for name in ("000", "001")]),
     ):
         with pytest.raises(ConfigError, match=error):
@@ -410,14 +473,33 @@ def test_status_without_a_scheduler_tells_what_lies_in_the_folder(tmp_path: Path
     monkeypatch.setattr(Scheduler, "silent", True)
     found = status.status(folder.run_dir)
     assert (found["state"], found["exit_code"], found["cause"]["rank"]) == ("unknown", 3, 5)
+    assert status.status(tmp_path / "s")["exit_code"] == 3
     monkeypatch.setattr(Scheduler, "silent", False)
-    assert status.status(tmp_path / "s")["jobs"][0]["state"] == "running"  # of a sweep's folder: its runs
+    swept = status.status(tmp_path / "s")
+    assert (swept["jobs"][0]["state"], swept["exit_code"]) == ("running", 0)  # of a sweep's folder: its runs
     capsys.readouterr()
     monkeypatch.setattr(Scheduler, "word", Word.unknown)
     folder.mark(replace(mark(0), fault={"rank": 0, "errors": [{"of": "another version"}]}))
     assert status.status(folder.run_dir)["state"] == "lost"
     told = capsys.readouterr().out
     assert "did not say how it ended" in told and f"crosstune resume {folder.run_dir} starts it again" in told
+
+
+def test_a_cancel_holds_although_the_scheduler_is_away(tmp_path: Path, monkeypatch) -> None:
+    """Whoever would start a job again asks for the mark. All jobs of a sweep are told, whatever keeps one of them."""
+    folders = [JobFolder.of_run(tmp_path / "s" / name) for name in ("000", "001")]
+    for folder in folders:
+        launch.launch(job_of(folder.run_dir))
+    monkeypatch.setattr(Scheduler, "silent", True)
+    with pytest.raises(ErrorGroup) as caught:
+        status.cancel(tmp_path / "s", hard=False)
+    assert [folder.cancelled for folder in folders] == [True, True] and caught.value.exit_code == 3
+    assert "will not be started again" in str(caught.value.errors[0].remedy)
+    folders[0].take_back_cancel()
+    monkeypatch.setattr(Scheduler, "silent", False)
+    monkeypatch.setattr(Scheduler, "word", Word.failed)
+    assert status.cancel(folders[0].run_dir, hard=False) == {"cancelled": False}
+    assert status.status(folders[0].run_dir)["state"] == "failed", "nobody cancelled it while it ran"
 
 
 def test_a_log_goes_on_while_the_scheduler_is_away(tmp_path: Path, monkeypatch) -> None:

@@ -45,7 +45,7 @@ from launchers.ssh.gather import Gathering, in_one
 from launchers.ssh.hosts import host_faults, idle_devices, parse_hostfile, to_hostfile
 from launchers.ssh.session import Session
 from launchers.supervise import StopSignals
-from launchers.terminal import ROOM, Terminal
+from launchers.terminal import ROOM, Terminal, lines_missing
 
 HOSTFILE = """# the new rack
 n1 slots=8
@@ -212,7 +212,7 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody():
         held.get()
         shown.append(line)
 
-    with Terminal(say) as terminal:
+    with Terminal(say, lines_missing) as terminal:
         began = time.monotonic()
         for number in range(ROOM + 100):
             terminal.show(str(number))
