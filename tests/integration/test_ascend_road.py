@@ -149,6 +149,7 @@ def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
     assert road.losses("killed") == pytest.approx(on_cpu["lora"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_begun_on_a_cpu_goes_on_on_slow_npus_to_the_end_of_the_road(standin, road, on_cpu):
     """Full tuning; rank 1 comes late to every collective, which changes nothing. Export and eval follow on one NPU."""
     run = road.tmp / "cpu-full"

@@ -33,13 +33,21 @@ def demo(tmp_path_factory):
     return run
 
 
-def test_a_short_demo_and_its_second_run(demo):
-    screen, summary = demo("short", "max_steps=2", "eval.limit=4", OMP_NUM_THREADS="2")
+SHORT = ("max_steps=2", "eval.limit=4")
+
+
+def test_a_short_demo(demo):
+    screen, summary = demo("short", *SHORT, OMP_NUM_THREADS="2")
     assert "dequantising" in screen and "prepared " in screen
     assert summary["test_size"] == 4 and summary["base"]["exact_match"] <= 0.1
     assert summary["export_check"]["identical"] == summary["export_check"]["compared"]
     assert summary["peak_gib"] < 6
-    again, second = demo("again", "max_steps=2", "eval.limit=4", OMP_NUM_THREADS="2")
+
+
+@pytest.mark.slow
+def test_a_second_demo_reuses_what_the_first_made_and_comes_to_the_same(demo):
+    _, summary = demo("first", *SHORT, OMP_NUM_THREADS="2")
+    again, second = demo("again", *SHORT, OMP_NUM_THREADS="2")
     assert "dequantising" not in again and "reused" in again and "prepared " not in again
     assert {k: second[k] for k in ("base", "tuned")} == {k: summary[k] for k in ("base", "tuned")}
 

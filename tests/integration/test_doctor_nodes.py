@@ -183,6 +183,7 @@ def test_too_few_devices_are_found_on_the_standin(standin: StandinKit, tmp_path)
     assert report["nodes"][0]["report"]["facts"]["device"]["device"] == "ascend"
 
 
+@pytest.mark.slow  # the planted faults are found beside healthy machines
 def test_a_healthy_pair_runs_an_all_reduce(tmp_path, capsys):
     """Each gloo listens on the address of its own machine: neither has the other's loopback."""
     with net_lab(tmp_path, 2) as lab:

@@ -132,7 +132,7 @@ def device() -> CpuDevice:
     return CpuDevice(DeviceConfig("train.devices.cpu.CpuDevice"))
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_is_measured_and_its_export_compared(tmp_path: Path, device: CpuDevice, tuning: str) -> None:
     run = tiny_run(tmp_path, f"tuning={tuning}")
     notes: list[str] = []

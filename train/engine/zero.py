@@ -98,7 +98,14 @@ def import_deepspeed() -> ModuleType:
     """DeepSpeed without its chatter. `Device.activate` has set DS_ACCELERATOR, which it reads on import."""
     assert "DS_ACCELERATOR" in os.environ, "the device must be activated before an engine is built"
     import deepspeed
+    from deepspeed.runtime import compiler
 
+    # Its engine imports its Muon, whose decorator would import all of torch's compiler: seconds of every rank's start,
+    # for an optimizer that is none of ours.
+    compile_it, compiler.compile = compiler.compile, lambda: lambda function: function
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+    compiler.compile = compile_it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -27,8 +27,6 @@ def process_bytes(cfg: TrainConfig, dtype: torch.dtype) -> int:
     optimizer = build_optimizer(cfg.optim, [("weight", weight)])
     if isinstance(cfg.sharding, ZeroConfig):
         import_deepspeed()
-        # Its engine asks for this when it starts; with it comes torch's compiler.
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     heads = F.silu(F.linear(torch.ones(1, 32, 64, dtype=dtype), weight)).view(1, 4, 32, 16)
     out = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).view(32, 64)
     F.cross_entropy(out.float(), torch.zeros(32, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
