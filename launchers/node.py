@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, StorageError, WorkerLostError
+from configs.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, CrosstuneError, StorageError, WorkerLostError
 from launchers.doctor.nodes.network import is_loopback, source_address
 from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
 from launchers.job import Job, JobFolder, Mark, make_folder
@@ -39,7 +39,6 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 ELSEWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737): the routing table is asked for the way there, and nothing is sent."""
 OPEN_FILES = 65_536
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: list[str]) -> int:
