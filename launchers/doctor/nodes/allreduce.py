@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,8 @@ ASKED_PER_SECOND = 2000
 """By all ranks together; a store answers some ten thousand."""
 KILL_SECONDS = 15.0
 """Beyond its time, for a process to say itself what went wrong."""
+REAP_SECONDS = 5.0
+"""For processes to be gone once they are killed. One that sits in a driver may never be."""
 
 
 def probe(request: Request, interface: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -50,27 +52,34 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         ``{"gb_per_s", "silent": [ranks], "error": why | None}``: the slowest of this machine's ranks, the ranks that
         gave no sign, and the first fault.
     """
-    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+    # NFS keeps a name for what a process that cannot be killed has open: its folder cannot be removed.
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-", ignore_cleanup_errors=True) as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(request.config, encoding="utf-8")
         limit = request.allreduce_seconds
         words = [sys.executable, "-P", "-m", __name__, str(config), str(request.allreduce_bytes), str(limit)]
         outs = [Path(folder) / f"{local}.json" for local in range(request.nproc)]
         deadline = time.monotonic() + limit + KILL_SECONDS
-        running = [
-            subprocess.Popen(
-                [*words, str(out)],
-                env={**environment, **rank_variables(request, local, interface, environment)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=end_with_parent,
-            )
-            for local, out in enumerate(outs)
-        ]
+        running = []
+        for local, out in enumerate(outs):
+            # To a file: a pipe that nobody empties would hold up the rank, and all others in the all-reduce.
+            with out.with_suffix(".err").open("wb") as said:
+                running.append(
+                    subprocess.Popen(
+                        [*words, str(out)],
+                        env={**environment, **rank_variables(request, local, interface, environment)},
+                        stdout=subprocess.DEVNULL,
+                        stderr=said,
+                        preexec_fn=end_with_parent,
+                    )
+                )
+        late = _end(running, deadline)
         first = request.node * request.nproc
         results = [
-            _result(each, out, first + i, deadline) for i, (each, out) in enumerate(zip(running, outs, strict=True))
+            {"gb_per_s": None, "silent": [first + local], "error": "it did not end in time"}
+            if local in late
+            else _result(running[local].returncode, out)
+            for local, out in enumerate(outs)
         ]
     speeds = [each["gb_per_s"] for each in results]
     return {
@@ -98,19 +107,31 @@ def rank_variables(
     return found
 
 
-def _result(process: subprocess.Popen[str], out: Path, rank: int, deadline: float) -> dict[str, Any]:
+def _end(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[int]:
+    """Waits for all of them; those that had to be killed, by their place, whether or not that helped."""
+    _wait(processes, deadline)
+    late = [place for place, process in enumerate(processes) if process.poll() is None]
+    for place in late:
+        processes[place].kill()
+    _wait([processes[place] for place in late], time.monotonic() + REAP_SECONDS)
+    return late
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> None:
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _result(code: int, out: Path) -> dict[str, Any]:
     """What a process wrote, or how it ended."""
-    try:
-        _, said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return {"gb_per_s": None, "silent": [rank], "error": "it did not end in time"}
     with suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
-    last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    return {"gb_per_s": None, "silent": [], "error": last}
+    from launchers.base import last_lines
+
+    said = [line for line in last_lines(out.with_suffix(".err")) if line.strip()]
+    return {"gb_per_s": None, "silent": [], "error": said[-1].strip() if said else f"exit code {code}"}
 
 
 def main() -> None:
