@@ -6,13 +6,11 @@ import copy
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -452,63 +450,6 @@ def test_variables_in_which_machines_of_a_run_rightly_differ_are_not_compared():
 
 def test_the_code_has_the_name_that_the_ssh_launcher_gives_it():
     assert machine.versions()["code"] == probe.installed()["sources"] != ""
-
-
-LOUD = """#!/bin/sh
-# In place of `python -P -m MODULE CONFIG BYTES SECONDS OUT`; rank 0 waits for rank 1, as in an all-reduce.
-out=$(dirname "$7")
-test $LOCAL_RANK = 0 || head -c 300000 /dev/zero | tr '\\0' '\\n' >&2
-echo '{"gb_per_s": 1.5, "silent": [], "error": null}' >"$out/$LOCAL_RANK.json"
-while ! test -e "$out/1.json"; do sleep 0.05; done
-"""
-FAILS = """#!/bin/sh
-test $LOCAL_RANK = 0 || { echo Traceback; echo 'OSError: no driver'; echo; } >&2
-exit 3
-"""
-STUCK = """#!/bin/sh
-test $LOCAL_RANK = 0 || exec sleep 60
-echo '{"gb_per_s": 1.5, "silent": [], "error": null}' >"$7"
-"""
-
-
-@pytest.fixture
-def ranks(tmp_path, monkeypatch):
-    """What two ranks of a probe, the second ones of a node, came to, each of them a script in place of Python."""
-
-    def run(script: str) -> dict[str, Any]:
-        (tmp_path / "python").write_text(script)
-        (tmp_path / "python").chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-        for name in ("KILL_SECONDS", "REAP_SECONDS"):
-            monkeypatch.setattr(allreduce, name, 1.0)
-        asked = replace(request(), node=1, allreduce_seconds=1.0)
-        return allreduce.probe(asked, "lo")
-
-    return run
-
-
-def test_a_rank_that_prints_more_than_a_pipe_holds_holds_up_no_other(ranks):
-    assert ranks(LOUD) == {"gb_per_s": 1.5, "silent": [], "error": None}
-
-
-def test_a_rank_that_fails_says_why_or_with_which_code(ranks):
-    assert ranks(FAILS) == {"gb_per_s": None, "silent": [], "error": "exit code 3"}
-    assert ranks(FAILS.replace("= 0", "= 1"))["error"] == "OSError: no driver"
-
-
-def test_a_rank_that_cannot_be_killed_is_left_behind_and_named(ranks, monkeypatch):
-    """As one that sits in a driver: the report must not wait for it."""
-    left: list[subprocess.Popen[bytes]] = []
-    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: left.append(process))
-    began = time.monotonic()
-    try:
-        assert ranks(STUCK) == {"gb_per_s": None, "silent": [3], "error": "it did not end in time"}
-        assert time.monotonic() - began < 20
-    finally:
-        for process in left:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert len(left) == 1
 
 
 def free_port() -> int:

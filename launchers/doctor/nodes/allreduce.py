@@ -12,21 +12,20 @@ from __future__ import annotations
 import json
 import os
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from configs.errors import first_line
+from launchers.doctor import bounded
 from launchers.doctor.nodes.network import INTERFACES
 from launchers.doctor.nodes.request import Request
-from launchers.torchrun import end_with_parent
 
 ROUNDS = 5
 LAST_SECONDS = 3.0
@@ -36,8 +35,6 @@ ASKED_PER_SECOND = 2000
 """By all ranks together; a store answers some ten thousand."""
 KILL_SECONDS = 15.0
 """Beyond its time, for a process to say itself what went wrong."""
-REAP_SECONDS = 5.0
-"""For processes to be gone once they are killed. One that sits in a driver may never be."""
 
 
 def probe(request: Request, interface: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -60,20 +57,15 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         words = [sys.executable, "-P", "-m", __name__, str(config), str(request.allreduce_bytes), str(limit)]
         outs = [Path(folder) / f"{local}.json" for local in range(request.nproc)]
         deadline = time.monotonic() + limit + KILL_SECONDS
-        running = []
-        for local, out in enumerate(outs):
-            # To a file: a pipe that nobody empties would hold up the rank, and all others in the all-reduce.
-            with out.with_suffix(".err").open("wb") as said:
-                running.append(
-                    subprocess.Popen(
-                        [*words, str(out)],
-                        env={**environment, **rank_variables(request, local, interface, environment)},
-                        stdout=subprocess.DEVNULL,
-                        stderr=said,
-                        preexec_fn=end_with_parent,
-                    )
-                )
-        late = _end(running, deadline)
+        running = [
+            bounded.start(
+                [*words, str(out)],
+                {**environment, **rank_variables(request, local, interface, environment)},
+                out.with_suffix(bounded.MESSAGES),
+            )
+            for local, out in enumerate(outs)
+        ]
+        late = bounded.end(running, deadline)
         first = request.node * request.nproc
         results = [
             {"gb_per_s": None, "silent": [first + local], "error": "it did not end in time"}
@@ -107,31 +99,13 @@ def rank_variables(
     return found
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[int]:
-    """Waits for all of them; those that had to be killed, by their place, whether or not that helped."""
-    _wait(processes, deadline)
-    late = [place for place, process in enumerate(processes) if process.poll() is None]
-    for place in late:
-        processes[place].kill()
-    _wait([processes[place] for place in late], time.monotonic() + REAP_SECONDS)
-    return late
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> None:
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-
-
 def _result(code: int, out: Path) -> dict[str, Any]:
     """What a process wrote, or how it ended."""
     with suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
-    from launchers.base import last_lines
-
-    said = [line for line in last_lines(out.with_suffix(".err")) if line.strip()]
-    return {"gb_per_s": None, "silent": [], "error": said[-1].strip() if said else f"exit code {code}"}
+    error = bounded.last_words(out.with_suffix(bounded.MESSAGES)) or f"exit code {code}"
+    return {"gb_per_s": None, "silent": [], "error": error}
 
 
 def main() -> None:
