@@ -68,7 +68,7 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         late = bounded.end(running, deadline)
         first = request.node * request.nproc
         results = [
-            {"gb_per_s": None, "silent": [first + local], "error": "it did not end in time"}
+            _failure("it did not end in time", silent=[first + local])
             if local in late
             else _result(running[local].returncode, out)
             for local, out in enumerate(outs)
@@ -104,8 +104,7 @@ def _result(code: int, out: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
-    error = bounded.last_words(out.with_suffix(bounded.MESSAGES)) or f"exit code {code}"
-    return {"gb_per_s": None, "silent": [], "error": error}
+    return _failure(bounded.last_words(out.with_suffix(bounded.MESSAGES)) or f"exit code {code}", silent=[])
 
 
 def main() -> None:
