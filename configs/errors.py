@@ -16,6 +16,8 @@ EXIT_DONE = 0
 EXIT_USER_FAULT = 2
 EXIT_RUN_FAILED = 3
 EXIT_RESUMABLE = 75
+EXIT_INTERRUPTED = 130
+"""As a shell's of a program that SIGINT ended."""
 
 
 class CrosstuneError(Exception):

@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from configs.errors import EXIT_DONE, EXIT_RUN_FAILED, ConfigError
+from configs.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RUN_FAILED, ConfigError
 from launchers.command_line import COMMANDS, COMPOSED, WITH_PATH, Request, parse
 
 if TYPE_CHECKING:
     from configs.errors import CrosstuneError
 
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """As of a program that SIGPIPE ended."""
 FIRST_RANK_SECONDS = 3

@@ -5,6 +5,7 @@ Imports no library: ``crosstune --help`` and a wrong command are answered at onc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ OPTIONS = {
     **{"--multirun": "", "--follow": "", "--node": "K", "--hard": "", "--fit": "'64GiB x 8'", "--build": "DIR"},
 }
 """What may be typed anywhere, with what its value looks like."""
+PART_OF_FIT = re.compile(r"[x*]?\d+|[x*]|[gm](i?b)?", re.IGNORECASE)
+"""A further word of ``--fit 64 GiB x 8``, typed without quotes."""
 
 
 @dataclass
@@ -114,14 +117,14 @@ def parse(arguments: Sequence[str]) -> Request:
             raise ConfigError(
                 word, "unknown option", allowed=", ".join(OPTIONS), remedy=meant and f"did you mean {meant}?"
             )
+        elif PART_OF_FIT.fullmatch(word) and request.words and request.words[-1].startswith("fit="):
+            request.words[-1] += f" {word}"
         elif not request.command:
             request.command = _command(word)
         elif not request.words and word in SUBCOMMANDS.get(request.command, ()):
             request.command = f"{request.command} {word}"
         elif not request.words and (meant := nearest(word, SUBCOMMANDS.get(request.command, ()))):
             raise ConfigError(word, "unknown command", remedy=f"did you mean crosstune {request.command} {meant}?")
-        elif word == "x" and request.words and request.words[-1].startswith("fit="):
-            request.words[-1] += f" x {next(rest, '')}"  # --fit 64GiB x 8, unquoted
         else:
             request.words.append(word)
     _check_options(request)

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 
-from configs.errors import ConfigError, CrosstuneError
+from configs.errors import EXIT_INTERRUPTED, ConfigError, CrosstuneError
 from launchers.base import node_command, with_setup
 from launchers.foreground import ForegroundLauncher
 from launchers.job import Job, JobFolder
@@ -49,7 +49,7 @@ class LocalLauncher(ForegroundLauncher):
                 code = process.wait(timeout=LOOK_SECONDS)
                 code = 128 - code if code < 0 else code
                 interrupted = signal.SIGINT in stops.heard and code == 128 + signal.SIGTERM
-                return 128 + signal.SIGINT if interrupted else code
+                return EXIT_INTERRUPTED if interrupted else code
             for number in stops.heard[passed:]:
                 # Means the same to it; Python itself, still at its imports, would end with a traceback upon SIGINT.
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from configs.errors import EXIT_DONE, ConfigError, CrosstuneError, StorageError, WorkerLostError
+from configs.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, CrosstuneError, StorageError, WorkerLostError
 from launchers.doctor.nodes.network import is_loopback, source_address
 from launchers.failure import LAUNCHED, as_json, earliest_fault, traceback_kept_in
 from launchers.job import Job, JobFolder, Mark, make_folder
@@ -43,7 +43,6 @@ ELSEWHERE = "192.0.2.1"
 OPEN_FILES = 65_536
 PIECE, PIECES = 65_536, 256
 """Bytes of output read at once, and how many such pieces wait for a terminal that does not take them."""
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: list[str]) -> int:

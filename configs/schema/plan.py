@@ -23,7 +23,7 @@ class PlanOptions:
     measure: bool = False
     """Times a matrix product on this machine's device, for `flops`."""
     nodes: int = 1
-    """Machines, each with `nproc` processes."""
+    """Machines, each with `nproc` processes; where `nproc` is left at 1, an equal part of those that `fit` names."""
     supervised_share: float = 0.0
     """Of all tokens. 0: as the prepared data in `dataset.path` say, else 1, the most that can be."""
     reserve_gib: float = 2.0

@@ -10,9 +10,9 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from configs.compose import save_resolved
 from configs.errors import EXIT_DONE, EXIT_USER_FAULT
 from configs.schema.device import DeviceConfig
 from configs.schema.doctor import DoctorConfig
+from launchers.doctor import bounded
 from launchers.doctor.findings import AUTO, PACKAGES, Finding, of_ascend, of_fault, of_look, of_packages
 from launchers.environment import ascend_config
 from train.devices.ascend_environment import Plan, plan
@@ -105,7 +106,7 @@ def look(cfg: DoctorConfig, environment: Mapping[str, str]) -> list[dict[str, An
     A device that takes the looking process down is recorded so, and the look goes on without it.
     """
     records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-", ignore_cleanup_errors=True) as folder:
         config = Path(folder) / "config.yaml"
         save_resolved(cfg, config)
         while True:
@@ -129,15 +130,15 @@ def name_of(device: DeviceConfig) -> str:
 def _look(config: Path, out: Path, skip: list[str], environment: Mapping[str, str]) -> str | None:
     """Runs the looking process; None, or how it ended."""
     command = [sys.executable, "-P", "-m", "launchers.doctor.look", str(config), str(out), *skip]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    except subprocess.TimeoutExpired:
+    messages = out.with_suffix(bounded.MESSAGES)
+    process = bounded.start(command, environment, messages)
+    if bounded.end([process], time.monotonic() + PATIENCE_SECONDS):
         return f"it did not answer within {PATIENCE_SECONDS} s"
-    if done.returncode == 0:
+    if process.returncode == 0:
         return None
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode < 0:
-        return f"it took its process down ({signal.Signals(-done.returncode).name}): {said}"
+    said = bounded.last_words(messages) or "no message"
+    if process.returncode < 0:
+        return f"it took its process down ({signal.Signals(-process.returncode).name}): {said}"
     return said
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.compose import build
 from configs.errors import ConfigError, ModelError
+from configs.schema.dataset import FilesDatasetConfig
 from configs.schema.device import AscendConfig
 from configs.schema.model import HUB_PREFIX, Precision
 from configs.schema.plan import PlanConfig, room
@@ -64,6 +65,17 @@ class Plan:
         return named or self.cfg.nproc * self.cfg.plan.nodes
 
     @property
+    def on_a_machine(self) -> int:
+        """Processes of one machine: `nproc`; where that is left at 1, those that `fit` names, over `plan.nodes`."""
+        if self.cfg.nproc == 1:
+            return math.ceil(self.world / self.cfg.plan.nodes)
+        return min(self.cfg.nproc, self.world)
+
+    def on_host(self, forecast: Forecast) -> int:
+        """Bytes of host memory that one machine needs; a file that several processes map counts for each."""
+        return self.on_a_machine * (forecast.device_bytes if self.on_cpu else forecast.host_bytes)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the working weights."""
         from train.devices.base import DTYPES
@@ -96,6 +108,7 @@ def plan(cfg: PlanConfig) -> Result:
     Raises:
         ModelError: there is no config.json, or transformers cannot build the model.
         ConfigError: the tuning method does not fit the model.
+        DataError: the data were prepared by another version.
     """
     from rich.console import Console
 
@@ -120,7 +133,7 @@ def plan(cfg: PlanConfig) -> Result:
         "passes_per_step": predictor.passes,
         **asdict(forecast),
         "beside_bytes": made.beside(cfg),
-        "per_machine": _per_machine(made, forecast),
+        "per_machine": {"processes": made.on_a_machine, "host_bytes": made.on_host(forecast)},
         "checkpoints_kept": _kept(cfg),
         "speed": _speed(made, forecast),
         "fits": settings_that_fit(made) if cfg.fit else None,
@@ -151,7 +164,14 @@ def _made(cfg: PlanConfig) -> Plan:
     model = Model(cfg, _model_folder(cfg))
     if not model.family.packing_exact:
         notes.append(f"family '{model.family.model_type}' is not packed: one sample a row")
-    return Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
+    made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
+    if (each := made.on_a_machine) > cfg.nproc:
+        where = "one machine" if cfg.plan.nodes == 1 else f"{cfg.plan.nodes} machines, {each} on each"
+        notes.append(
+            f"the {made.world} processes of fit are taken to be on {where}: nproc=..., the processes of a machine, or "
+            "plan.nodes=... says otherwise"
+        )
+    return made
 
 
 def _model_folder(cfg: PlanConfig) -> Path:
@@ -172,26 +192,25 @@ def _model_folder(cfg: PlanConfig) -> Path:
 
 
 def _data(cfg: PlanConfig, notes: list[str]) -> Data:
-    """What is known of the data: of prepared ones what their manifest says, of others nothing."""
+    """What is known of the data: of prepared ones what their manifest says, of others nothing.
+
+    Raises:
+        DataError: they were prepared by another version.
+    """
+    from data_prep.manifest import is_prepared
+    from train.data.prepared import PreparedData
     from train.plan.predict import Data
 
     share, longest = cfg.plan.supervised_share, None
-    manifest = Path(str(getattr(cfg.dataset, "path", ""))).expanduser() / "manifest.json"
-    if manifest.is_file():
-        split = json.loads(manifest.read_text(encoding="utf-8"))["splits"].get("train", {})
+    # As a run tells them apart: any other folder holds raw records.
+    if isinstance(cfg.dataset, FilesDatasetConfig) and is_prepared(folder := Path(cfg.dataset.path).expanduser()):
+        split = PreparedData.open(folder).manifest["splits"].get("train", {})
         longest = split.get("max_length")
         if not share and split.get("tokens"):
             share = split["supervised_tokens"] / split["tokens"]
     elif not share:
         notes.append("all tokens count as supervised, the most that can be; plan.supervised_share=... says otherwise")
     return Data(share or 1.0, longest)
-
-
-def _per_machine(made: Plan, forecast: Forecast) -> Result:
-    """Host memory of one machine; a file that all processes map is there once."""
-    processes = min(made.cfg.nproc, made.world)
-    each = forecast.device_bytes if made.on_cpu else forecast.host_bytes
-    return {"processes": processes, "host_bytes": processes * each}
 
 
 def _kept(cfg: PlanConfig) -> int | None:

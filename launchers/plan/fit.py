@@ -67,6 +67,7 @@ def _line(made: Plan, sharding: str, recompute: bool, precision: Precision, limi
             "micro_batch_tokens": tokens,
             "needs_bytes": needs,
             "host_bytes": forecast.host_bytes,
+            "machine_host_bytes": made.on_host(forecast),
         }
         if tried["fits"]:
             return tried

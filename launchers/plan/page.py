@@ -34,7 +34,7 @@ def show(result: Mapping[str, Any], cfg: PlanConfig, page: Page) -> None:
         in_gib(machine["host_bytes"]),
         "bold",
     )
-    _sizes(page, result["host_parts"])
+    _sizes(page, {name: machine["processes"] * size for name, size in result["host_parts"].items()})
     page.head("\ndisk")
     page.row("a checkpoint", in_gib(result["checkpoint_bytes"]), indent=EDGE)
     kept = result["checkpoints_kept"]
@@ -57,7 +57,7 @@ def show(result: Mapping[str, Any], cfg: PlanConfig, page: Page) -> None:
     for text in result["notes"]:
         page.row("note", text)
     if result["fits"] is not None:
-        _fits(page, result["fits"], str(cfg.fit))
+        _fits(page, result, str(cfg.fit))
 
 
 def _count(number: int, what: str, more: str) -> str:
@@ -72,7 +72,10 @@ def _sizes(page: Page, sizes: Mapping[str, int]) -> None:
             page.row(name, in_gib(size), indent=EDGE)
 
 
-def _fits(page: Page, lines: list[dict[str, Any]], fit: str) -> None:
+def _fits(page: Page, result: Mapping[str, Any], fit: str) -> None:
+    from train.units import in_gib
+
+    lines = result["fits"]
     found = sum(line["fits"] for line in lines)
     page.head(f"\nsettings for {fit}", f"{found} of {len(lines)} fit", GOOD if found else BAD)
     alone = {line.get("reason", "").rpartition(" alone exceeds")[0] for line in lines}
@@ -86,6 +89,8 @@ def _fits(page: Page, lines: list[dict[str, Any]], fit: str) -> None:
             f"{' activation_checkpointing=true' if line['activation_checkpointing'] else ''}"
         )
         size = f"{line['needs_bytes'] / 2**30:.1f} GiB"
+        if line["fits"] and line["sharding"].endswith("offload") and not result["on_cpu"]:
+            size += f", and {in_gib(line['machine_host_bytes'])} of a machine's host memory"
         why = "" if line["fits"] else f": {line['reason']}"
         page.row(
             "fits" if line["fits"] else "too large", f"{words}  {size}{why}", label_style=GOOD if line["fits"] else BAD

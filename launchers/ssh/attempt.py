@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.errors import (
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_RESUMABLE,
     EXIT_RUN_FAILED,
     EXIT_USER_FAULT,
@@ -37,7 +38,7 @@ SETTLE_SECONDS = 5.0
 """From the first machine that ends badly to the word to the others: most end by themselves, and say more then."""
 STEP_SECONDS = 5.0
 """From that word, which nobody can answer with a save once ranks are missing, to a second one, and on to SIGKILL."""
-EXIT_TERMINATED, EXIT_INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 LAST_LINES = 5
 """Of the output of a machine that ended before it could leave a mark."""
 

@@ -13,28 +13,37 @@ import os
 import sys
 
 PACKAGES = ("configs", "data_prep", "launchers", "train")
+SOURCES = (".py", ".yaml", ".jinja")
 
 
 def installed() -> dict[str, object]:
-    """The crosstune of this Python: its version, and a hash over its source files, which tells two checkouts apart."""
-    digest, found = hashlib.sha256(), []
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        found += list(spec.submodule_search_locations or []) if spec else []
-        for root in spec.submodule_search_locations or [] if spec else []:
-            for folder, folders, files in os.walk(root):
-                folders.sort()
-                for name in sorted(name for name in files if name.endswith((".py", ".yaml"))):
-                    path = os.path.join(folder, name)
-                    digest.update(f"{package}/{os.path.relpath(path, root)}\0".encode())
-                    with open(path, "rb") as file:
-                        digest.update(hashlib.sha256(file.read()).digest())
+    """The crosstune of this Python: its version, and `sources`."""
     try:
         version = importlib.metadata.version("crosstune")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    whole = len(found) == len(PACKAGES)
-    return {"version": version, "sources": digest.hexdigest()[:12] if whole else "", "python": sys.version.split()[0]}
+    return {"version": version, "sources": sources(), "python": sys.version.split()[0]}
+
+
+def sources() -> str:
+    """Short hash over crosstune's own files, which tells two checkouts of one release apart.
+
+    Empty where a package is missing. `crosstune doctor nodes` compares it, too.
+    """
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        roots = list(spec.submodule_search_locations or []) if spec else []
+        if len(roots) != 1:  # several folders of one name, none with an __init__.py, are somebody else's
+            return ""
+        for folder, folders, files in os.walk(roots[0]):
+            folders.sort()
+            for name in sorted(name for name in files if name.endswith(SOURCES)):
+                path = os.path.join(folder, name)
+                digest.update(f"{package}/{os.path.relpath(path, roots[0])}\0".encode())
+                with open(path, "rb") as file:
+                    digest.update(hashlib.sha256(file.read()).digest())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

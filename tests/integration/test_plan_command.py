@@ -97,7 +97,10 @@ def test_fit_tells_what_fits_and_why_the_rest_does_not(place, tmp_path, planned)
         "reserve for context and libraries": 2**29,
         "collective library, two buffers a communicator": 2 * 2 * 200 * 2**20,
     }
-    lines = planned(*words, "device=auto", "--fit", "180MiB", "x", "2")["fits"]
+    fitted = planned(*words, "device=auto", "--fit", "180MiB", "x2")
+    assert fitted["per_machine"]["processes"] == 2
+    assert any("2 processes of fit are taken to be on one machine" in note for note in fitted["notes"])
+    lines = fitted["fits"]
     fitting = [line for line in lines if line["fits"]]
     assert 0 < len(fitting) < len(lines) == 24
     assert lines[: len(fitting)] == fitting and all(line["needs_bytes"] <= 180 * 2**20 for line in fitting)

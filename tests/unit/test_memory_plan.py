@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
 from configs.compose import compose
-from configs.errors import ConfigError, ModelError
+from configs.errors import ConfigError, DataError, ModelError
+from configs.schema.dataset import FilesDatasetConfig
 from configs.schema.plan import PlanOptions, room
+from launchers.command_line import parse
+from launchers.doctor.page import Page
+from launchers.plan.command import Plan, _data
 from launchers.plan.fit import _reason
+from launchers.plan.page import _fits
 from tests.tiny import save_tiny_model
 from train.data.plan import RowKind
 from train.models.load import load_config
@@ -211,6 +221,51 @@ def test_room_is_read():
     for wrong in ("", "x 8", "64", "64GiB x 0", "lots"):
         with pytest.raises(ConfigError):
             room(wrong)
+
+
+def test_fit_needs_no_quotes():
+    for text in ("64GiB x 8", "64GiB x8", "64 GiB x 8", "64GiBx 8", "64g *8", "64GiB X 8", "64GiB"):
+        words = parse(["plan", "model.path=m", "--fit", *text.split(), "nproc=2"]).words
+        assert words == ["model.path=m", f"fit={text}", "nproc=2"]
+        assert room(text) == room(text.replace(" ", ""))
+    assert compose("plan", ["dataset.path=d", "model.path=m", "fit=64 GiB x8"]).fit == "64 GiB x8"
+
+
+def test_processes_that_only_fit_names_are_on_one_machine():
+    forecast: Any = SimpleNamespace(device_bytes=2, host_bytes=3)
+    for fit, nproc, nodes, each in (
+        *((None, 1, 8, 1), (None, 4, 2, 4), ("64GiB", 1, 1, 1)),
+        *(("64GiB x 8", 1, 1, 8), ("64GiB x 8", 4, 1, 4), ("64GiB x 2", 4, 1, 2), ("64GiB x 9", 1, 2, 5)),
+    ):
+        cfg: Any = SimpleNamespace(fit=fit, nproc=nproc, plan=PlanOptions(nodes=nodes))
+        for on_cpu, size in ((True, 2), (False, 3)):
+            made = Plan(cfg, device=ANY, on_cpu=on_cpu, model=ANY, data=Data(), notes=[])
+            assert (made.on_a_machine, made.on_host(forecast)) == (each, each * size)
+
+
+def test_what_is_offloaded_is_told_beside_what_fits():
+    line = {"fits": True, "precision": "bf16", "micro_batch_tokens": 1, "needs_bytes": GIB}
+    line |= {"activation_checkpointing": False, "machine_host_bytes": 96 * GIB}
+    lines = [line | {"sharding": name} for name in ("zero3", "zero3_offload")]
+    out = io.StringIO()
+    _fits(Page(Console(file=out, width=200)), {"fits": lines, "on_cpu": False}, "64GiB")
+    said = " ".join(out.getvalue().split())
+    assert said.count("host memory") == 1 and said.endswith("1.0 GiB, and 96.00 GiB of a machine's host memory")
+
+
+def test_only_a_manifest_of_ours_says_what_is_learned(tmp_path):
+    cfg: Any = SimpleNamespace(dataset=FilesDatasetConfig(path=str(tmp_path)), plan=PlanOptions())
+    train = {"max_length": 77, "tokens": 100, "supervised_tokens": 25}
+    ours = {"format_version": 2, "fingerprint": "f", "kind": "samples", "splits": {"train": train}}
+    for content in ({"files": []}, [], {"splits": {"train": []}}):
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+        notes: list[str] = []
+        assert _data(cfg, notes) == Data(1.0, None) and len(notes) == 1, "raw records, as a run takes them"
+    (tmp_path / "manifest.json").write_text(json.dumps(ours))
+    assert _data(cfg, notes := []) == Data(0.25, 77) and not notes
+    (tmp_path / "manifest.json").write_text(json.dumps(ours | {"format_version": 1}))
+    with pytest.raises(DataError, match="format 1"):
+        _data(cfg, [])
 
 
 def test_the_reason_is_what_a_setting_can_change_or_what_is_too_large_by_itself():

@@ -678,14 +678,29 @@ def test_output_that_nobody_takes_does_not_hold_up_the_run(tmp_path):
     assert int(texts[0]) == 0 and len(texts) < 60_000, "the first came, later ones were left out"
 
 
+def sources_under(path):
+    """The hash that the program of the probe, sent to a Python of its own, gives of a checkout."""
+    program, environment = inspect.getsource(probe).encode(), os.environ | {"PYTHONPATH": str(path)}
+    # -S: the crosstune that is installed here would lend what is missing.
+    done = subprocess.run([sys.executable, "-S", "-"], input=program, env=environment, cwd="/", capture_output=True)
+    [answer] = [answer for answer in map(agent.parse, done.stdout.splitlines()) if answer]
+    return answer["sources"]
+
+
 def test_the_hash_of_the_sources_tells_two_checkouts_apart(tmp_path):
-    ours = probe.installed()
+    assert sources_under(Path(__file__).parents[2]) == probe.installed()["sources"] != ""
     for package in probe.PACKAGES:
-        (tmp_path / package).mkdir()
+        (tmp_path / package / "templates").mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
-    program = inspect.getsource(probe).encode()
-    for path, same in ((str(Path(__file__).parents[2]), True), (str(tmp_path), False)):
-        environment = os.environ | {"PYTHONPATH": path}
-        done = subprocess.run([sys.executable, "-"], input=program, env=environment, cwd=tmp_path, capture_output=True)
-        [answer] = [answer for answer in map(agent.parse, done.stdout.splitlines()) if answer]
-        assert (answer["sources"] == ours["sources"]) is same, done
+    seen = [sources_under(tmp_path)]
+    (tmp_path / "train/a.pyc").touch()
+    assert sources_under(tmp_path) == seen[0], "what Python leaves beside them is no source"
+    for file in ("train/a.py", "configs/a.yaml", "launchers/templates/a.jinja"):
+        (tmp_path / file).touch()
+        seen.append(sources_under(tmp_path))
+    (tmp_path / "train/a.py").write_text("1")
+    seen.append(sources_under(tmp_path))
+    assert len(set(seen)) == len(seen) == 5
+    (tmp_path / "train/__init__.py").unlink()
+    (tmp_path / "train").rename(tmp_path / "trains")
+    assert sources_under(tmp_path) == "", "a part of it is not crosstune"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import first_line
+from launchers.doctor import bounded
 from launchers.doctor.nodes.network import INTERFACES
 from launchers.doctor.nodes.request import Request
-from launchers.torchrun import end_with_parent
 
 ROUNDS = 5
 LAST_SECONDS = 3.0
@@ -50,7 +49,8 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         ``{"gb_per_s", "silent": [ranks], "error": why | None}``: the slowest of this machine's ranks, the ranks that
         gave no sign, and the first fault.
     """
-    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-") as folder:
+    # NFS keeps a name for what a process that cannot be killed has open: its folder cannot be removed.
+    with tempfile.TemporaryDirectory(prefix="crosstune-doctor-", ignore_cleanup_errors=True) as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(request.config, encoding="utf-8")
         limit = request.allreduce_seconds
@@ -58,19 +58,20 @@ def probe(request: Request, interface: str | None, environment: Mapping[str, str
         outs = [Path(folder) / f"{local}.json" for local in range(request.nproc)]
         deadline = time.monotonic() + limit + KILL_SECONDS
         running = [
-            subprocess.Popen(
+            bounded.start(
                 [*words, str(out)],
-                env={**environment, **rank_variables(request, local, interface, environment)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=end_with_parent,
+                {**environment, **rank_variables(request, local, interface, environment)},
+                out.with_suffix(bounded.MESSAGES),
             )
             for local, out in enumerate(outs)
         ]
+        late = bounded.end(running, deadline)
         first = request.node * request.nproc
         results = [
-            _result(each, out, first + i, deadline) for i, (each, out) in enumerate(zip(running, outs, strict=True))
+            _failure("it did not end in time", silent=[first + local])
+            if local in late
+            else _result(running[local].returncode, out)
+            for local, out in enumerate(outs)
         ]
     speeds = [each["gb_per_s"] for each in results]
     return {
@@ -98,19 +99,12 @@ def rank_variables(
     return found
 
 
-def _result(process: subprocess.Popen[str], out: Path, rank: int, deadline: float) -> dict[str, Any]:
+def _result(code: int, out: Path) -> dict[str, Any]:
     """What a process wrote, or how it ended."""
-    try:
-        _, said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return {"gb_per_s": None, "silent": [rank], "error": "it did not end in time"}
     with suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return result
-    last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    return {"gb_per_s": None, "silent": [], "error": last}
+    return _failure(bounded.last_words(out.with_suffix(bounded.MESSAGES)) or f"exit code {code}", silent=[])
 
 
 def main() -> None:

@@ -15,12 +15,10 @@ from typing import Any
 
 from launchers.doctor.nodes.ending import leaves
 from launchers.doctor.nodes.request import Request, existing_part
+from launchers.ssh import probe
 from train.versions import versions_of
 
 PACKAGES = ("crosstune", "torch", "transformers", "deepspeed", "peft", "accelerate", "numpy", "safetensors")
-ROOT = Path(__file__).resolve().parents[3]
-ROOMS = ("configs", "data_prep", "train", "launchers")
-CODE = (".py", ".yaml", ".jinja")
 RDMA = Path("/sys/class/infiniband")
 """InfiniBand and RoCE adapters."""
 WRITE_BYTES = 2**16
@@ -83,20 +81,10 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **versions_of(PACKAGES),
-        "code": code_hash(),
+        "code": probe.sources(),
         "machine": platform.machine(),
         "kernel": platform.release(),
     }
-
-
-def code_hash(root: Path = ROOT) -> str:
-    """Short hash over crosstune's own files: a checkout that differs has the same release."""
-    whole = hashlib.sha256()
-    files = (path for room in ROOMS for path in (root / room).rglob("*") if path.suffix in CODE)
-    for path in sorted(files):
-        whole.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        whole.update(hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()[:12]
 
 
 def environment(
