@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from configs.compose import amend, compose, load_resolved
@@ -43,7 +44,7 @@ def plan(command: str, cfg: TrainConfig, options: LaunchConfig, *, label: str = 
     """
     cfg = with_run_dir(cfg)
     folder = JobFolder.of_run(Path(str(cfg.run_dir)))
-    stamp = time.strftime("%Y%m%d-%H%M%S") + label
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(2)}{label}"  # two may launch in one second
     spec = make_spec(command, cfg, options, folder.request, stamp)
     launcher = launcher_of(options)
     raise_all([*_faults(cfg, options, launcher), *launcher.faults(spec)])

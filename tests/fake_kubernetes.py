@@ -176,6 +176,10 @@ class Handler(BaseHTTPRequestHandler):
             there["metadata"] |= body["metadata"]
             self.cluster.put(plural, there)
         if self.command == "DELETE":
+            wanted, uid = body.get("preconditions", {}).get("uid"), there["metadata"]["uid"]
+            if wanted not in (None, uid):
+                text = f"the UID in the precondition ({wanted}) does not match the UID in record ({uid})"
+                return _status(409, "Conflict", f'Operation cannot be fulfilled on {plural} "{name}": {text}')
             there["metadata"] |= {
                 "deletionTimestamp": now(),
                 "deletionGracePeriodSeconds": body.get("gracePeriodSeconds"),

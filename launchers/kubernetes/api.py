@@ -16,6 +16,7 @@ from configs.errors import ConfigError
 from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.connection import ExistsError, LostError, NotThereError, connect, refused, words_of
+from launchers.kubernetes.pod import RUN
 
 TIMEOUT = (5, 30)
 """Seconds to connect, and to wait for an answer."""
@@ -78,11 +79,11 @@ class Api:
 
         try:
             made = self._ask("POST", kind, query=query, body=manifest, on_lost=note, where=f"{kind.kind} {name}")
-        except ExistsError:
-            there = self.get(kind, name) if lost else None
-            if there is None or not _same(there, manifest):
-                raise
-            return there  # by the request whose answer was lost
+        except ExistsError as error:
+            there = self.get(kind, name)
+            if lost and there is not None and _same(there, manifest):
+                return there  # by the request whose answer was lost
+            raise _taken(error, there, manifest) from None
         except NotThereError as error:
             raise ConfigError(
                 "launcher",
@@ -103,20 +104,30 @@ class Api:
         """Changes an object: keys that are named get new values (RFC 7396)."""
         self._ask("PATCH", kind, name, body=change)
 
-    def delete(self, kind: Resource, name: str, *, at_once: bool = False) -> None:
+    def delete(self, kind: Resource, name: str, *, uid: str = "", at_once: bool = False) -> None:
         """Deletes an object with what belongs to it; one that is gone is no fault.
 
         Args:
             kind: of the object.
             name: its name.
+            uid: of the very object: another one that has its name by now is left alone. Empty: whichever has the name.
             at_once: without the time that its pods have to end.
+
+        Raises:
+            LostError: no answer: it is not known whether the object has been deleted.
+            CrosstuneError: it was refused; the object is there.
         """
         body: Manifest = {"kind": "DeleteOptions", "apiVersion": "v1"}
+        body |= {"preconditions": {"uid": uid}} if uid else {}
         body |= {"gracePeriodSeconds": 0, "propagationPolicy": "Background"} if at_once else {}
         try:
             self._ask("DELETE", kind, name, body=body if at_once else {**body, "propagationPolicy": "Foreground"})
         except NotThereError:
             pass
+        except ExistsError:  # a precondition that does not hold is a conflict; there are others
+            there = self.get(kind, name)
+            if there is not None and uid in ("", there["metadata"]["uid"]):
+                raise
 
     def select(self, kind: Resource, **selectors: str) -> tuple[list[Manifest], str]:
         """Objects, and the state of the collection that they are of."""
@@ -262,6 +273,17 @@ def _same(there: Manifest, ours: Manifest) -> bool:
     """Whether an object is the one that we asked for."""
     notes = [each["metadata"].get("annotations") or {} for each in (there, ours)]
     return all(notes[0].get(key) == value for key, value in notes[1].items())
+
+
+def _taken(error: ExistsError, there: Manifest | None, ours: Manifest) -> ExistsError:
+    """A refusal, with whose object has the name."""
+    if there is None:
+        return error
+    runs = [(each["metadata"].get("annotations") or {}).get(RUN) for each in (there, ours)]
+    if runs[0] == runs[1]:
+        return ExistsError(error.where, error.found, remedy="it is this run's: crosstune status RUN")
+    found = f"{error.found}: " + (f"of the run {runs[0]}" if runs[0] else "of no run of crosstune's")
+    return ExistsError(error.where, found, remedy="launch once more: the job's name is then another one")
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:

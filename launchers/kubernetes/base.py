@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,21 +15,17 @@ from configs.errors import ConfigError, CrosstuneError
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
 from launchers.base import Launcher, UnknownOutcomeError, tail
-from launchers.job import Job, JobFolder, Report, Word
+from launchers.job import Job, JobFolder, Mark, Report, Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes import pods as told
 from launchers.kubernetes.api import EVENTS, PODS, Api, Resource
 from launchers.kubernetes.connection import LostError
-from launchers.kubernetes.pod import JOB_LABEL, PodTemplate, object_name
+from launchers.kubernetes.lines import lines_of
+from launchers.kubernetes.pod import JOB_LABEL, PodTemplate, is_of, name_of, object_name
 from launchers.spec import LaunchSpec
 
 NEXT_POD_SECONDS = 3.0
 """So long is a pod's successor watched for before the job is asked whether there will be one."""
-OVERLAP_SECONDS = 5
-"""By so much a log that is read on begins before where it was lost: clocks differ."""
-LOSSES, LOSS_SECONDS = 5, 0.5
-"""So often, and after such a pause, is a log read on that was lost; one that is followed as often as it takes."""
-FRACTION = re.compile(r"\.(\d+)")
 
 
 class _Plain(yaml.SafeDumper):
@@ -119,36 +112,47 @@ class KubernetesLauncher(Launcher):
         """Has each object checked by the server, then made; the job is the last, and owns the others.
 
         Returns:
-            What the job is called: `Job.handle`.
+            What the job is called, and its uid: `Job.handle`.
 
         Raises:
             CrosstuneError: one was refused, and none is left.
             LostError: the server does not answer, and none was made.
-            UnknownOutcomeError: it did not answer, and there may be some.
+            UnknownOutcomeError: there may be some: it did not answer, or refused one and kept another.
         """
-        made: list[tuple[Resource, str]] = []
+        made: list[tuple[Resource, str, str]] = []
         asked = False
         try:
             for manifest in manifests:
                 kind = self.others.get(manifest["kind"], self.resource)
                 self._try(kind, manifest)
                 asked = True
-                created = self.api.create(kind, manifest)
-                made.append((kind, manifest["metadata"]["name"]))
-            owner = self._as_owner(created)
-            for kind, each in made[:-1]:
-                self.api.patch(kind, each, {"metadata": {"ownerReferences": [owner]}})
+                created = self.api.create(kind, manifest)["metadata"]
+                made.append((kind, created["name"], created["uid"]))
+            _, name, uid = made[-1]
+            for kind, each, _ in made[:-1]:
+                self.api.patch(kind, each, {"metadata": {"ownerReferences": [self._as_owner(name, uid)]}})
         except LostError as error:
             if not asked:
                 raise
             remedy = f"{error.remedy}; what may be there: {self.by_hand(manifests[-1]['metadata']['name'])}"
             raise UnknownOutcomeError(error.where, error.found, remedy=remedy) from None
-        except CrosstuneError:
-            for kind, each in reversed(made):
-                with suppress(CrosstuneError):  # what was refused first is told
-                    self.api.delete(kind, each)
-            raise
-        return {"kind": self.resource.kind, "namespace": self.api.namespace, "name": made[-1][1]}
+        except CrosstuneError as error:
+            if self._unmade(made):
+                raise
+            found = f"{error.found}; what had been made by then could not be deleted"
+            remedy = self.by_hand(manifests[-1]["metadata"]["name"])
+            raise UnknownOutcomeError(error.where, found, remedy=remedy) from None
+        return {"kind": self.resource.kind, "namespace": self.api.namespace, "name": name, "uid": uid}
+
+    def _unmade(self, made: Sequence[tuple[Resource, str, str]]) -> bool:
+        """Deletes objects; False: one may be left. What was refused before is told, not this."""
+        gone = True
+        for kind, name, uid in reversed(made):
+            try:
+                self.api.delete(kind, name, uid=uid)
+            except CrosstuneError:
+                gone = False
+        return gone
 
     def by_hand(self, name: str) -> str:
         """The command that deletes a job."""
@@ -162,13 +166,13 @@ class KubernetesLauncher(Launcher):
             if "does not support dry run" not in error.found:  # a webhook of the cluster: it will look in earnest
                 raise
 
-    def _as_owner(self, created: Manifest) -> Manifest:
+    def _as_owner(self, name: str, uid: str) -> Manifest:
         """What deletes the objects beside a job together with it."""
         return {
             "apiVersion": f"{self.resource.group}/{self.resource.version}",
             "kind": self.resource.kind,
-            "name": created["metadata"]["name"],
-            "uid": created["metadata"]["uid"],
+            "name": name,
+            "uid": uid,
         }
 
     @cached_property
@@ -181,12 +185,22 @@ class KubernetesLauncher(Launcher):
         namespace = job.handle.get("namespace")
         return self.api if namespace in (None, self.api.namespace) else Api(self.cfg, namespace)
 
+    def found(self, api: Api, job: Job) -> Manifest | None:
+        """The object of a job; None: it is gone, or was never made. Another run's of the same name is not taken for it.
+
+        Raises:
+            CrosstuneError: the server cannot be asked.
+        """
+        there = api.get(self.resource, name_of(job))
+        return there if there is not None and is_of(there, job) else None
+
     def report(self, job: Job, folder: JobFolder) -> Report:
         """See `Launcher.report`: the job's own conditions, with what its pods complain of."""
         api, name = self.of_job(job), name_of(job)
-        found = api.get(self.resource, name)
+        found = self.found(api, job)
         if found is None:
-            return Report(Word.unknown, f"there is no {self.resource.kind} {name} in namespace {api.namespace}")
+            where = f"in namespace {api.namespace}"
+            return Report(Word.unknown, f"there is no {self.resource.kind} {name} of this run {where}")
         pods, _ = api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")
         word, detail = self.word(found, pods)
         troubles = told.all_troubles([(self.node_of(pod), pod) for pod in pods])
@@ -194,7 +208,7 @@ class KubernetesLauncher(Launcher):
             word, detail = Word.running, "it is being ended"
         elif word is Word.pending and not pods:
             troubles = self.why_no_pods(api, found)
-        elif word is Word.failed and any(mark.exit_code is not None for mark in folder.marks()):
+        elif word is Word.failed and any(mark.exit_code is not None for mark in marks_of(job, folder)):
             word = Word.ended  # the run itself tells how: what its controller made of it says nothing more
         return Report(word, "; ".join(part for part in (detail, troubles) if part))
 
@@ -222,9 +236,19 @@ class KubernetesLauncher(Launcher):
         return "" if last is None else f"{last.get('reason', '')}: {last.get('message', '')}"
 
     def cancel(self, job: Job, folder: JobFolder, *, hard: bool) -> None:
-        """See `Launcher.cancel`: the job is deleted, its pods get their time to save, or none."""
+        """See `Launcher.cancel`: the job is deleted, its pods get their time to save, or none.
+
+        It returns where there is no such job any more as well.
+
+        Raises:
+            LostError: no answer: it is not known whether the job has been deleted.
+            CrosstuneError: the server refused, or cannot be asked at all: the job is there.
+        """
         api, name = self.of_job(job), name_of(job)
-        api.delete(self.resource, name, at_once=hard)
+        found = self.found(api, job)
+        if found is None:
+            return
+        api.delete(self.resource, name, uid=found["metadata"]["uid"], at_once=hard)
         if hard:
             for pod in api.select(PODS, labelSelector=f"{JOB_LABEL}={name}")[0]:
                 api.delete(PODS, pod["metadata"]["name"], at_once=True)
@@ -243,7 +267,7 @@ class KubernetesLauncher(Launcher):
             yield from tail(self._own_file(job, folder, node), lambda: False)
 
     def _own_file(self, job: Job, folder: JobFolder, node: int) -> Any:
-        marks = folder.marks()
+        marks = marks_of(job, folder)
         return folder.output(marks[0].attempt if marks else job.attempt, node)
 
     def _pod_lines(self, api: Api, job: Job, folder: JobFolder, node: int, follow: bool) -> Iterator[str]:
@@ -256,46 +280,16 @@ class KubernetesLauncher(Launcher):
 
         while True:
             last = not follow or self.is_over(job, folder)  # asked before the look: pods that come until then are seen
+            if self.found(api, job) is None:  # pods of that label are not, or not yet, this job's
+                return
             pods = fresh(api.wait_for_pods(label, lambda now: bool(fresh(now)), 0 if last else NEXT_POD_SECONDS))
             for pod in pods:
                 done.add(pod["metadata"]["uid"])
-                yield from self.lines_of(api, pod, follow)
+                yield from lines_of(api, pod, self.container, follow=follow)
             if not follow or (last and not pods):
                 return
 
-    def lines_of(self, api: Api, pod: Manifest, follow: bool) -> Iterator[str]:
-        """Of a pod to its end, each line once, wherever the connection is lost."""
-        name, uid, last, losses = pod["metadata"]["name"], pod["metadata"]["uid"], "", 0
-        while True:
-            before = losses
-            try:
-                for line in api.log(name, self.container, follow=follow, since_seconds=_age(last) if last else None):
-                    when, _, text = line.partition(" ")
-                    if (now := _moment(when)) > last:
-                        last = now
-                        yield text
-            except ConnectionError as error:
-                losses += 1
-                if not follow and losses > LOSSES:
-                    raise LostError(f"the log of {name}", str(error)) from None
-                time.sleep(LOSS_SECONDS)
-            there = api.get(PODS, name)
-            if there is None or there["metadata"]["uid"] != uid:
-                return
-            if losses == before and not (follow and told.phase(there) == "Running"):
-                return  # read to its end; after a loss there may be more, though the pod has ended
 
-
-def _moment(text: str) -> str:
-    """A time of a log line, so that later ones sort behind: Kubernetes leaves out trailing zeros."""
-    return FRACTION.sub(lambda match: f".{match[1]:0<9}", text) if "." in text else text.replace("Z", ".000000000Z")
-
-
-def _age(moment: str) -> int:
-    began = datetime.fromisoformat(FRACTION.sub(lambda match: f".{match[1][:6]}", moment).replace("Z", "+00:00"))
-    return max(1, int(time.time() - began.timestamp()) + OVERLAP_SECONDS)
-
-
-def name_of(job: Job) -> str:
-    """What the cluster calls a job, also one of which it is not known whether it was made."""
-    return str(job.handle.get("name") or object_name(job.spec, job.attempt))
+def marks_of(job: Job, folder: JobFolder) -> list[Mark]:
+    """Marks of the job's latest attempt; those of a job that ran in the folder before say nothing of this one."""
+    return [mark for mark in folder.marks() if mark.attempt >= job.attempt]

@@ -29,7 +29,7 @@ class NotThereError(ConfigError):
 
 
 class ExistsError(ConfigError):
-    """There is an object of this name already."""
+    """What there is of this name is in the way."""
 
 
 def connect(cfg: KubernetesLauncherConfig) -> tuple[Any, str]:
@@ -69,7 +69,7 @@ def refused(error: Any, where: str) -> CrosstuneError:
     if status == 404:
         return NotThereError(where, words)
     if status == 409:
-        return ExistsError(where, words, remedy="is the job there already? crosstune status RUN")
+        return ExistsError(where, words)
     if status in (401, 403):
         return ConfigError(where, f"not allowed: {words}", remedy="kubectl auth can-i --list, launcher.namespace=...")
     return ConfigError(where, f"refused by the server ({status}): {words}")

@@ -12,6 +12,7 @@ from launchers.kubernetes import Manifest
 from launchers.kubernetes import pods as told
 from launchers.kubernetes.api import Api
 from launchers.kubernetes.base import KubernetesLauncher
+from launchers.kubernetes.lines import lines_of
 from launchers.kubernetes.pod import JOB_LABEL
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Hearing:
         if not told.started(pod):
             return _fault("its pod has ended before it began", pod, why)
         try:
-            lines = list(self.launcher.lines_of(self.api, pod, follow=False))
+            lines = list(lines_of(self.api, pod, self.launcher.container, follow=False))
         except CrosstuneError as error:
             return CrosstuneError(self.name, f"{error.where}: {error.found}", remedy=error.remedy)
         if report_in(lines) is not None:

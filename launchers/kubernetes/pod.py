@@ -14,7 +14,7 @@ from typing import Any
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_kubernetes import TOLERATION, KubernetesLauncherConfig
 from launchers.base import with_setup
-from launchers.job import JobFolder
+from launchers.job import Job, JobFolder
 from launchers.kubernetes import Manifest
 from launchers.kubernetes.entry import NODE_FROM, RESTARTS, RETRY_CODE
 from launchers.spec import MASTER, LaunchSpec
@@ -36,6 +36,19 @@ def object_name(spec: LaunchSpec, attempt: int) -> str:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name[: NAME_LENGTH - 9].rstrip('-')}-{digest}"
+
+
+def name_of(job: Job) -> str:
+    """What the cluster calls a job, also one of which it is not known whether it was made."""
+    return str(job.handle.get("name") or object_name(job.spec, job.attempt))
+
+
+def is_of(found: Manifest, job: Job) -> bool:
+    """Whether an object of a job's name is the job's: by the uid or, where no answer told it, by the run's folder."""
+    about = found["metadata"]
+    if uid := job.handle.get("uid"):
+        return bool(about["uid"] == uid)
+    return bool((about.get("annotations") or {}).get(RUN) == job.spec.run_dir)
 
 
 def literal(text: str) -> str:

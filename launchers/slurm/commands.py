@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ class JobState:
 def call(command: Sequence[str], *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs one of Slurm's commands; its exit code is for the caller.
 
+    Out of reach of the terminal, whose Ctrl-C goes to all processes of a group: sbatch would be killed by it while the
+    controller takes the job, and this command would not know.
+
     Raises:
         ConfigError: there is no such command here.
         RunFailedError: no answer.
@@ -103,7 +107,14 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> subprocess.Compl
     environment = {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(OF_SLURM)}
     try:
         return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_SECONDS,
+            start_new_session=True,
         )
     except FileNotFoundError:
         raise ConfigError(
@@ -120,8 +131,15 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> subprocess.Compl
 def no_answer(done: subprocess.CompletedProcess[str]) -> RunFailedError:
     """A command of Slurm's that failed, in its own words."""
     said = first_line(done.stderr)
-    told = said.partition("error: ")[2] or said or f"exit code {done.returncode}"
+    number = killed_by(done.returncode)
+    ending = f"ended by signal {number}" if number else f"exit code {done.returncode}"
+    told = said.partition("error: ")[2] or said or f"{ending}, without a word"
     return RunFailedError(done.args[0], told, remedy="scontrol ping tells whether the controller is up")
+
+
+def killed_by(code: int) -> int:
+    """The signal that ended a command, or the one that a script around it tells of, as shells do; 0: none did."""
+    return -code if code < 0 else code - 128 if 128 < code <= 128 + signal.NSIG else 0
 
 
 def refused(stderr: str) -> CrosstuneError:
@@ -131,7 +149,7 @@ def refused(stderr: str) -> CrosstuneError:
     for words, key, remedy in REFUSALS:
         if re.search(words, said, re.IGNORECASE):
             return ConfigError(key, f"Slurm refuses the job: {said}", remedy=remedy)
-    return ConfigError("launcher=slurm", f"Slurm refuses the job: {said or 'it does not say why'}")
+    return ConfigError("launcher=slurm", f"Slurm refuses the job: {said}")
 
 
 def state_of_job(job_id: str, cluster: str, name: str) -> JobState | None:

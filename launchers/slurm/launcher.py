@@ -136,7 +136,7 @@ class SlurmLauncher(Launcher):
         if word in (Word.pending, Word.running) or state.name == "COMPLETED":
             said = ""
         # A script that leaves with 75, a run that saved in its last minute: Slurm calls both a failure.
-        if word is Word.failed and _saved(job, folder):
+        if word is Word.failed and _saved(job, folder, state.restarts):
             word = Word.ended
         return Report(word, f"{where}: {state}{said}")
 
@@ -198,8 +198,9 @@ def last_words(output: Path) -> str:
     return next((f"; {line}" for line in reversed(lines) if line.startswith("crosstune: ")), "")
 
 
-def _saved(job: Job, folder: JobFolder) -> bool:
-    codes = [mark.exit_code for mark in folder.marks()]
+def _saved(job: Job, folder: JobFolder, restarts: int) -> bool:
+    """Whether all machines saved in the attempt that Slurm tells of; an earlier one's marks say nothing of it."""
+    codes = [mark.exit_code for mark in folder.marks() if mark.attempt >= job.attempt + restarts]
     return len(codes) == job.spec.nodes and set(codes) == {EXIT_RESUMABLE}
 
 

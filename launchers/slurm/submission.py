@@ -1,7 +1,7 @@
 """Hands a batch script to Slurm, and finds a job again that it may have taken without a word.
 
-A controller under load may answer later than sbatch waits for, or not at all, and take the job all the same. Such a job
-is found by its name and by the folder from which it was submitted: names are made of a time, and two may be equal.
+A controller under load may answer later than sbatch waits for, or not at all, and take the job all the same; so it may
+where sbatch is killed. Such a job is found by its name and by the folder from which it was submitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.errors import CrosstuneError, RunFailedError
 from configs.files import write_whole
 from launchers.base import UnknownOutcomeError
 from launchers.job import Job, JobFolder
-from launchers.slurm.commands import call, no_answer, on_cluster, refused
+from launchers.slurm.commands import call, killed_by, no_answer, on_cluster, refused
 
 logger = logging.getLogger(__name__)
 LATE = re.compile(
@@ -82,6 +82,8 @@ def submit_script(script: str, place: Place, clusters: str = "") -> Submitted:
     except RunFailedError as error:
         return _taken_late(error, place, clusters)
     if done.returncode:
+        if killed_by(done.returncode) or not done.stderr.strip():
+            return _taken_late(no_answer(done), place, clusters)  # a refusal comes with a word
         if not LATE.search(done.stderr):
             raise refused(done.stderr)
         if NOT_REACHED.search(done.stderr):

@@ -103,7 +103,8 @@ def test_objects_are_tried_then_made_and_owned(cluster: Cluster, kubeconfig: Pat
     assert posts == [("trainingruntimes", dry), ("trainingruntimes", strict), ("trainjobs", dry), ("trainjobs", strict)]
     [job], [runtime] = cluster.all("trainjobs"), cluster.all("trainingruntimes")
     assert runtime["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
-    assert made.job.handle == {"kind": "TrainJob", "namespace": "research", "name": SPEC.name}
+    uid = job["metadata"]["uid"]
+    assert made.job.handle == {"kind": "TrainJob", "namespace": "research", "name": SPEC.name, "uid": uid}
     assert TOKEN not in "".join(file.read_text() for file in made.folder.path.rglob("*") if file.is_file())
 
 
@@ -136,7 +137,7 @@ def test_a_wrong_manifest_is_refused_in_the_servers_words(
 
 def test_refusals(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
     Submitted(kubeconfig, tmp_path).submit()
-    with pytest.raises(ExistsError, match="already exists"):
+    with pytest.raises(ExistsError, match="already exists\n.*it is this run's"):
         Submitted(kubeconfig, tmp_path).submit()
     with pytest.raises(ConfigError, match="cannot POST in the namespace"):
         cluster.forbidden.add("closed")
@@ -153,6 +154,15 @@ def test_a_refused_job_leaves_nothing_behind(cluster: Cluster, kubeconfig: Path,
     with pytest.raises(ConfigError, match="numNodes: too many"):
         Submitted(kubeconfig, tmp_path, "trainjob").submit()
     assert not cluster.all("trainingruntimes") and not cluster.all("trainjobs")
+
+
+def test_what_a_refused_job_may_leave_behind_is_told(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
+    """The job is there and runs, though its last object could not be changed, nor anything be deleted."""
+    cluster.faults += [Fault("PATCH", "/trainingruntimes", 403), Fault("DELETE", "/", "before", 999)]
+    made = Submitted(kubeconfig, tmp_path, "trainjob", "launcher.patience_seconds=1")
+    with pytest.raises(UnknownOutcomeError, match="not allowed: as ordered; .* could not be deleted\n.*kubectl -n res"):
+        made.submit()
+    assert cluster.all("trainjobs")
 
 
 def test_a_webhook_without_dry_run_is_no_obstacle(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
@@ -191,8 +201,62 @@ def test_a_name_taken_by_another_is_not_taken_for_ours(cluster: Cluster, kubecon
     other = {"metadata": {"name": SPEC.name, "annotations": {"crosstune/run": "/another/run"}}}
     act = partial(cluster.put, "jobs", other)
     cluster.faults.append(Fault("POST", r"/jobs\?fieldValidation=Strict$", "before", act=act))
-    with pytest.raises(ExistsError):
+    with pytest.raises(ExistsError, match="of the run /another/run\n.*launch once more"):
         made.submit()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_another_runs_job_of_the_same_name_is_left_alone(
+    known: bool, cluster: Cluster, kubeconfig: Path, tmp_path: Path
+) -> None:
+    """Whether the server's answer was lost and there is only the name, or told what has been deleted since."""
+    made = Submitted(kubeconfig, tmp_path)
+    if known:
+        made.submit()
+        cluster.remove("jobs", SPEC.name)
+    annotations = {"crosstune/run": made.job.spec.run_dir if known else "/another/run"}
+    cluster.put("jobs", {"metadata": {"name": SPEC.name, "annotations": annotations}})
+    set_job(cluster, "jobs", state={"phase": "Running"})
+    pod = add_pod(cluster, SPEC.name, 0)
+    cluster.set_pod(pod, "Succeeded", **ended(0))
+    cluster.say(pod, "not for everybody")
+    assert made.word()[0] is Word.unknown and not [*made.log(0), *made.log(0, follow=True)]
+    for hard in (False, True):
+        made.launcher.cancel(made.job, made.folder, hard=hard)
+    assert cluster.all("jobs") and cluster.all("pods") and not cluster.count("DELETE")
+
+
+def test_a_job_that_took_the_name_meanwhile_is_left_alone(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> None:
+    """The server itself looks at the uid: between a look and a deletion there is time."""
+    made = Submitted(kubeconfig, tmp_path).submit()
+    other = {"metadata": {"name": SPEC.name}}
+
+    def replaced() -> None:
+        cluster.remove("jobs", SPEC.name)
+        cluster.put("jobs", other)
+
+    cluster.faults.append(Fault("DELETE", "/jobs", "after", act=replaced))
+    made.launcher.cancel(made.job, made.folder, hard=True)
+    assert cluster.all("jobs") == [other] and cluster.count("DELETE") == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [("after", None), ("before", LostError), (403, ConfigError), (409, ConfigError)],
+)
+def test_that_a_job_is_not_deleted_or_nobody_knows_is_told(
+    how: int | str, error: type[CrosstuneError] | None, cluster: Cluster, kubeconfig: Path, tmp_path: Path
+) -> None:
+    """Whoever takes a submission back has to know; an answer that is lost once costs nothing."""
+    made = Submitted(kubeconfig, tmp_path, "volcano", "launcher.patience_seconds=1").submit()
+    cluster.faults.append(Fault("DELETE", "/jobs", how, times=999 if how == "before" else 1))
+    if error is None:
+        made.launcher.cancel(made.job, made.folder, hard=True)
+        assert not cluster.all("jobs")
+    else:
+        with pytest.raises(error):
+            made.launcher.cancel(made.job, made.folder, hard=True)
+        assert cluster.all("jobs")
 
 
 def test_a_server_that_is_gone_is_told_in_time(cluster: Cluster, tmp_path: Path) -> None:
@@ -272,6 +336,10 @@ def test_a_job_that_never_came_to_its_run_has_failed(cluster: Cluster, kubeconfi
     cluster.set_pod(add_pod(cluster, made.job.handle["name"], 0), "Failed", **ended(2))
     set_job(cluster, "jobs", state={"phase": "Terminated"})
     assert made.state() is State.failed and "node 0: Error, exit code 2" in made.word()[1]
+    made.folder.mark(Mark(0, 0, "h", 1, 0.0, "", ended=1.0, exit_code=75))
+    assert made.word()[0] is Word.ended
+    made.job = replace(made.job, attempt=1)  # resumed: the mark is that of the job before
+    assert made.word()[0] is Word.failed
 
 
 @pytest.mark.parametrize("kind", ["trainjob", "pytorchjob", "ascendjob"])
@@ -350,6 +418,8 @@ def test_without_pods_the_shared_folder_tells(cluster: Cluster, kubeconfig: Path
     file.write_text("kept\nin the folder\n")
     set_job(cluster, "jobs", state={"phase": "Completed"})
     assert list(made.log(2)) == list(made.log(2, follow=True)) == ["kept", "in the folder"]
+    resumed = replace(made.job, attempt=2)
+    assert not list(made.launcher.log(resumed, made.folder, 2, follow=False)), "that was the job before"
     cluster.forbidden.add("research")
     assert list(made.log(2)) == ["kept", "in the folder"]
     with pytest.raises(CrosstuneError, match="not allowed"):

@@ -7,13 +7,18 @@ preempts or starts again is its own affair.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -41,9 +46,12 @@ class Site:
         # Its "nodes" share one network with all else that runs here; ports above are given out to anybody.
         self.ports = iter(range(24000, 29000, 20))
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.slurm.config), "PYTHONPATH": ROOT, "TOKEN": SECRET, "OWN": "stays here"}
+
     def crosstune(self, *words: str, code: int = 0, **env: str) -> str:
-        variables = {"SLURM_CONF": str(self.slurm.config), "PYTHONPATH": ROOT, "TOKEN": SECRET, "OWN": "stays here"}
-        return crosstune(*words, code=code, cwd=self.home, **{**variables, **env})
+        return crosstune(*words, code=code, cwd=self.home, **{**self.variables, **env})
 
     def words(self, *more: str) -> list[str]:
         """Of a run of two ranks."""
@@ -52,13 +60,17 @@ class Site:
         data = ["dataset.validation_fraction=0.1", f"cache_dir={self.home / 'cache'}", "checkpoint.every=0"]
         return [*paths, *sizes, *data, "device=cpu", "model.precision=fp32", "device.threads=1", *more]
 
-    def launched(self, *more: str, code: int = 0, multirun: bool = False) -> str:
-        """Output of the command that launches it on two nodes."""
+    def launch_words(self, *more: str, multirun: bool = False) -> list[str]:
+        """Of the command that launches it on two nodes."""
         slurm = ["launcher=slurm", "launcher.export=[PYTHONPATH]", "launcher.poll_seconds=1", "cluster.gres=npu"]
         times = ["guard.grace_seconds=30", "launcher.signal_lead_seconds=40", f"master_port={next(self.ports)}"]
         shape = ["nodes=2", "nproc=1", "cluster.visible_devices=ASCEND_RT_VISIBLE_DEVICES"]
         option = ["--multirun"] if multirun else []
-        return self.crosstune("launch", "train", *option, *slurm, *times, *shape, *self.words(*more), code=code)
+        return ["launch", "train", *option, *slurm, *times, *shape, *self.words(*more)]
+
+    def launched(self, *more: str, code: int = 0, multirun: bool = False) -> str:
+        """Output of that command."""
+        return self.crosstune(*self.launch_words(*more, multirun=multirun), code=code)
 
     def status(self, run: Path) -> dict[str, object]:
         return dict(json.loads(self.crosstune("status", "--json", str(run)).splitlines()[-1]))
@@ -327,6 +339,31 @@ def test_a_job_that_slurm_takes_without_an_answer_is_adopted(site):
             time.sleep(15)  # sbatch waits for 10 s, Slurm's MessageTimeout
         shown = launch.result()
     assert "Slurm is asked whether it has the job" in shown and "submitted" in shown, shown
+    assert site.ended(run)["state"] == "succeeded", site.all_words(run)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_slurm_takes_a_job_costs_neither_the_job_nor_its_folder(site):
+    """As in a terminal: all processes of the command's group are signalled, and sbatch would end at once."""
+    run = site.home / "interrupted"
+    command = [sys.executable, "-P", "-m", "launchers.cli", *site.launch_words(f"run_dir='{run}'", "max_steps=2")]
+    with site.slurm.silent_controller():
+        launch = psutil.Popen(
+            command,
+            cwd=site.home,
+            env=os.environ | site.variables,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        until(lambda: "sbatch" in [child.name() for child in launch.children()], lambda: "no sbatch")
+        time.sleep(1)  # until it has sent what it has
+        os.killpg(launch.pid, signal.SIGINT)
+        time.sleep(1)
+    shown, _ = launch.communicate(timeout=100)
+    assert launch.returncode == 130 and "stops as soon as it is known" in shown and "submitted" in shown, shown
+    assert "Slurm is asked" not in shown, "sbatch had the answer itself"
     assert site.ended(run)["state"] == "succeeded", site.all_words(run)
 
 

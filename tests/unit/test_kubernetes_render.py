@@ -22,6 +22,7 @@ from launchers.job import Job, JobFolder, Mark
 from launchers.kubernetes import entry
 from launchers.kubernetes.base import KubernetesLauncher
 from launchers.kubernetes.pod import NAME_LENGTH, object_name, toleration
+from launchers.launch import plan
 from launchers.spec import LaunchSpec
 from tests.kubernetes_models import check
 
@@ -176,6 +177,16 @@ def test_names_are_fit_for_hosts() -> None:
         object_name(replace(SPEC, name=f"{'x' * 40}-20260102-03040{i}"), attempt) for i in (5, 6) for attempt in (0, 4)
     ]
     assert len(set(long)) == 4 and all(len(name) <= NAME_LENGTH for name in long)
+
+
+def test_two_jobs_of_one_second_have_two_names(tmp_path: Path, monkeypatch) -> None:
+    """In one namespace, of two users who gave no name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260102-030405")
+    words = [*WORDS, "launcher=volcano", f"launcher.claims={{{tmp_path}: c}}"]
+    cfg = compose("train", ["model.path=m", "dataset.path=d", f"run_dir={tmp_path}/r"])
+    names = {plan("train", cfg, compose("launch", words)).job.spec.name for _ in range(3)}
+    assert len(names) == 3 and all(re.fullmatch(r"crosstune-20260102-030405-[0-9a-f]{4}", name) for name in names)
 
 
 def test_what_the_pods_lack_is_refused_by_name() -> None:

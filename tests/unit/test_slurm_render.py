@@ -500,6 +500,12 @@ def test_every_word_of_slurm_gives_the_state_that_it_means(tmp_path):
         report = report_of(JobState(name), folder)
         assert state_of(report, folder.marks(), 1, cancelled=False) is expected, name
     assert report_of(None, folder).word is Word.unknown
+    again = JobFolder.of_run(tmp_path / "again")
+    again.mark(saved)
+    for state, first in ((JobState("NODE_FAIL", restarts=1), 0), (JobState("NODE_FAIL"), 1)):
+        assert report_of(state, again, attempt=first).word is Word.failed, "an attempt before this one had saved"
+    again.mark(replace(saved, attempt=1))
+    assert report_of(JobState("NODE_FAIL"), again, attempt=1).word is Word.ended
     assert state_of(report_of(None, folder), [], 1, cancelled=False) is State.lost
 
 
@@ -517,9 +523,10 @@ def test_why_a_job_that_is_over_was_not_started_again(tmp_path):
     assert report_of(JobState("FAILED"), folder, output).detail == "job 7: FAILED", "the end alone is read"
 
 
-def report_of(state: JobState | None, folder: JobFolder, output: Path | None = None) -> Any:
+def report_of(state: JobState | None, folder: JobFolder, output: Path | None = None, attempt: int = 0) -> Any:
     slurm = SlurmLauncher(settings(), ClusterConfig())
-    job = Job(replace(SPEC, nodes=1), 0.0, {"job_id": "7", "cluster": "", "name": "demo", "output": str(output or "")})
+    handle = {"job_id": "7", "cluster": "", "name": "demo", "output": str(output or "")}
+    job = Job(replace(SPEC, nodes=1), 0.0, handle, attempt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "state_of_job", lambda *_: state)
         return slurm.report(job, folder)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +25,7 @@ from tests.unit.test_slurm_render import SPEC
 SBATCH = """#!/bin/bash
 echo "sbatch $*" >> "$FAKE/calls"
 [ ! -e "$FAKE/takes" ] || pwd -P > "$FAKE/queue"
-[ ! -e "$FAKE/hangs" ] || exec sleep 60
+[ ! -e "$FAKE/then" ] || . "$FAKE/then"
 cat "$FAKE/says" >&2
 [ -s "$FAKE/says" ] && exit 1
 echo 17
@@ -46,6 +50,29 @@ SCANCEL = """#!/bin/bash
 echo "scancel $*" >> "$FAKE/calls"
 """
 LATE = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation\n"
+NO_ANSWER = {
+    "it hangs": "exec sleep 60",
+    "the controller is late": f"echo '{LATE.strip()}' >&2; exit 1",
+    "it is killed": "kill -KILL $$",
+    "it is killed in a script around it": "echo Terminated >&2; exit 143",
+    "it fails without a word": "exit 1",
+}
+"""How sbatch ends, in shell, without a word of what became of the job."""
+CTRL_C = """
+import signal, sys
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this test was started with
+from configs.schema.launch import ClusterConfig
+from configs.schema.launcher_slurm import SlurmLauncherConfig
+from launchers.job import JobFolder
+from launchers.slurm import SlurmLauncher
+from launchers.supervise import deferred_stops
+folder = JobFolder(Path(sys.argv[1]))
+with deferred_stops():
+    handle = SlurmLauncher(SlurmLauncherConfig("x"), ClusterConfig()).submit(folder.read(), folder)
+    print(handle["job_id"], flush=True)
+"""
+"""A submission as that of `crosstune launch`, in a process that has a terminal's group for itself."""
 
 
 class Slurm:
@@ -58,11 +85,11 @@ class Slurm:
             (path / name).chmod(0o755)
         self.says("")
 
-    def says(self, text: str, *, takes: bool = False, hangs: bool = False) -> None:
-        """What sbatch does next."""
+    def says(self, text: str, *, takes: bool = False, then: str = "") -> None:
+        """What sbatch does next; `then` in shell, once the job is taken or not."""
         (self.path / "says").write_text(text)
-        for name, wanted in (("takes", takes), ("hangs", hangs)):
-            (self.path / name).touch() if wanted else (self.path / name).unlink(missing_ok=True)
+        (self.path / "then").write_text(then)
+        (self.path / "takes").touch() if takes else (self.path / "takes").unlink(missing_ok=True)
 
     def away(self, questions: int) -> None:
         """So many questions find no controller."""
@@ -111,18 +138,17 @@ def handle(folder: Path, task: str = "") -> dict[str, str]:
     return {"job_id": f"17{task}", "cluster": "", "name": SPEC.name, "output": str(folder / f"slurm-17{task}.out")}
 
 
-@pytest.mark.parametrize("how", ["hangs", LATE])
-@pytest.mark.parametrize("away", [0, 3])
+@pytest.mark.parametrize(("how", "away"), [("it hangs", 3), *((how, 0) for how in NO_ANSWER)])
 def test_a_job_that_was_taken_without_an_answer_is_adopted(slurm, launcher, job, how, away):
-    slurm.says("" if how == "hangs" else how, takes=True, hangs=how == "hangs")
+    slurm.says("", takes=True, then=NO_ANSWER[how])
     slurm.away(away)
     assert launcher.submit(*job) == handle(job[1].path)
     assert [call.split()[0] for call in slurm.calls()] == ["sbatch", *["squeue"] * (away + 1)]
 
 
-@pytest.mark.parametrize("how", ["hangs", LATE])
+@pytest.mark.parametrize("how", NO_ANSWER)
 def test_a_job_that_was_not_taken_is_refused_once_slurm_says_so(slurm, launcher, job, how):
-    slurm.says("" if how == "hangs" else how, hangs=how == "hangs")
+    slurm.says("", then=NO_ANSWER[how])
     with pytest.raises(RunFailedError, match="does not have the job") as caught:
         launcher.submit(*job)
     assert not isinstance(caught.value, UnknownOutcomeError)
@@ -149,6 +175,21 @@ def test_what_never_reached_slurm_and_what_it_refused_is_told_at_once(slurm, lau
     with pytest.raises(kind) as caught:
         launcher.submit(*job)
     assert not isinstance(caught.value, UnknownOutcomeError) and len(slurm.calls()) == 1
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_sbatch(slurm, job):
+    """The terminal signals all processes of the command's group; that of sbatch is another one."""
+    slurm.says("", then='touch "$FAKE/begun"; sleep 1')
+    command = [sys.executable, "-P", "-c", CTRL_C, str(job[1].path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    while not (slurm.path / "begun").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, complaints = process.communicate(timeout=60)
+    assert shown == "17\n" and [call.split()[0] for call in slurm.calls()] == ["sbatch"], complaints
+    assert process.returncode == -signal.SIGINT and "stops as soon as it is known" in complaints, "it was heard, too"
 
 
 ASKS: list[Callable[[SlurmLauncher, Job, JobFolder], object]] = [
