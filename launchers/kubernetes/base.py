@@ -15,7 +15,7 @@ from configs.errors import ConfigError, CrosstuneError
 from configs.schema.launch import ClusterConfig
 from configs.schema.launcher_kubernetes import KubernetesLauncherConfig
 from launchers.base import Launcher, UnknownOutcomeError, tail
-from launchers.job import Job, JobFolder, Mark, Report, Word
+from launchers.job import Job, JobFolder, Report, Word
 from launchers.kubernetes import Manifest
 from launchers.kubernetes import pods as told
 from launchers.kubernetes.api import EVENTS, PODS, Api, Resource
@@ -208,7 +208,7 @@ class KubernetesLauncher(Launcher):
             word, detail = Word.running, "it is being ended"
         elif word is Word.pending and not pods:
             troubles = self.why_no_pods(api, found)
-        elif word is Word.failed and any(mark.exit_code is not None for mark in marks_of(job, folder)):
+        elif word is Word.failed and any(mark.exit_code is not None for mark in folder.marks(since=job.attempt)):
             word = Word.ended  # the run itself tells how: what its controller made of it says nothing more
         return Report(word, "; ".join(part for part in (detail, troubles) if part))
 
@@ -267,7 +267,7 @@ class KubernetesLauncher(Launcher):
             yield from tail(self._own_file(job, folder, node), lambda: False)
 
     def _own_file(self, job: Job, folder: JobFolder, node: int) -> Any:
-        marks = marks_of(job, folder)
+        marks = folder.marks(since=job.attempt)
         return folder.output(marks[0].attempt if marks else job.attempt, node)
 
     def _pod_lines(self, api: Api, job: Job, folder: JobFolder, node: int, follow: bool) -> Iterator[str]:
@@ -288,8 +288,3 @@ class KubernetesLauncher(Launcher):
                 yield from lines_of(api, pod, self.container, follow=follow)
             if not follow or (last and not pods):
                 return
-
-
-def marks_of(job: Job, folder: JobFolder) -> list[Mark]:
-    """Marks of the job's latest attempt; those of a job that ran in the folder before say nothing of this one."""
-    return [mark for mark in folder.marks() if mark.attempt >= job.attempt]

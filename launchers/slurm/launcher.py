@@ -200,7 +200,7 @@ def last_words(output: Path) -> str:
 
 def _saved(job: Job, folder: JobFolder, restarts: int) -> bool:
     """Whether all machines saved in the attempt that Slurm tells of; an earlier one's marks say nothing of it."""
-    codes = [mark.exit_code for mark in folder.marks() if mark.attempt >= job.attempt + restarts]
+    codes = [mark.exit_code for mark in folder.marks(since=job.attempt + restarts)]
     return len(codes) == job.spec.nodes and set(codes) == {EXIT_RESUMABLE}
 
 

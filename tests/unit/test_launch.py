@@ -185,6 +185,17 @@ def test_setup_scripts_come_first_and_no_word_is_read_twice(tmp_path: Path) -> N
     assert missing.returncode != 0, "a setup script that is not there must not be passed over"
 
 
+def test_a_log_is_not_that_of_the_job_before(tmp_path: Path) -> None:
+    folder, scheduler = JobFolder.of_run(tmp_path), Scheduler(options().launcher, options().cluster)
+    for attempt in (0, 1):
+        folder.mark(mark(0, 3, attempt=attempt))
+        folder.logs(attempt, 0).mkdir(parents=True)
+        folder.output(attempt, 0).write_text(f"attempt {attempt}\n")
+    job = Job(spec(tmp_path), 0.0, {"id": "0"})
+    assert list(scheduler.log(job, folder, 0, follow=False)) == ["attempt 1"]
+    assert list(scheduler.log(replace(job, attempt=2), folder, 0, follow=False)) == []
+
+
 def test_a_log_is_followed_to_its_last_line(tmp_path: Path) -> None:
     log, looks = tmp_path / "log", iter([True, True, True, False])
 
