@@ -29,7 +29,6 @@ CASES = {
 # The engines' own tests cover the rest of the matrix in one process; here each case is a command of its own.
 IN_DEFAULT_SUITE = {
     ("full", "padded"),
-    ("full", "zero2"),
     ("full", "zero3"),
 }
 

@@ -224,6 +224,7 @@ WELL = "long but well"
 FAST = ["stopped with the store", "slow reader", "slow writer", "ring"]
 
 
+@pytest.mark.slow
 def test_the_late_rank_is_named_and_all_end(folder: Path, tmp_path: Path) -> None:
     begun = {name: run_case(name, folder, tmp_path / name) for name in [*FAST, WELL]}
     for name in FAST:

@@ -139,6 +139,7 @@ def on_cpu(road):
     return {tuning: road.losses(f"cpu-{tuning}") for tuning in ("lora", "full")}
 
 
+@pytest.mark.slow
 def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
     """Rank 1 dies in a collective about halfway through the 8 steps; the parent tells it from the one that noticed."""
     words = [*road.words("killed", "lora"), *PLAIN_KERNELS, "device=ascend", "nproc=2", "sharding=zero3"]

@@ -192,6 +192,7 @@ def test_bf16_where_it_does_not_work(home, capfd, monkeypatch):
     assert "model.precision: bf16 does not work" in message and "model.precision=auto" in message
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_worker_is_shown_once_by_the_real_command(home, tmp_path):
     settings = SOUND | {"nproc": "2", "tuning.targets": "[q_prj]", "run_dir": str(tmp_path / "run")}
     words = [sys.executable, "-P", "-m", "launchers.cli", "train", *(f"{k}={v}" for k, v in settings.items())]

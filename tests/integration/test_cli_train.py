@@ -144,6 +144,7 @@ def test_resume_from_another_folder_without_the_records_and_never_on_another_bas
     assert "differs from the model that the run began with: model.safetensors" in shown
 
 
+@pytest.mark.slow
 def test_figures_of_a_model_leave_the_working_folder_alone(home, tmp_path):
     prepared = [f"model.path={home / 'model'}", f"dataset.path={home / 'data.jsonl'}", "max_length=128", "out=prepared"]
     crosstune("prep", *prepared, "dataset.test_fraction=0.3", f"cache_dir={tmp_path}", cwd=tmp_path)

@@ -95,6 +95,7 @@ def test_local_makes_what_one_process_makes(tmp_path, model, settings, dedup):
         assert made.manifest["duplicates"]["removed"] > 0
 
 
+@pytest.mark.slow
 def test_tasks_that_are_done_are_not_done_again(tmp_path, model):
     executor = LocalConfig(work_dir=str(tmp_path / "work with space"), tasks=2, workers=2)
     first = prepare(config(tmp_path, executor), model, out=tmp_path / "one")

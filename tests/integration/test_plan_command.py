@@ -44,7 +44,7 @@ def words_of(place, *more):
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["tuning=full", "nproc=1"], id="full"),
+        pytest.param(["tuning=full", "nproc=1"], id="full", marks=pytest.mark.slow),
         pytest.param(["tuning=lora", "sharding=zero2", "nproc=2"], id="lora-zero2-2", marks=pytest.mark.slow),
         pytest.param(["tuning=full", "checkpoint.every=2"], id="asynchronous-save", marks=pytest.mark.slow),
     ],

@@ -134,6 +134,7 @@ def test_killed_and_stopped_it_leaves_nobody_and_goes_on(tmp_path: Path) -> None
     assert not [path for path in tmp_path.glob(".*") if path.suffix != ".lock"]
 
 
+@pytest.mark.slow
 def test_a_line_of_200_mb_takes_no_memory(tmp_path: Path) -> None:
     good = json.dumps({"text": "a sound row"})
     with (tmp_path / "rows.jsonl").open("w") as file:

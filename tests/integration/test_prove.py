@@ -56,6 +56,7 @@ def proof_in(folder: Path):
     return json.loads((folder / "proof.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_proven_equal_and_the_user_s_own_runs_stay(words, tmp_path):
     mine = tmp_path / "runs/mine"
     mine.mkdir(parents=True)

@@ -335,6 +335,7 @@ def test_the_first_ctrl_c_saves_and_the_second_ends_at_once(kit, tmp_path):
         kit.nothing_is_left(1)
 
 
+@pytest.mark.slow
 def test_whoever_kills_the_client_leaves_nothing_even_behind_a_jump_host(kit, tmp_path):
     run = tmp_path / "run"
     with kit.lab.ssh_config.open("a") as config:
@@ -396,6 +397,7 @@ def test_what_keeps_machines_from_taking_part_is_told_of_all_before_anything_sta
     assert not list(tmp_path.rglob("attempts")) and not list(tmp_path.rglob(".seen-*"))
 
 
+@pytest.mark.slow
 def test_hosts_without_a_shared_folder_get_the_job_and_give_back_marks_and_logs(kit, tmp_path):
     run = tmp_path / "run"
     for name in ("n0", "n1"):

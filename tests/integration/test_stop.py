@@ -87,10 +87,10 @@ def to_every_process(process: subprocess.Popen[str], number: int) -> None:
 @pytest.mark.parametrize(
     ("number", "to", "command"),
     [
-        (signal.SIGTERM, to_every_process, "run"),
+        pytest.param(signal.SIGTERM, to_every_process, "run", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, to_the_command, "train", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, to_the_command, "train", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, to_every_process, "train", marks=pytest.mark.slow),
+        (signal.SIGINT, to_every_process, "train"),
     ],
 )
 def test_two_workers_save_and_leave(home, tmp_path, number, to, command):
