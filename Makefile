@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: install install-test demo standin test test-all check lint composition bench clean
+.PHONY: install install-test demo standin test test-all check bench clean
 
 install: $(VENV)/installed
 install-test: $(VENV)/installed-test
@@ -47,17 +47,13 @@ test: install-test
 test-all: install-test
 	$(BIN)/python -m pytest
 
-check: lint composition
-
-lint: install-test
+check: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -P tests/lint_vendor_names.py
-
-composition: install-test
-	$(BIN)/python -m pytest tests/unit/test_compose.py
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit/test_compose.py
 
 bench: install-test
 	$(BIN)/python -m tests.bench
