@@ -28,6 +28,7 @@ from launchers.node import AUTO, copied_to, place, what_ranks_see
 from launchers.spec import ATTEMPT, MASTER, NODE, LaunchSpec, drawn_port, environment_hash, make_spec
 from launchers.supervise import StopSignals, supervise
 from launchers.sweep import configs_of, with_own_port
+from train.checkpoint.together import LostContactError
 
 NASTY = "a b'c\"d$(touch /tmp/never)`x`\n\\e;&é"
 
@@ -138,6 +139,8 @@ def test_the_root_cause_is_the_first_fault_and_not_what_followed() -> None:
     assert found is not None and found[0] is late and "DataError of rank 3" in str(found[1])
     killed = mark(1, 3, fault=fault("WorkerLostError", 13.0, rank=3))
     assert root_cause([follows, stopped, killed])[0] is killed  # type: ignore[index]
+    saving = mark(0, 3, fault=fault(LostContactError.__name__, 10.0))  # in a save, where the killed one was missed
+    assert root_cause([saving, stopped, killed])[0] is killed  # type: ignore[index]
     assert root_cause([follows, mark(1, 3, fault=fault("UnexpectedError", 10.5, rank=2))])[0].node == 1  # type: ignore[index]
     assert root_cause([mark(0, 3)]) is None
     assert isinstance(from_json(fault("NoSuchKind", 1.0)), Exception)
