@@ -284,9 +284,9 @@ def root_cause(marks: Sequence[Mark]) -> tuple[Mark, CrosstuneError] | None:
 
 
 FOLLOW = ("WorkerLostError", "LostContactError", "UnexpectedError", "StoppedError")
-"""Kinds of faults from the likeliest cause to the least: a killed process, which its parent tells only at the end; a save
-in which the others no longer answered; what nobody foresaw, mostly the loss of a peer; a save upon the signal with which
-a launcher ends the other machines."""
+"""Kinds of faults from the likeliest cause to the least: a killed process, which its parent tells only at the end; a
+save in which the others no longer answered; what nobody foresaw, mostly the loss of a peer; a save upon the signal with
+which a launcher ends the other machines."""
 
 
 def _remote(fault: Mapping[str, Any]) -> int:
