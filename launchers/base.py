@@ -182,9 +182,7 @@ class Launcher(ABC):
 
 
 def _latest_attempt(job: Job, folder: JobFolder) -> int:
-    """By the names of folders alone: a log that is followed asks often, and the marks may be hundreds of files."""
-    begun = [int(path.name) for path in (folder.path / "attempts").glob("[0-9]*")]
-    return max([job.attempt, *begun])  # earlier ones are of jobs that were here before
+    return max([job.attempt, *folder.begun()])  # earlier ones are of jobs that were here before
 
 
 def tail(path: Path, more: Any) -> Iterator[str]:

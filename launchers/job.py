@@ -186,11 +186,10 @@ class JobFolder:
             attempt: its number; None: the latest that has any.
             since: earlier attempts do not count; those before `Job.attempt` are of jobs that were here before.
         """
-        folders = sorted((path for path in (self.path / "attempts").glob("[0-9]*")), key=lambda path: int(path.name))
-        numbered = [path for path in folders if int(path.name) >= since]
-        chosen = [path for path in numbered if attempt is None or int(path.name) == attempt][-1:]
+        begun = [number for number in self.begun() if number >= since]
+        chosen = max(begun, default=None) if attempt is None else attempt if attempt in begun else None
         found = []
-        for file in (file for path in chosen for file in path.glob("node-*.json")):
+        for file in [] if chosen is None else self.mark_file(chosen, 0).parent.glob("node-*.json"):
             try:
                 mark = Mark(**json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
@@ -198,10 +197,13 @@ class JobFolder:
             found.append(mark if _readable(mark.fault) else replace(mark, fault=None))
         return sorted(found, key=lambda mark: mark.node)
 
+    def begun(self) -> list[int]:
+        """Attempts that have marks, by the names of their folders alone: the marks may be hundreds of files."""
+        return [int(path.name) for path in (self.path / "attempts").glob("[0-9]*")]
+
     def next_attempt(self, former: Job) -> int:
         """The number of the first attempt of another submission: none is used twice."""
-        begun = [int(path.name) for path in (self.path / "attempts").glob("[0-9]*")]
-        return max(begun) + 1 if begun else former.attempt
+        return max((number + 1 for number in self.begun()), default=former.attempt)
 
     @property
     def cancel_mark(self) -> Path:

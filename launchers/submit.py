@@ -99,20 +99,19 @@ def _as_they_were(files: Sequence[Path]) -> Iterator[None]:
 
     They are copied beforehand and renamed back, so that a disk that is full meanwhile does not matter.
     """
-    kept: dict[Path, Path] = {}
+    kept = {file: file.with_name(f".{file.name}.before") for file in files if file.is_file()}
     try:
-        for file in files:
-            if file.is_file():
-                kept[file] = file.with_name(f".{file.name}.before")
-                write_whole(kept[file], file.read_text(encoding="utf-8"))
-        yield
-    except UnknownOutcomeError:
-        raise
-    except BaseException:
-        for file in files:
-            with suppress(OSError):  # the fault that is already told counts
-                kept[file].replace(file) if file in kept else file.unlink(missing_ok=True)
-        raise
+        for file, copy in kept.items():
+            write_whole(copy, file.read_text(encoding="utf-8"))
+        try:
+            yield
+        except UnknownOutcomeError:
+            raise
+        except BaseException:
+            for file in files:
+                with suppress(OSError):  # the fault that is already told counts
+                    kept[file].replace(file) if file in kept else file.unlink(missing_ok=True)
+            raise
     finally:
         for copy in kept.values():
             with suppress(OSError):

@@ -392,9 +392,10 @@ def test_a_disk_that_is_full_meanwhile_leaves_the_job_that_was_there(tmp_path: P
         raise StorageError(str(path), "cannot be written: No space left on device")
 
     monkeypatch.setattr(JobFolder, "write", full)
-    with pytest.raises(StorageError, match=r"job\.json: cannot be written"):
-        launch.launch(job_of(tmp_path / "r", "nodes=2"))
-    assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
+    for first in (r"/job\.json", r"/\.job\.json\.before"):  # the second time it is full from the beginning
+        with pytest.raises(StorageError, match=f"{first}: cannot be written"):
+            launch.launch(job_of(tmp_path / "r", "nodes=2"))
+        assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
 
 
 def test_a_resume_takes_words_of_the_launch_and_a_refused_one_leaves_all_as_it_was(tmp_path: Path, monkeypatch) -> None:
