@@ -186,10 +186,9 @@ class JobFolder:
             attempt: its number; None: the latest that has any.
             since: earlier attempts do not count; those before `Job.attempt` are of jobs that were here before.
         """
-        begun = [number for number in self.begun() if number >= since]
-        chosen = max(begun, default=None) if attempt is None else attempt if attempt in begun else None
+        begun = [number for number in self.begun() if number >= since and attempt in (None, number)]
         found = []
-        for file in [] if chosen is None else self.mark_file(chosen, 0).parent.glob("node-*.json"):
+        for file in self.mark_file(max(begun), 0).parent.glob("node-*.json") if begun else ():
             try:
                 mark = Mark(**json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):

@@ -131,6 +131,19 @@ def test_a_state_is_the_schedulers_word_and_the_marks(
     assert state_of(Report(word), marks, 2, cancelled=cancelled) is expected
 
 
+def test_marks_are_those_of_one_attempt_and_of_no_job_that_was_here_before(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    for attempt in (0, 3, 1000):  # by number, not by name
+        folder.mark(mark(0, attempt=attempt))
+        folder.mark(mark(1, attempt=attempt))
+    for asked, since, expected in ((None, 0, 1000), (3, 0, 3), (3, 3, 3), (None, 4, 1000), (3, 4, None), (1, 0, None)):
+        found = folder.marks(asked, since=since)
+        assert [(each.attempt, each.node) for each in found] == (
+            [] if expected is None else [(expected, 0), (expected, 1)]
+        )
+    assert folder.marks(since=1001) == [] and sorted(folder.begun()) == [0, 3, 1000]
+
+
 def test_the_root_cause_is_the_first_fault_and_not_what_followed() -> None:
     late = mark(1, 3, fault=fault("DataError", 12.0, rank=3))
     follows = mark(0, 3, fault=fault("UnexpectedError", 11.0))  # "connection closed by peer", told sooner
