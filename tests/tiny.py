@@ -71,8 +71,8 @@ CHATML = (
 _TEXT = "the quick brown fox jumps over a lazy dog. which licence is this? apache mit bsd gpl 0123456789 :,-\n"
 
 
-def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:
-    """A folder as a user has it: config, safetensors, byte-level BPE tokenizer with a ChatML template, pad == eos."""
+def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Writes a byte-level BPE tokenizer with a ChatML template, pad == eos, of at most 300 tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -86,8 +86,14 @@ def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **cha
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
-    tiny_model(family, seed=seed, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:
+    """A folder as a user has it: config, safetensors and tokenizer."""
+    tokenizer = save_tiny_tokenizer(folder)
+    tiny_model(family, seed=seed, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
     return folder
 
 
