@@ -156,8 +156,10 @@ def make_engine(
     device.seed(cfg.seed)
     attention = register() if packed else "sdpa"
     model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
+    if not packed and (own := model.config._attn_implementation) != attention:
+        note(f"attention: {own}, the only one that {type(model).__name__} knows")
     tuning = build(cfg.tuning, Tuning)
-    module = tuning.apply(model, family)
+    module = tuning.apply(model, family, note)
     if cfg.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained, total = count_parameters(module)
@@ -188,7 +190,8 @@ def row_kind(packing: Packing, family: Family, note: Note) -> RowKind:
             f"on, but family '{family.model_type}' is not proven to keep packed samples apart",
             allowed="auto (one sample a row, exact by construction), off (padded rows)",
         )
-    note(f"packing: family '{family.model_type}' is not proven exact, so each row holds one sample")
+    known = "is not proven exact" if family.listed else "is not one that crosstune knows (docs/families.md)"
+    note(f"packing: family '{family.model_type}' {known}, so each row holds one sample")
     return RowKind.single
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -17,11 +18,26 @@ class TuningConfig:
     """A subclass of ``train.tuning.base.Tuning``."""
 
 
+class Frozen(Enum):
+    """Parts that full fine-tuning may leave as they are."""
+
+    vision = "vision"
+    """The vision tower and its projector."""
+    embeddings = "embeddings"
+    """Input and output embeddings."""
+    routed_experts = "routed_experts"
+    shared_experts = "shared_experts"
+    attention = "attention"
+    mlp = "mlp"
+
+
 @dataclass
 class FullConfig(TuningConfig):
     """All parameters train."""
 
     _target_: str = "train.tuning.full.FullTuning"
+    frozen: list[Frozen] = field(default_factory=lambda: [Frozen.vision])
+    """Parts that stay as they are; ``[]`` trains a vision tower too. What no gradient reaches stays in any case."""
 
 
 @dataclass
@@ -34,7 +50,8 @@ class LoraConfig(TuningConfig):
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)
-    """Names of the linear modules to adapt; empty: the attention and MLP projections of the model's family."""
+    """Parts, e.g. ``attention+mlp``: attention, mlp (dense layers and shared experts), shared_experts, routed_experts,
+    vision, hyper_connections; or last names of linear modules. Empty: attention and mlp."""
     first_layer: int = 0
     """Layers below this one stay as they are, which also saves their backward pass."""
 

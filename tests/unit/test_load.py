@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from configs.errors import DeviceError, ModelError
 from configs.schema.device import DeviceConfig
 from configs.schema.model import ModelConfig, Precision
 from tests.tiny import save_tiny_model, tiny_model
+from tests.tiny_families import CONFIGS, save
 from train.devices.cpu import CpuDevice
 from train.models.load import ensure_model, load_model, resolve_precision
 
@@ -53,7 +55,7 @@ def test_full_memory_is_not_blamed_on_the_folder(tmp_path, monkeypatch):
     def full(*args, **options):
         raise RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", full)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         load_model(save_tiny_model(tmp_path / "m"), dtype=torch.float32)
 
@@ -78,3 +80,25 @@ def test_the_tiny_model_of_the_tests_has_logits_that_differ_by_token():
     model = tiny_model("llama")
     logits = model(input_ids=torch.arange(3, 20)[None]).logits[0]
     assert logits.argmax(-1).unique().numel() > 3
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_family_opens_whole_whatever_auto_classes_make_of_it(name, tmp_path):
+    """AutoModelForCausalLM drops the tower of Qwen3.5 and does not know Kimi K2.5, Step-3.7, M3 and GLM-5.3."""
+    model = load_model(save(name, tmp_path), dtype=torch.bfloat16)
+    assert type(model).__name__ == CONFIGS[name][0] and not model.training
+    assert model.config._attn_implementation == ("eager" if name == "deepseek_v4" else "sdpa")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert ("vision_config" in config) == any("vis" in n for n, _ in model.named_parameters())
+    for part, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        small = part.endswith("e_score_correction_bias") or any(f".{hc}." in part for hc in ("attn_hc", "ffn_hc"))
+        if small:
+            assert tensor.dtype == torch.float32, part
+    assert sum(p.dtype == torch.bfloat16 for p in model.parameters()) > len(list(model.parameters())) / 2
+
+
+def test_an_architecture_that_only_remote_code_has_is_opened_by_the_config(tmp_path):
+    """The hub's Kimi K2.5 names KimiK25ForConditionalGeneration, which transformers calls otherwise."""
+    config = json.loads((save("kimi_k25", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["KimiK25ForConditionalGeneration"]}))
+    assert type(load_model(tmp_path, dtype=torch.float32)).__name__ == "Kimi_K25ForConditionalGeneration"

@@ -96,7 +96,7 @@ def test_rows_of_one_sample_keep_their_attention():
 
 def test_a_family_whose_layers_are_not_known_is_left_alone():
     """Such as every model that brings its own code."""
-    used, line = choose(tiny_model(), family=Family("strange", packing_exact=False, lora_targets=None), packed=False)
+    used, line = choose(tiny_model(), family=Family.unlisted("strange"), packed=False)
     assert used == () and line.count("the layers of family 'strange' are not known") == 1
 
 

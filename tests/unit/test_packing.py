@@ -26,8 +26,8 @@ def packed(model, samples):
     return collate((tuple(range(len(samples))),), samples.__getitem__, kind=RowKind.packed, device=CPU)
 
 
-def test_every_family_that_is_called_exact_is_tested_here():
-    assert set(FAMILIES) == set(TINY_CONFIGS)
+def test_every_family_whose_layers_have_kernels_is_tested_here():
+    assert {name for name, family in FAMILIES.items() if family.layers} == set(TINY_CONFIGS)
 
 
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))

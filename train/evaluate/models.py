@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from configs.compose import build
 from configs.errors import CheckpointError
 from train.devices.base import Device
-from train.export.adapter import peft_config
 from train.export.trained import Trained
+from train.models.families import family_of
 from train.models.load import load_model
+from train.tuning.base import Tuning
 
 
 def compute_dtype(working: torch.dtype, device: Device) -> torch.dtype:
@@ -49,10 +51,8 @@ def put_training_on(model: Any, trained: Trained) -> Any:
     """
     wrapped = model
     if trained.is_lora:
-        from peft import get_peft_model
-
-        config = peft_config(trained, trained.pairs)
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+        family = family_of(model.config, trust_remote_code=trained.cfg.model.trust_remote_code)
+        wrapped = build(trained.cfg.tuning, Tuning).apply(model, family)
     parameters = dict(wrapped.named_parameters())
     strange = [name for name in trained.reader.params if name not in parameters]
     if strange:

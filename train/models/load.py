@@ -21,6 +21,7 @@ from filelock import FileLock
 from configs.errors import ModelError, StorageError, first_line
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
 from train.devices.base import DTYPES, Device, memory_is_full
+from train.models.classes import attention_for, keeping_small_parts_in_fp32, model_class
 from train.models.gguf import dequantise
 
 logger = logging.getLogger(__name__)
@@ -175,19 +176,26 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
-    """A causal language model in eval mode on the CPU, weights memory-mapped from safetensors.
+    """A language model in eval mode on the CPU, whole (with its vision tower), memory-mapped from safetensors.
+
+    Args:
+        model_dir: folder with config.json and safetensors.
+        dtype: of the weights, save those that the family keeps in fp32.
+        attention: implementation; ``sdpa`` becomes ``eager`` where the family knows no other.
+        trust_remote_code: run Python found in the folder.
 
     Raises:
         ModelError: transformers does not know the architecture, or the weights do not fit the config.
     """
-    from transformers import AutoModelForCausalLM
-
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
     _quiet()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        chosen = model_class(config, trust_remote_code=trust_remote_code)
+        model, info = keeping_small_parts_in_fp32(chosen).from_pretrained(
             str(model_dir),
+            config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention_for(chosen, attention),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
@@ -196,6 +204,8 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         if memory_is_full(error):  # no fault of the folder's
             raise
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # a class of the folder's own code
+            return load_model(model_dir, dtype=dtype, attention="eager", trust_remote_code=trust_remote_code)
         raise ModelError(
             "model.path", f"'{model_dir}' does not open: {first_line(error) or type(error).__name__}"
         ) from None

@@ -13,6 +13,7 @@ from configs.compose import build
 from configs.errors import ModelError, first_line
 from configs.schema.roots import TrainConfig
 from train.data.plan import RowKind
+from train.models.classes import from_config
 from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.objectives.base import Objective
@@ -53,16 +54,11 @@ class Model:
         return self._modules[key]
 
     def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
+        trusted = self.cfg.model.trust_remote_code
+        attention = register() if packed else "sdpa"
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    self.config,
-                    dtype=dtype,
-                    attn_implementation=register() if packed else "sdpa",
-                    trust_remote_code=self.cfg.model.trust_remote_code,
-                )
+                model = from_config(self.config, dtype=dtype, attention=attention, trust_remote_code=trusted)
         except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ModelError(
                 str(self.model_dir / "config.json"),

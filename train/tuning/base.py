@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import nn
 
 from train.models.families import Family
+
+Note = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """Tells nobody."""
 
 
 class Tuning(ABC):
@@ -15,8 +22,13 @@ class Tuning(ABC):
     name: str
 
     @abstractmethod
-    def apply(self, model: nn.Module, family: Family) -> nn.Module:
+    def apply(self, model: nn.Module, family: Family, note: Note = quiet) -> nn.Module:
         """Sets `requires_grad` on exactly the parameters that train and returns the module to train.
+
+        Args:
+            model: of transformers.
+            family: its facts.
+            note: takes what the user should know of the choice.
 
         Raises:
             ConfigError: the method cannot be applied to this model.

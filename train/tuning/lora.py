@@ -6,63 +6,47 @@ from typing import Any
 
 from torch import nn
 
-from configs.errors import ConfigError, nearest
+from configs.errors import ConfigError
 from configs.schema.tuning import LoraConfig
 from train.models.families import Family
-from train.tuning.base import Tuning
+from train.tuning.base import Note, Tuning, quiet
+from train.tuning.targets import KEY, Targets, resolve
 
 
 class LoraTuning(Tuning):
-    """Low-rank adapters beside linear modules (Hu et al. 2021, arXiv:2106.09685)."""
+    """Low-rank adapters beside linear modules and on stacked expert weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     name = "lora"
 
     def __init__(self, cfg: LoraConfig) -> None:
         self.cfg = cfg
 
-    def apply(self, model: nn.Module, family: Family) -> nn.Module:
+    def apply(self, model: nn.Module, family: Family, note: Note = quiet) -> nn.Module:
         """The model with adapters, everything else frozen.
 
         Raises:
-            ConfigError: a target names no linear module, or `first_layer` leaves none.
+            ConfigError: a target means nothing on this model, `first_layer` leaves none, or dropout cannot be had.
         """
         from peft import get_peft_model
 
-        modules = self.target_modules(model, family)
+        targets = resolve(model, family, self.cfg.targets, self.cfg.first_layer)
+        if targets.parameters and self.cfg.dropout:
+            raise ConfigError(
+                "tuning.dropout",
+                f"{self.cfg.dropout:g}, but {len(targets.parameters)} targets are adapted as whole weights, where no "
+                f"input can be dropped: {targets.parameters[0]}",
+                allowed="0 with these targets",
+                remedy="tuning.dropout=0, or targets without MLPs and experts",
+            )
         # The engine keeps fp32 masters of whatever trains: the adapters stay in the working dtype like the base.
-        adapted: nn.Module = get_peft_model(model, peft_config(self.cfg, modules), autocast_adapter_dtype=False)
+        adapted: nn.Module = get_peft_model(model, peft_config(self.cfg, targets), autocast_adapter_dtype=False)
+        _require_intent(adapted, targets)
+        for line in targets.describe():
+            note(f"lora: {line}")
         return adapted
 
-    def target_modules(self, model: nn.Module, family: Family) -> list[str]:
-        """Full names of the linear modules that get an adapter."""
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-        last_names = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        targets = self.cfg.targets or list(family.lora_targets or last_names)
-        for target in self.cfg.targets:
-            if target not in last_names:
-                near = nearest(target, last_names)
-                raise ConfigError(
-                    "tuning.targets",
-                    f"'{target}' is no linear module of this model" + (f"; did you mean '{near}'?" if near else ""),
-                    allowed=", ".join(last_names),
-                )
-        chosen = [n for n in linear if n.rsplit(".", 1)[-1] in targets and self._layer(n) >= self.cfg.first_layer]
-        if not chosen:
-            raise ConfigError(
-                "tuning.first_layer",
-                f"{self.cfg.first_layer} leaves no module to adapt",
-                allowed=f"below {1 + max((self._layer(n) for n in linear), default=0)}",
-            )
-        return chosen
 
-    @staticmethod
-    def _layer(name: str) -> int:
-        """Index of the layer that a module lies in; modules outside the stack count as above it."""
-        return next((int(part) for part in name.split(".") if part.isdigit()), 1 << 30)
-
-
-def peft_config(cfg: LoraConfig, modules: list[str]) -> Any:
+def peft_config(cfg: LoraConfig, targets: Targets) -> Any:
     """The same adapters as peft describes them."""
     from peft import LoraConfig as PeftLoraConfig
 
@@ -70,6 +54,36 @@ def peft_config(cfg: LoraConfig, modules: list[str]) -> Any:
         r=cfg.rank,
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
-        target_modules=modules,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         task_type="CAUSAL_LM",
     )
+
+
+def adapted_weights(module: nn.Module) -> set[str]:
+    """Names of the base model's weights that have an adapter in a module that peft wrapped."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    found = set()
+    for path, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        plain = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        found.add(f"{plain}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}")
+    return found
+
+
+def _require_intent(adapted: nn.Module, targets: Targets) -> None:
+    """Peft reads targets its own way on some families; what it made is held against what was meant.
+
+    Raises:
+        ConfigError: it adapted more, or less.
+    """
+    meant, made = {w.name for w in targets.weights}, adapted_weights(adapted)
+    if meant != made:
+        raise ConfigError(
+            KEY,
+            f"peft adapted {len(made - meant)} weights that were not meant and left out {len(meant - made)}: "
+            + ", ".join(sorted(meant ^ made)[:5]),
+            remedy="please report this with the model's config.json; other targets may work",
+        )

@@ -115,18 +115,12 @@ class Probe:
         if self.cfg.layers:
             self.device.seed(0)
             return self._from_config(config, dtype)
-        try:
-            return load_model(self.model_dir, dtype=dtype, trust_remote_code=trusted)
-        except ModelError as error:
-            if "attn_implementation" not in str(error) and "scaled_dot_product" not in str(error):
-                raise
-            return load_model(self.model_dir, dtype=dtype, attention="eager", trust_remote_code=trusted)
+        return load_model(self.model_dir, dtype=dtype, trust_remote_code=trusted)
 
     def _from_config(self, config: Any, dtype: Any) -> Any:
-        from transformers import AutoModelForCausalLM
+        from train.models.classes import from_config
 
-        trusted = self.cfg.model.trust_remote_code
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        return from_config(config, dtype=dtype, trust_remote_code=self.cfg.model.trust_remote_code)
 
     def _step(self, model: Any, config: Any) -> None:
         """Forward and backward on random tokens, then two tokens of greedy decoding."""

@@ -1,0 +1,22 @@
+"""What each model family needs. A family that is not listed gets the safe path and is told so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.models.families.facts import Family, Layers
+from train.models.families.table import FAMILIES
+
+__all__ = ["FAMILIES", "Family", "Layers", "family_of"]
+
+
+def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
+    """The family of a transformers config; an unknown one is not packed and LoRA adapts all its linear modules.
+
+    A model that brings its own code is unknown whatever it calls itself: its layers may ignore the boundaries.
+    """
+    model_type = str(config.model_type)
+    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if trust_remote_code and brings_code:
+        return Family.unlisted(model_type)
+    return FAMILIES.get(model_type) or Family.unlisted(model_type)

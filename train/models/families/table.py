@@ -1,0 +1,118 @@
+"""The families that crosstune knows, by measurement on the pinned transformers; `docs/families.md` has the proofs."""
+
+from __future__ import annotations
+
+from train.models.families.facts import Family, Layers
+
+_SOFTMAX = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLA = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+"""Multi-head latent attention (arXiv:2405.04434); `q_proj` where the query has no low rank."""
+_GATED_DELTA = (*_SOFTMAX, "in_proj_qkv", "in_proj_qkvz", "in_proj_z", "out_proj")
+_KIMI_DELTA = tuple(dict.fromkeys((*_SOFTMAX, "g_proj", "g_a_proj", "g_b_proj", *_MLA)))
+"""Kimi delta attention (arXiv:2510.26692) in some layers, latent attention in the others."""
+
+_INDEXER = r"\.indexer\."
+_INDEXER_REASON = (
+    "the indexer only chooses what attention looks at, so the language-model loss gives it no gradient; "
+    "objective.indexer_kl trains it"
+)
+_CHOICE_REASON = "the indexer only chooses what attention looks at, so the language-model loss gives it no gradient"
+
+
+def _dense(name: str, prefix: str, title: str) -> Family:
+    """Softmax attention and a gated MLP, in layers of which devices may have faster versions."""
+    layers = Layers(
+        module=f"transformers.models.{name}.modeling_{name}",
+        rms_norm=f"{prefix}RMSNorm",
+        rotary=f"{prefix}Attention",
+        swiglu=f"{prefix}MLP",
+    )
+    return Family(name, title, _SOFTMAX, layers=layers)
+
+
+def _qwen35(model_type: str, title: str, mixer: str, *, routed: bool = False) -> Family:
+    return Family(model_type, title, _GATED_DELTA, packed_mixers=(mixer,), router_loss=routed)
+
+
+_FAMILIES = (
+    _dense("llama", "Llama", "Llama 3, R1 distills of it"),
+    _dense("mistral", "Mistral", "Mistral"),
+    _dense("qwen2", "Qwen2", "Qwen2.5, R1 distills of it"),
+    _dense("qwen3", "Qwen3", "Qwen3"),
+    _qwen35("qwen3_5", "Qwen3.5", "Qwen3_5GatedDeltaNet"),
+    _qwen35("qwen3_5_text", "Qwen3.5, text only", "Qwen3_5GatedDeltaNet"),
+    _qwen35("qwen3_5_moe", "Qwen3.5 MoE", "Qwen3_5MoeGatedDeltaNet", routed=True),
+    _qwen35("qwen3_5_moe_text", "Qwen3.5 MoE, text only", "Qwen3_5MoeGatedDeltaNet", routed=True),
+    _qwen35("qwen3_next", "Qwen3-Next", "Qwen3NextGatedDeltaNet", routed=True),
+    Family("glm4_moe", "GLM-4.5, 4.6, 4.7", _SOFTMAX),
+    Family(
+        "glm_moe_dsa",
+        "GLM-5",
+        _MLA,
+        packed_mixers=("GlmMoeDsaAttention",),
+        untrained=_INDEXER,
+        untrained_reason=_INDEXER_REASON,
+    ),
+    Family(
+        "glm5_next",
+        "GLM-5.3-Flash",
+        _KIMI_DELTA,
+        packed_mixers=("Glm5NextTextLinearAttention", "Glm5NextTextAttention"),
+        untrained=_INDEXER,
+        untrained_reason=_INDEXER_REASON,
+        router_loss=True,
+    ),
+    Family("deepseek_v2", "DeepSeek V2", _MLA),
+    Family("deepseek_v3", "DeepSeek V3, R1, Kimi K2", _MLA),
+    Family(
+        "deepseek_v32",
+        "DeepSeek V3.2",
+        _MLA,
+        packed_mixers=("DeepseekV32Attention",),
+        untrained=_INDEXER,
+        untrained_reason=_INDEXER_REASON,
+    ),
+    Family(
+        "deepseek_v4",
+        "DeepSeek V4",
+        ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"),
+        attention_parameters=("o_a_proj.weight",),
+        packed_mixers=("DeepseekV4Attention",),
+        untrained=_INDEXER,
+        untrained_reason=_CHOICE_REASON,
+        router_loss=True,
+    ),
+    Family("kimi_k25", "Kimi K2.5", _MLA),
+    Family(
+        "kimi_linear",
+        "Kimi Linear",
+        _KIMI_DELTA,
+        packed_mixers=("KimiLinearDeltaAttention",),
+    ),
+    Family(
+        "bailing_hybrid",
+        "Ling-3",
+        _KIMI_DELTA,
+        packed_mixers=("BailingHybridDeltaAttention",),
+    ),
+    Family(
+        "minimax",
+        "MiniMax-Text-01, M1",
+        (*_SOFTMAX, "qkv_proj", "out_proj", "output_gate"),
+        packed_mixers=("MiniMaxLightningAttention",),
+        router_loss=True,
+    ),
+    Family("minimax_m2", "MiniMax M2, M2.5", _SOFTMAX, router_loss=True),
+    Family(
+        "minimax_m3_vl",
+        "MiniMax M3",
+        _SOFTMAX,
+        packed_mixers=("MiniMaxM3VLAttention",),
+        untrained=_INDEXER,
+        untrained_reason=_CHOICE_REASON,
+        router_loss=True,
+    ),
+    Family("step3p7", "Step-3.7", _SOFTMAX),
+)
+
+FAMILIES = {family.model_type: family for family in _FAMILIES}
