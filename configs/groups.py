@@ -22,7 +22,7 @@ from configs.schema.launcher_kubernetes import (
 )
 from configs.schema.launcher_slurm import SlurmLauncherConfig
 from configs.schema.launcher_ssh import SshLauncherConfig
-from configs.schema.model import ModelConfig
+from configs.schema.model import ClosedModelConfig, ModelConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.optim import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, SGDConfig
 from configs.schema.outputs import CheckpointConfig, ExportConfig
@@ -54,7 +54,7 @@ ROOTS: dict[str, type[Any]] = {
 
 # group -> schema name, as an option's YAML file lists it under `defaults:` -> dataclass
 SCHEMAS: dict[str, dict[str, type[Any]]] = {
-    "model": {"model_schema": ModelConfig},
+    "model": {"model_schema": ModelConfig, "closed_schema": ClosedModelConfig},
     "dataset": {
         "files_schema": FilesDatasetConfig,
         "licenses_schema": LicensesDatasetConfig,

@@ -51,3 +51,26 @@ class ModelConfig:
                 allowed="with model.gguf_package: a plain name, that of the converted model",
                 remedy=f"model=custom model.path={self.path} takes the folder",
             )
+
+
+@dataclass
+class ClosedModelConfig(ModelConfig):
+    """A system whose weights nobody outside has: it answers with what is true and with the nearest open model."""
+
+    path: str = "closed"
+    title: str = ""
+    """As people call it."""
+    publisher: str = ""
+    does: str = ""
+    """What people use it for."""
+    nearest: str = ""
+    """Open models for that, with their hub names."""
+
+    def __post_init__(self) -> None:
+        raise ConfigError(
+            "model",
+            f"{self.title} is a service of {self.publisher} ({self.does}): its weights are not published, so nobody "
+            "else can fine-tune it",
+            allowed=f"open models for the same work: {self.nearest}",
+            remedy="model=custom model.path=FOLDER (or hf://org/name) with one of them",
+        )

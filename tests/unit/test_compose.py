@@ -21,6 +21,9 @@ from configs.schema.roots import Packing, PrepConfig, RunConfig
 from configs.schema.sharding import ZeroConfig
 from configs.schema.tuning import LoraConfig
 
+CLOSED = ("doubao", "seedance")
+"""Models that nobody can have."""
+
 BASE = {
     "prep": ["model.path=/m", "dataset.path=/d"],
     "train": ["model.path=/m", "dataset.path=/d"],
@@ -38,6 +41,7 @@ EVERY_OPTION = [
         for command in ("run", "eval")
         for group in groups_of(command)
         for option in options_of(group)
+        if option not in CLOSED
     ),
     ("prep", "model", "smollm2_135m"),
     ("train", "sharding", "zero3_offload"),
@@ -421,3 +425,14 @@ def test_a_text_that_looks_like_an_interpolation_comes_back_as_it_was(tmp_path):
     assert cfg.dataset.system == "Pay ${price} now"
     save_resolved(cfg, tmp_path / "resolved.yaml")
     assert load_resolved(tmp_path / "resolved.yaml") == cfg
+
+
+@pytest.mark.parametrize("option", CLOSED)
+def test_a_closed_model_answers_with_what_is_true_and_what_is_open(option, capsys):
+    """One fault, whatever else was typed, and exit code 2."""
+    for overrides in (
+        [f"model={option}", "dataset.path=d.jsonl"],
+        [f"model={option}", "model.path=/m", "dataset.path=d"],
+    ):
+        (fault,) = faults_of("train", *overrides)
+        assert fault.where == "model" and "its weights are not published" in str(fault) and "Qwen3.5" in str(fault)
