@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: install install-test demo standin test test-all check bench clean
+.PHONY: install install-test demo standin test test-all check families bench clean
 
 install: $(VENV)/installed
 install-test: $(VENV)/installed-test
@@ -54,6 +54,10 @@ check: install-test
 	$(BIN)/lint-imports
 	$(BIN)/python -P tests/lint_vendor_names.py
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit/test_compose.py
+
+# The table of docs/families.md: every family through every way of training, by running the tests of all its cells.
+families: install-test
+	$(BIN)/python -m tests.families_table --numprocesses 2
 
 bench: install-test
 	$(BIN)/python -m tests.bench

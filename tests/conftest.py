@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+from tests.families_table import OUTCOMES
 
 pytest_plugins = ["tests.slurm_cluster", "tests.standin"]
 
@@ -38,3 +41,16 @@ def own_environment() -> Iterator[None]:
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """A test of cells of the table of families leaves its outcome where `make families` looks for it."""
+    report = yield
+    file, marks = os.environ.get(OUTCOMES), list(item.iter_markers("cell"))
+    if file and marks and (report.when == "call" or not report.passed):
+        name = item.callspec.params["name"]
+        with open(file, "a") as out:
+            for column in {column for mark in marks for column in mark.args}:
+                out.write(json.dumps({"name": name, "column": column, "outcome": report.outcome}) + "\n")
+    return report
