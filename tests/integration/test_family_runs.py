@@ -73,7 +73,7 @@ def must_have_learned(run: Path) -> None:
     """Samples of nine tokens out of 320: whatever trains, it soon learns which nine."""
     losses = [line["loss"] for line in metrics_of(run)]
     assert len(losses) == STEPS and all(line["grad_norm"] > 0 for line in metrics_of(run))
-    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
 
 
 @pytest.mark.cell(FULL, RESUME)
@@ -103,7 +103,7 @@ def test_full_tuning_changes_all_that_has_a_gradient_and_a_resumed_run_does_the_
 @pytest.mark.cell(ATTENTION)
 @pytest.mark.parametrize("name", families(ATTENTION, ()))
 def test_lora_on_attention_learns(home, name):
-    run = home.train("lora", "tuning.targets=attention", "optim.lr=0.03")
+    run = home.train("lora", "tuning.targets=attention")
     must_have_learned(run)
     assert all("attn." in n and ".experts." not in n for n in final_weights(run))
 
@@ -111,7 +111,7 @@ def test_lora_on_attention_learns(home, name):
 @pytest.mark.cell(EXPERTS)
 @pytest.mark.parametrize("name", families(EXPERTS, ("deepseek_v32",)))
 def test_lora_on_routed_experts_learns(home, name):
-    run = home.train("experts", "tuning.targets=routed_experts", "optim.lr=0.03")
+    run = home.train("experts", "tuning.targets=routed_experts")
     must_have_learned(run)
     assert all(".experts." in n for n in final_weights(run))
 
