@@ -32,7 +32,8 @@ from train.models.load import load_config, load_model, resolve_precision
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
-from train.ops.packed_attention import register
+from train.ops.packed_mixers import attention_for_packing, wrap_mixers
+from train.ops.packing_check import check_packing
 from train.ops.select import KernelSelection
 from train.origin import Origin, begin, go_on
 from train.plan.kept import PredictionKept, foretell
@@ -86,6 +87,9 @@ def train(
         if world.rank == 0:
             foretell(cfg, run, model_dir, device, world, kind, sampler.split)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
+            if kind is RowKind.packed and cfg.check_packing:
+                place, dtype = device.torch_device, engine.working_dtype
+                check_packing(engine.forward, engine.module, family, device=place, dtype=dtype, world=world, note=note)
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             start = go_on if resume else begin
             state, run_id = start(cfg, run, engine, storage, Origin(model_dir, prepared, total_steps), note)
@@ -154,10 +158,12 @@ def make_engine(
     packed = kind is RowKind.packed
     kernels = KernelSelection(device, family, packed=packed)
     device.seed(cfg.seed)
-    attention = register() if packed else "sdpa"
+    attention = attention_for_packing(family) if packed else "sdpa"
     model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
-    if not packed and (own := model.config._attn_implementation) != attention:
+    if (own := model.config._attn_implementation) != attention:
         note(f"attention: {own}, the only one that {type(model).__name__} knows")
+    if packed and (wrapped := wrap_mixers(model, family)):
+        note(f"packing: {wrapped} layers of {', '.join(family.packed_mixers or ())} take a row sample by sample")
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
     if cfg.activation_checkpointing:

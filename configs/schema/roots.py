@@ -98,6 +98,9 @@ class TrainConfig(PrepConfig):
     micro_batch_tokens: int = 2048
     """Tokens, padding included, of one forward pass on one rank; only memory depends on it, not the gradients."""
     packing: Packing = Packing.auto
+    check_packing: bool = True
+    """Before the first step packed rows are tried on the real model; a leak from one sample into another stops the run.
+    Costs three passes over some 600 tokens."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: int = 0

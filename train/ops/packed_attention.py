@@ -5,8 +5,7 @@ checkpointing runs the layer again. The reference attends to each sample on its 
 by construction, and on CPU 5 to 12 times faster than one dense block mask over the row. A device may have one kernel
 for the whole row; it is registered under a name of its own, so that models with and without it live side by side.
 
-Not covered: mixers that are not softmax attention (gated delta, compressed attention); a family that has them is
-not packed (`train/models/families.py`).
+Not covered: mixers that are not softmax attention, or that choose what they look at (`packed_mixers.py`).
 """
 
 from __future__ import annotations
@@ -100,8 +99,10 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample, as transformers calls an attention implementation.
 
+    Layers of a vision tower, which are not causal, get the pack too; to them it means nothing.
+
     Args:
-        module: the attention layer; not read.
+        module: the attention layer.
         query: ``[b x h x t x d]``.
         key: ``[b x k x t x d]`` with k dividing h.
         value: as `key`.
@@ -116,6 +117,13 @@ def packed_attention(
     Returns:
         ``[b x t x h x d]`` and None for the weights.
     """
+    if not getattr(module, "is_causal", True):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
     assert pack is not None and attention_mask is None, "packed attention needs the boundaries, and no mask"
     assert kwargs.get("softcap") is None, "softcapped scores are not covered; the family must not be packed"
     if scaling is None:

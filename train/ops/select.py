@@ -72,8 +72,8 @@ class KernelSelection:
         """What can be said before a model is there; None: nothing."""
         if op not in self.kernels:
             return f"{self.device.name} has no version of its own"
-        if op == "attention":
-            return None if self.packed else "no row holds several samples"
+        if op == "attention" and not self.packed:
+            return "no row holds several samples"
         return None if self.family.layers else f"the layers of family '{self.family.model_type}' are not known"
 
     def _layers(self, op: str, model: Any) -> list[Any]:

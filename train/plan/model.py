@@ -17,7 +17,7 @@ from train.models.classes import from_config
 from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.objectives.base import Objective
-from train.ops.packed_attention import register
+from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.plan.trace import Event, Pass, Shape, trace
 from train.tuning.base import Tuning
 
@@ -55,7 +55,7 @@ class Model:
 
     def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
         trusted = self.cfg.model.trust_remote_code
-        attention = register() if packed else "sdpa"
+        attention = attention_for_packing(self.family) if packed else "sdpa"
         try:
             with torch.device("meta"):
                 model = from_config(self.config, dtype=dtype, attention=attention, trust_remote_code=trusted)
@@ -66,6 +66,8 @@ class Model:
             ) from None
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.config.use_cache = False
+        if packed:
+            wrap_mixers(model, self.family)
         module = build(self.cfg.tuning, Tuning).apply(model, self.family)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -60,7 +60,7 @@ class Family:
     @property
     def packing_exact(self) -> bool:
         """Proven by test: logits and gradients of a packed row equal those of its samples alone."""
-        return self.packed_mixers == ()
+        return self.packed_mixers is not None
 
     @classmethod
     def unlisted(cls, model_type: str) -> Family:
