@@ -24,10 +24,11 @@ from configs.schema.sharding import ZeroConfig
 from train.devices.base import Device
 from train.engine.base import Engine
 from train.loop import Loop
+from train.ops.packing_check import check_packing
 from train.units import in_gib
 
-MODEL, ENGINE = "model", "engine"
-"""Phases before the first step: the weights go to the device; the engine is built over them."""
+MODEL, ENGINE, CHECK = "model", "engine", "check of packed rows"
+"""Phases before the first step: the weights go to the device; the engine is built over them; rows are tried."""
 PHASES = {
     (Loop, "take_step"): "forward pass",  # what follows it has an engine's name
     (Loop, "validation_loss"): "validation",
@@ -105,6 +106,8 @@ def place_of(error: BaseException) -> Place:
     innermost: nn.Module | None = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
+        if frame.f_code is check_packing.__code__:
+            phase = CHECK
         for (kind, name), what in PHASES.items():
             if isinstance(owner, kind) and frame.f_code.co_name == name:
                 phase = what
@@ -210,6 +213,8 @@ def _remedies(cfg: TrainConfig | EvalConfig, place: Place, device: Device, world
         smaller = [f"eval.batch_tokens={max(1, cfg.batch_tokens // 2)}"] if place.phase != MODEL else []
         return [*smaller, "a device with more memory free, or device=cpu"]
     activations, weights = _of_activations(cfg), _of_weights(cfg, place, device, world_size)
+    if place.phase == CHECK:  # its rows are as long as it needs, whatever the micro-batches are
+        return [*weights, "check_packing=false"]
     found = weights if place.phase in OF_WEIGHTS else [*activations, *weights]
     if place.phase not in OF_WEIGHTS:
         found.append("a shorter max_length")

@@ -40,6 +40,7 @@ CASES = {
         r"npu:0: out of memory in the forward pass of step 1: 2\.0 MiB more were asked for, this process holds "
         r"\d\.\d MiB of 2\.0 MiB; micro_batch_tokens=400, .*packing=auto, activation_checkpointing=false, "
         r"sharding=plain.* remedy: micro_batch_tokens=320 .*then activation_checkpointing=true .*sharding=zero3",
+        ("check_packing=false",),
         knobs={"hbm_mib": 2},
         begun=True,
     ),
@@ -60,8 +61,8 @@ CASES = {
     "not there": Case(2, r"ASCEND_RT_VISIBLE_DEVICES: .*7", env={"ASCEND_RT_VISIBLE_DEVICES": "0,7"}),
     "unsupported operator": Case(
         2,
-        r"device=ascend: npu:0 has no kernel for aten::mul\.Tensor, which model\S* \(Llama\w+\), needs in the forward "
-        r"pass of step 1 remedy: crosstune doctor portability model\.path=\S+ device=ascend",
+        r"device=ascend: npu:0 has no kernel for aten::mul\.Tensor, which model\S* \(Llama\w+\), needs in the "
+        r"check of packed rows remedy: crosstune doctor portability model\.path=\S+ device=ascend",
         knobs={"unsupported": ["aten::mul.Tensor"]},
         begun=True,
     ),
