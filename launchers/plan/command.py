@@ -180,7 +180,7 @@ def _model_folder(cfg: PlanConfig) -> Path:
 
     folder = Path(cfg.model.path).expanduser()
     if cfg.model.gguf_package or cfg.model.path.startswith(HUB_PREFIX):
-        return ensure_model(cfg.model, Path(cfg.cache_dir).expanduser())
+        return ensure_model(cfg.model, Path(cfg.cache_dir).expanduser(), write=False)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "model.path",
