@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from configs.errors import ModelError, NoRoomError
 from configs.schema.model import ModelConfig
+from tests.command import crosstune, write_uneven_records
 from tests.quantised_folders import FORMATS, FP4_STEPS, Parts, fp8, save_quantised, write_files
 from train.export.tensors import Stored, stored_tensors
 from train.models import bf16_copy
@@ -415,6 +416,33 @@ def test_killed_in_the_middle_nothing_lies_under_the_final_name(small: Path, tmp
     assert quantised_original(copy) is None
 
 
+def test_a_snapshot_of_the_hub_is_copied_under_its_name(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(small))
+    copy = ensure_model(ModelConfig(path="hf://moonshotai/Kimi-K2.5"), tmp_path)
+    assert copy.name.startswith("moonshotai--Kimi-K2.5-bf16-") and quantised_original(copy) is None
+
+
+@pytest.mark.slow
+def test_prep_makes_the_copy_and_two_ranks_train_on_it(published: dict[str, Path], tmp_path: Path) -> None:
+    records = write_uneven_records(tmp_path / "d.jsonl")
+    words = [f"model.path={published['fp8']}", f"cache_dir={tmp_path / 'cache'}"]
+    sizes = ["max_length=128", "micro_batch_tokens=256", "batch_tokens=512"]
+    assert "writes a bf16 copy first" in crosstune("prep", "--dry-run", *words, f"dataset.path={records}")
+    planned = crosstune("plan", *words, f"dataset.path={records}", *sizes)
+    assert "writes a bf16 copy first" in " ".join(planned.split())
+    assert not (tmp_path / "cache" / "models").exists()
+    prepared = f"dataset.path={tmp_path / 'prepared'}"
+    told = crosstune("prep", *words, f"dataset.path={records}", f"out={tmp_path / 'prepared'}")
+    assert "dequantising to bf16 once" in told
+    run = [f"run_dir={tmp_path / 'run'}", "nproc=2", "max_steps=2", "device=cpu"]
+    told = crosstune("train", *words, prepared, *sizes, *run)
+    assert "its bf16 copy is reused" in told and "step 2/2" in told
+    (copy,) = (p for p in (tmp_path / "cache" / "models").iterdir() if p.is_dir())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model_dir"] == str(copy)
+
+
 def test_of_several_processes_one_makes_the_copy(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -457,12 +485,12 @@ print(before, peak, time.monotonic() - started)
 def test_memory_is_the_largest_tensor_and_a_constant(
     form: str, published: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1 GiB in bf16, of which the largest tensor is an eighth or a quarter."""
+    """1 GiB in bf16 in one file, of which the largest tensor is an eighth or a quarter."""
     folder = Path(shutil.copytree(published[form], tmp_path / "model"))
     for file in folder.glob("model-*.safetensors"):
         file.unlink()
     byte = lambda *shape: torch.randint(0, 120, shape, dtype=torch.uint8)  # noqa: E731
-    files: list[Parts] = []
+    tensors: Parts = {}
     for i in range(8 if form != "mxfp4" else 4):
         name = f"model.layers.{i}.mlp.down_proj.weight"
         rows, cols = 8192, 8192
@@ -483,11 +511,9 @@ def test_memory_is_the_largest_tensor_and_a_constant(
         else:
             name = f"model.layers.{i}.mlp.experts.down_proj"
             parts = {f"{name}_blocks": byte(16, 4096, 64, 16), f"{name}_scales": byte(16, 4096, 64)}
-        files.append(parts)
-    write_files(folder, files)
-    largest = max(file.numel() for parts in files for file in parts.values()) * (2 if form == "fp8" else 4)
-    if form == "int4":
-        largest *= 4  # words
+        tensors |= parts
+    write_files(folder, [tensors])
+    largest = 2 * 8192 * 8192 * (2 if form == "mxfp4" else 1)
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, str(folder), str(tmp_path / "cache")],
         env=os.environ, capture_output=True, text=True, check=True,

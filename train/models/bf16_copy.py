@@ -127,7 +127,7 @@ def _make(original: Original, folder: Path, size: int, on_note: Note) -> None:
         copy_along(original.folder, partial, None)
         config = json.loads((original.folder / "config.json").read_text())
         (partial / "config.json").write_text(json.dumps(without_quantisation(config), indent=2) + "\n")
-        (partial / ORIGIN).write_text(f"dequantised to bf16 from {original.folder} ({original.codings})\n")
+        (partial / ORIGIN).write_text(f"dequantised to bf16 from {original.folder.resolve()} ({original.codings})\n")
         progress = _Progress(size, on_note)
         write_model(partial, [progress.watched(each) for each in _planned(original, Shards())], SHARD_BYTES)
         try:

@@ -43,11 +43,18 @@ def ensure_model(
     """
     if cfg.gguf_package:
         return _from_gguf_package(cfg, cache_dir, on_note)
-    hub = cfg.path.startswith(HUB_PREFIX)
-    folder = _from_hub(cfg, on_note) if hub else _local(cfg)
+    folder = _from_hub(cfg, on_note) if cfg.path.startswith(HUB_PREFIX) else _local(cfg)
+    return whole_weights(folder, cfg, cache_dir, on_note=on_note, write=write)
+
+
+def whole_weights(
+    folder: Path, cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None], write: bool
+) -> Path:
+    """The folder, or the bf16 copy of one whose weights are quantised; see `ensure_model`."""
     original = quantised_original(folder)
     if original is None:
         return folder
+    hub = cfg.path.startswith(HUB_PREFIX)  # a snapshot's folder is named after its commit
     name = cfg.path.removeprefix(HUB_PREFIX).replace("/", "--") if hub else folder.resolve().name
     return bf16_folder(original, name, cache_dir, on_note, write=write)
 

@@ -25,7 +25,7 @@ from train.models.quantised_config import QUANTISATION, Scheme, scheme_of
 
 PIECE = 2**25
 """Bytes of codes that are read at a time."""
-REOPEN = 2**28
+REOPEN = 2**26
 """Bytes that are read from a file before it is mapped anew: pages that were read count as memory until then."""
 
 _CODED = {torch.float8_e4m3fn: Coding.e4m3, torch.float8_e5m2: Coding.e5m2}
