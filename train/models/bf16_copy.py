@@ -22,8 +22,9 @@ from filelock import FileLock
 
 from configs.errors import NoRoomError, StorageError
 from train.export.tensors import Planned, write_model
-from train.models.quantised import Original, Quantised, Shards
+from train.models.quantised import Original
 from train.models.quantised_config import without_quantisation
+from train.models.quantised_weight import Quantised, Shards
 from train.units import in_gib
 
 SHARD_BYTES = 4 * 2**30

@@ -10,23 +10,18 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from configs.errors import ModelError, first_line
 from train.export.tensors import DTYPES, Stored, stored_tensors
-from train.models.dequantise import Coding, decode_scales, dequantise
+from train.models.dequantise import Coding
 from train.models.quantised_config import QUANTISATION, Scheme, scheme_of
-
-PIECE = 2**25
-"""Bytes of codes that are read at a time."""
-REOPEN = 2**26
-"""Bytes that are read from a file before it is mapped anew: pages that were read count as memory until then."""
+from train.models.quantised_weight import DAMAGED, Quantised, Shards
 
 _CODED = {torch.float8_e4m3fn: Coding.e4m3, torch.float8_e5m2: Coding.e5m2}
 _SCALES = (
@@ -41,84 +36,6 @@ _REFUSED = {
 _DROPPED = ("activation_scale", "input_scale", "output_scale", "q_scale", "k_scale", "v_scale")
 """Scales of activations and of the key-value cache; training has no use for them."""
 _ORPHANS = ("_scale_inv", "weight_scale", "qscale_weight")
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A weight in few bits, with the scales of its blocks."""
-
-    name: str
-    """Of the whole weight."""
-    shape: tuple[int, ...]
-    """Of the whole weight: one matrix, or a stack of them."""
-    codes: Stored
-    scales: Stored
-    coding: Coding
-    block: tuple[int, int]
-    """Rows and columns of the stored matrix that share a scale."""
-    turned: bool = False
-    """The stored matrices are the weight's, transposed."""
-
-    def read(self, shards: Shards) -> torch.Tensor:
-        """All of it in bf16; beside it a piece of the file is in memory.
-
-        Raises:
-            ModelError: a scale is no finite number.
-        """
-        out = torch.empty(self.shape, dtype=torch.bfloat16)
-        for at in range(math.prod(self.shape[:-2])):
-            stack = (at,) if len(self.shape) > 2 else ()
-            target = out[stack].T if self.turned else out[stack]
-            scales = self._scales(shards, stack)
-            for start, codes in self._pieces(shards, stack, target.shape[0]):
-                dequantise(
-                    codes,
-                    scales,
-                    self.coding,
-                    cols=target.shape[1],
-                    block=self.block,
-                    first_row=start,
-                    out=target[start : start + codes.shape[0]],
-                )
-        return out
-
-    def _scales(self, shards: Shards, stack: tuple[int, ...]) -> torch.Tensor:
-        """Those of one matrix: (block rows, block columns)."""
-        one_for_all = math.prod(self.scales.shape) == 1
-        scales = decode_scales(shards.read(self.scales, () if one_for_all else stack))
-        if not scales.isfinite().all():
-            raise ModelError(str(self.scales.file), f"{self.scales.name} holds NaN or infinity", remedy=_DAMAGED)
-        rows = self.shape[-1] if self.turned else self.shape[-2]
-        return scales.reshape(math.ceil(rows / self.block[0]), -1)
-
-    def _pieces(self, shards: Shards, stack: tuple[int, ...], rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        row_bytes = math.prod(self.codes.shape[len(stack) + 1 :]) * self.codes.dtype.itemsize
-        step = max(1, PIECE // max(1, row_bytes))
-        for start in range(0, rows, step):
-            codes = shards.read(self.codes, (*stack, slice(start, min(rows, start + step))))
-            yield start, codes.flatten(1)
-
-
-_DAMAGED = "fetch the file again: the download is damaged"
-
-
-class Shards:
-    """Reads from the files of a model, one file mapped at a time, and never for long."""
-
-    def __init__(self) -> None:
-        self._file: Path | None = None
-        self._opened: Any = None
-        self._bytes = 0
-
-    def read(self, stored: Stored, part: tuple[int | slice, ...] = ()) -> torch.Tensor:
-        """A tensor, or the `part` of it."""
-        if stored.file != self._file or self._bytes > REOPEN:
-            self._opened = None  # unmapped before the next one is mapped
-            self._opened, self._file, self._bytes = safe_open(stored.file, "pt"), stored.file, 0
-        tensor: torch.Tensor
-        tensor = self._opened.get_slice(stored.name)[part] if part else self._opened.get_tensor(stored.name)
-        self._bytes += tensor.nbytes
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -169,7 +86,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(str(path), f"cannot be read: {first_line(error)}", remedy=_DAMAGED) from None
+        raise ModelError(str(path), f"cannot be read: {first_line(error)}", remedy=DAMAGED) from None
     return config
 
 
@@ -191,7 +108,7 @@ class _Pairing:
             if weight is None:
                 continue
             if weight.name in weights or (weight.name != name and weight.name in self.tensors):
-                raise self._fault(f"{weight.name} is there twice, whole and as {name}", remedy=_DAMAGED)
+                raise self._fault(f"{weight.name} is there twice, whole and as {name}", remedy=DAMAGED)
             weights[weight.name] = weight
             self._used |= {name, weight.scales.name}
         rest = {name: stored for name, stored in self.tensors.items() if name not in self._used}
@@ -236,7 +153,7 @@ class _Pairing:
             raise self._fault(
                 f"{stored.name} has shape {list(packed)}, which does not hold {list(shape)} numbers of "
                 f"{' or '.join(map(str, self.scheme.bits)) or '?'} bits",
-                remedy=_DAMAGED,
+                remedy=DAMAGED,
             )
         self._used.add(f"{stem}{_SHAPE}")
         coding = Coding.packed_int4 if fitting[0] == 4 else Coding.packed_int8
@@ -278,7 +195,7 @@ class _Pairing:
     def _refuse_leftovers(self, others: Mapping[str, Stored]) -> None:
         for name, stored in others.items():
             if name.endswith(_ORPHANS) or (name.endswith("_scales") and stored.dtype == torch.uint8):
-                raise self._fault(f"{name} are scales without their weight", remedy=_DAMAGED)
+                raise self._fault(f"{name} are scales without their weight", remedy=DAMAGED)
             if stored.dtype in _CODED or stored.dtype == torch.float8_e8m0fnu:
                 raise self._missing(stored)
 
@@ -286,7 +203,7 @@ class _Pairing:
         return self._fault(
             f"{stored.name} is quantised ({_format(stored)}), and its {last} are in none of the files",
             allowed="weight_scale_inv, weight_scale, scale or _scales beside every quantised weight",
-            remedy=_DAMAGED,
+            remedy=DAMAGED,
         )
 
     def _mismatch(self, stored: Stored, scales: Stored, allowed: str) -> ModelError:
