@@ -43,8 +43,6 @@ def dry_run(cfg: PrepConfig) -> dict[str, Any]:
     from data_prep import manifest
     from launchers.accelerator import choose_accelerator
     from launchers.failure import as_json
-    from launchers.stages import Stages
-    from launchers.steps import model_folder
 
     path = getattr(cfg.dataset, "path", None)
     if path and manifest.is_prepared(folder := Path(path).expanduser()):
@@ -53,7 +51,9 @@ def dry_run(cfg: PrepConfig) -> dict[str, Any]:
         )
         return {"prepared": str(folder)}
     choose_accelerator("cpu")
-    model_dir = model_folder(cfg, Stages(1, quiet=True))
+    from train.models.load import ensure_model
+
+    model_dir = ensure_model(cfg.model, Path(cfg.cache_dir).expanduser(), on_note=print, write=False)
     from data_prep.dry_run import dry_run as look_ahead
 
     found = look_ahead(cfg, model_dir)

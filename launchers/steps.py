@@ -197,7 +197,10 @@ def report(path: Path) -> Result:
 
 
 def model_folder(cfg: PrepConfig, stages: Stages, record: RunRecord | None = None) -> Path:
-    """The model's folder; for a resumed run the one it began with, wherever the command is called now."""
+    """The model's folder; for a resumed run the one it began with, wherever the command is called now.
+
+    Of a model whose weights are quantised it is the bf16 copy, which the first of several processes makes.
+    """
     from train.models.load import ensure_model
 
     with stages.stage("model"):

@@ -161,7 +161,7 @@ def _made(cfg: PlanConfig) -> Plan:
         notes.append("device=auto found no accelerator here; planned for one, as fit=... names its memory")
     if not on_cpu and cfg.model.precision is Precision.auto:
         notes.append("model.precision=auto is taken for bf16; model.precision=fp32 plans for a device without it")
-    model = Model(cfg, _model_folder(cfg))
+    model = Model(cfg, _model_folder(cfg, notes))
     if not model.family.packing_exact:
         notes.append(f"family '{model.family.model_type}' is not packed: one sample a row")
     made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
@@ -174,13 +174,13 @@ def _made(cfg: PlanConfig) -> Plan:
     return made
 
 
-def _model_folder(cfg: PlanConfig) -> Path:
+def _model_folder(cfg: PlanConfig, notes: list[str]) -> Path:
     """A folder with config.json; weights and tokenizer need not be there."""
-    from train.models.load import ensure_model
+    from train.models.load import ensure_model, whole_weights
 
-    folder = Path(cfg.model.path).expanduser()
+    folder, cache_dir = Path(cfg.model.path).expanduser(), Path(cfg.cache_dir).expanduser()
     if cfg.model.gguf_package or cfg.model.path.startswith(HUB_PREFIX):
-        return ensure_model(cfg.model, Path(cfg.cache_dir).expanduser())
+        return ensure_model(cfg.model, cache_dir, on_note=notes.append, write=False)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "model.path",
@@ -188,7 +188,9 @@ def _model_folder(cfg: PlanConfig) -> Path:
             allowed="a folder with config.json; a plan needs no weights",
             remedy="check the path",
         )
-    return folder
+    if not any(folder.glob("*.safetensors")):
+        return folder
+    return whole_weights(folder, cfg.model, cache_dir, on_note=notes.append, write=False)
 
 
 def _data(cfg: PlanConfig, notes: list[str]) -> Data:

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -67,7 +68,10 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
     index = model_dir / INDEX
     files = sorted(model_dir.glob("*.safetensors"))
     if index.is_file():  # a folder may hold other files beside the model's own
-        files = sorted({model_dir / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({model_dir / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError) as error:
+            raise ModelError(str(index), f"cannot be read: {error}") from None
     if not files:
         raise ModelError(str(model_dir), "no *.safetensors", remedy="name a folder with the weights of a model")
     found: dict[str, Stored] = {}
@@ -82,7 +86,7 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
         except KeyError as error:
             found_format = f"a tensor in the number format {error}"
             raise ModelError(
-                str(file), found_format, allowed=", ".join(DTYPES), remedy="dequantise the model first"
+                str(file), found_format, allowed=", ".join(DTYPES), remedy="take the model's bf16 original"
             ) from None
     return found
 

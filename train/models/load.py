@@ -21,23 +21,45 @@ from filelock import FileLock
 from configs.errors import ModelError, StorageError, first_line
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
 from train.devices.base import DTYPES, Device, memory_is_full
+from train.models.bf16_copy import bf16_folder
 from train.models.classes import attention_for, keeping_small_parts_in_fp32, model_class
 from train.models.gguf import dequantise
+from train.models.quantised import quantised_original
 
 logger = logging.getLogger(__name__)
 
 
-def ensure_model(cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None] = logger.info) -> Path:
+def ensure_model(
+    cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None] = logger.info, write: bool = True
+) -> Path:
     """The local folder with config.json, safetensors and tokenizer that `cfg` names, made on first use.
 
+    Of a model whose weights are quantised it is the bf16 copy; with ``write=False`` only if there is one.
+
     Raises:
-        ModelError: the folder is missing or incomplete, or the GGUF package is not installed.
-        StorageError: the cache cannot be written.
+        ModelError: the folder is missing or incomplete, quantised in an unknown way, or the GGUF package is not
+            installed.
+        StorageError: the cache cannot be written, or does not hold the bf16 copy.
     """
     if cfg.gguf_package:
         return _from_gguf_package(cfg, cache_dir, on_note)
-    if cfg.path.startswith(HUB_PREFIX):
-        return _from_hub(cfg, on_note)
+    folder = _from_hub(cfg, on_note) if cfg.path.startswith(HUB_PREFIX) else _local(cfg)
+    return whole_weights(folder, cfg, cache_dir, on_note=on_note, write=write)
+
+
+def whole_weights(
+    folder: Path, cfg: ModelConfig, cache_dir: Path, *, on_note: Callable[[str], None], write: bool
+) -> Path:
+    """The folder, or the bf16 copy of one whose weights are quantised; see `ensure_model`."""
+    original = quantised_original(folder)
+    if original is None:
+        return folder
+    hub = cfg.path.startswith(HUB_PREFIX)  # a snapshot's folder is named after its commit
+    name = cfg.path.removeprefix(HUB_PREFIX).replace("/", "--") if hub else folder.resolve().name
+    return bf16_folder(original, name, cache_dir, on_note, write=write)
+
+
+def _local(cfg: ModelConfig) -> Path:
     folder = Path(cfg.path).expanduser()
     if not folder.is_dir():
         raise ModelError(
