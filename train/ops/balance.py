@@ -1,10 +1,10 @@
 """The load-balancing loss of routed experts.
 
 Of each sample by itself, as DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17 to 20): for each expert the
-share of the sample's tokens whose top k it is among, times its mean affinity, summed over the experts and scaled so that
-an even load gives 1. Switch's loss (arXiv:2101.03961) and transformers' ``aux_loss`` multiply the means of a whole
-micro-batch instead, and so give another gradient with every other split of a step; for one sample in one layer they are
-this one's affinities by softmax, times k.
+share of the sample's tokens whose top k it is among, times its mean affinity, summed over the experts and scaled so
+that an even load gives 1. Switch's loss (arXiv:2101.03961) and transformers' ``aux_loss`` multiply the means of a whole
+micro-batch instead, and so give another gradient with every other split of a step; of one sample in one layer with
+softmax affinities they are this one times k.
 """
 
 from __future__ import annotations
