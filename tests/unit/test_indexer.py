@@ -284,7 +284,7 @@ def test_both_losses_fall(name, stage, lr, kl_falls, loss_falls):
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_computed_again_change_no_bit(name, stage):
     samples = data((21, 13))
-    rows = [(((0,), (1,)), RowKind.padded)]
+    rows = [(((0,), (1,)), RowKind.padded)] * 2
     kept = take(stage, tiny(name), rows, samples)
     module = tiny(name)
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

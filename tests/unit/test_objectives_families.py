@@ -118,7 +118,7 @@ def test_a_split_changes_no_gradient():
     off = take(tiny("minimax_m2"), ALONE)[1]
     moved = [n for n in off if n.endswith("gate.weight") and (off[n] - gradients[n]).norm() > 0.01 * off[n].norm()]
     assert len(moved) == 3
-    again = [*SPLITS.items(), ("recomputed", SPLITS["padded"])]
+    again = [*SPLITS.items(), ("recomputed", SPLITS["two passes and a filler"])]
     for split, batches in again:
         found, grads, _ = take(tiny("minimax_m2"), batches, recompute=split == "recomputed", balance_loss=0.5)
         assert found == pytest.approx(wanted, rel=1e-5), split

@@ -59,7 +59,6 @@ class BalanceLoss:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """During the forward pass of a micro-batch: what a later recomputation finds is not counted again."""
-        self._logits.clear()
         self._listening = True
         try:
             yield

@@ -79,7 +79,6 @@ class IndexerLoss:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """During the forward pass of a micro-batch: what a later recomputation finds is not counted again."""
-        self._sums.clear()
         self._listening = True
         try:
             yield
