@@ -230,6 +230,8 @@ def test_only_the_indexers_train_in_the_warm_up_and_without_their_loss_all_but_t
         grads = {".indexer." in n: p.requires_grad for n, p in model.named_parameters()}
         assert {grads[True]} == trained and grads[False] is (stage is not IndexerStage.warmup)
         assert len(said) == 1 and said[0].startswith("indexer: ")
+        choose_indexer(stage, model, said.append)
+        assert len(said) == (1 if stage is IndexerStage.none else 2), "what was frozen before is told of already"
 
 
 def adapted(*targets):

@@ -251,15 +251,26 @@ def test_a_balancing_loss_that_the_config_asks_for_and_the_run_does_not_is_told(
     assert check("qwen3_5_moe", balance_loss=0.01) == [] == check("deepseek_v3") == check("llama")
 
 
+def test_every_family_whose_routers_know_a_balancing_loss_has_one():
+    from train.models.families import FAMILIES
+    from train.ops.balance import ROUTERS
+
+    assert {name for name, family in FAMILIES.items() if family.router_loss} == set(ROUTERS) & set(FAMILIES)
+
+
 def test_either_key_turns_the_indexers_loss_on():
     def cfg(*words):
-        return compose("train", ["model.path=m", "dataset.path=d", *words]).objective
+        return compose("train", ["model.path=m", "dataset.path=d", "tuning=full", *words]).objective
 
     found = [
         (cfg(*words).stage.value, cfg(*words).indexer_weight)
         for words in ([], ["objective.indexer_kl=0.5"], ["objective.indexer_stage=sparse"])
     ]
     assert found == [("none", 0.0), ("sparse", 0.5), ("sparse", 1.0)]
+    with pytest.raises(
+        ConfigError, match=r"objective\.indexer_stage: trains the indexer, on which tuning=lora puts no"
+    ):
+        cfg("objective.indexer_kl=1", "tuning=lora")
     warm = cfg("objective.indexer_stage=warmup", "objective.indexer_kl=2")
     assert (warm.stage.value, warm.indexer_weight) == ("warmup", 2.0)
     with pytest.raises(ConfigError, match=r"objective\.balance_loss: -1"):

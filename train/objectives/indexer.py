@@ -40,10 +40,12 @@ def choose_indexer(stage: IndexerStage, module: nn.Module, note: Note) -> None:
     inside = [parameter for indexer in indexers for parameter in indexer.parameters()]
     if hasattr(module, "peft_config"):
         _check_adapters(stage, adapted=any(parameter.requires_grad for parameter in inside))
+        told = False
     else:
+        told = not any(parameter.requires_grad for parameter in inside)  # the tuning method froze them, and said so
         for parameter in inside:
             parameter.requires_grad_(stage is not IndexerStage.none)
-    if stage is IndexerStage.none:
+    if stage is IndexerStage.none and not told:
         numel = sum(parameter.numel() for parameter in inside)
         note(f"indexer: {len(indexers)} indexers of sparse attention ({numel:,} parameters) are frozen, as they get no "
              "gradient from the loss; objective.indexer_stage=sparse trains them by their own")  # fmt: skip
@@ -53,8 +55,8 @@ def choose_indexer(stage: IndexerStage, module: nn.Module, note: Note) -> None:
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
         note("indexer: warm-up, attention is dense and only the indexers train; loss is that of the model as it is")
-    else:
-        note("indexer: trains by its own loss (indexer_kl), the rest by the model's")
+    elif stage is IndexerStage.sparse:
+        note("indexer: trains after all, by its own loss (indexer_kl); the rest by the model's")
 
 
 def _check_adapters(stage: IndexerStage, *, adapted: bool) -> None:
@@ -68,5 +70,5 @@ def _check_adapters(stage: IndexerStage, *, adapted: bool) -> None:
         raise ConfigError(
             "tuning.targets",
             f"leave the indexer out, and objective.indexer_stage={stage.value} would have nothing to train",
-            remedy="tuning=full, or add wq_b, wk and weights_proj to tuning.targets",
+            remedy="tuning=full",
         )

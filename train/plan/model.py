@@ -19,7 +19,7 @@ from train.models.load import load_config
 from train.objectives.base import Objective
 from train.ops.packed_attention import register
 from train.plan.trace import Event, Pass, Shape, trace
-from train.tuning.base import Tuning
+from train.tuning.base import Tuning, quiet
 
 
 class Model:
@@ -67,6 +67,7 @@ class Model:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.config.use_cache = False
         module = build(self.cfg.tuning, Tuning).apply(model, self.family)
+        build(self.cfg.objective, Objective).choose(module, quiet)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return module.train()
