@@ -348,9 +348,9 @@ def test_half_precision_weights_are_compared_in_single():
 # --- through a run
 
 
-def runs(tmp_path, *layouts):
+def runs(name, tmp_path, *layouts):
     """A run of two steps for each layout, by its metrics."""
-    model = save("deepseek_v32", tmp_path / "model", num_hidden_layers=2, **HEADS)
+    model = save(name, tmp_path / "model", **HEADS)
     prepared = write_prepared(tmp_path / "data", {"train": data(LENGTHS * 2)})
     for number, layout in enumerate(layouts):
         run_dir = tmp_path / str(number)
@@ -362,8 +362,12 @@ def runs(tmp_path, *layouts):
         yield [json.loads(line) for line in RunFolder(run_dir).metrics.read_text().splitlines()]
 
 
-def test_a_run_reports_it_and_one_without_does_not(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["deepseek_v32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm_moe_dsa", "glm5_next"))]
+)
+def test_a_run_reports_it_and_one_without_does_not(name, tmp_path):
     on, split, off = runs(
+        name,
         tmp_path,
         ["objective.indexer_stage=sparse", "micro_batch_tokens=400", "packing=off"],
         ["objective.indexer_kl=1", "micro_batch_tokens=40"],

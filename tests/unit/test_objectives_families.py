@@ -280,12 +280,12 @@ def test_either_key_turns_the_indexers_loss_on():
 def test_a_run_reports_the_balance_and_one_that_cannot_be_ends_before_the_weights_load(tmp_path):
     model = save("minimax_m2", tmp_path / "model")
     prepared = write_prepared(tmp_path / "data", {"train": SAMPLES})
-    words = [f"model.path={model}", f"dataset.path={prepared}", "device=cpu", "model.precision=fp32", "tuning=full"]
+    words = [f"dataset.path={prepared}", "device=cpu", "model.precision=fp32", "tuning=full"]
     sizes = ["max_steps=2", "batch_tokens=120", "max_length=30", "objective.balance_loss=0.01"]
 
-    def run(name, *more):
+    def run(name, *more, model=model):
         (tmp_path / name).mkdir()
-        cfg = compose("train", [*words, *sizes, *more])
+        cfg = compose("train", [*words, *sizes, f"model.path={model}", *more])
         train(cfg, model_dir=model, prepared=prepared, run_dir=tmp_path / name)
         return [json.loads(line) for line in RunFolder(tmp_path / name).metrics.read_text().splitlines()]
 
@@ -293,6 +293,8 @@ def test_a_run_reports_the_balance_and_one_that_cannot_be_ends_before_the_weight
     assert len(whole) == 2 and all(line["balance_loss"] > 1 and "mixing_error" not in line for line in whole)
     for key in ("loss", "balance_loss", "grad_norm"):
         assert [line[key] for line in whole] == pytest.approx([line[key] for line in split], rel=1e-4)
+    mixed = run("mixed", model=save("deepseek_v4", tmp_path / "v4"))
+    assert all(line["balance_loss"] > 1 and 0 < line["mixing_error"] < 1e-3 for line in mixed) and len(mixed) == 2
     next(model.glob("*.safetensors")).unlink()
     with pytest.raises(ConfigError, match=r"objective\.indexer_stage: .*'minimax_m2' cannot have it"):
         run("none", "objective.indexer_stage=sparse")
