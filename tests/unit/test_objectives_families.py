@@ -39,6 +39,8 @@ AFFINITY = {
     "deepseek_v4": lambda x: (1 + x.exp()).log().sqrt(),
     "glm5_next": lambda x: 1 / (1 + (-x).exp()),
 }
+ALWAYS = ("qwen3_5_moe_text", "minimax_m2", "deepseek_v4")
+"""In the fast tests one for each kind of affinity."""
 
 
 def tiny(name, **changes):
@@ -103,7 +105,9 @@ def naive_balance(name, model) -> float:
     return sum(found) / len(found)
 
 
-@pytest.mark.parametrize("name", AFFINITY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in AFFINITY]
+)
 def test_the_balance_is_that_of_each_sample_however_a_step_is_split(name):
     model = tiny(name)
     expected = naive_balance(name, model)
@@ -262,11 +266,12 @@ def test_either_key_turns_the_indexers_loss_on():
     def cfg(*words):
         return compose("train", ["model.path=m", "dataset.path=d", "tuning=full", *words]).objective
 
-    found = [
-        (cfg(*words).stage.value, cfg(*words).indexer_weight)
-        for words in ([], ["objective.indexer_kl=0.5"], ["objective.indexer_stage=sparse"])
+    typed = [cfg(*words) for words in ([], ["objective.indexer_kl=0.5"], ["objective.indexer_stage=sparse"])]
+    assert [(each.stage.value, each.indexer_weight) for each in typed] == [
+        ("none", 0.0),
+        ("sparse", 0.5),
+        ("sparse", 1.0),
     ]
-    assert found == [("none", 0.0), ("sparse", 0.5), ("sparse", 1.0)]
     with pytest.raises(
         ConfigError, match=r"objective\.indexer_stage: trains the indexer, on which tuning=lora puts no"
     ):
@@ -277,24 +282,35 @@ def test_either_key_turns_the_indexers_loss_on():
         cfg("objective.balance_loss=-1")
 
 
+def run(tmp_path, name, *words):
+    """Two steps of a saved model, by their metrics."""
+    model = tmp_path / "model"
+    if not model.exists():
+        save(name, model)
+        write_prepared(tmp_path / "data", {"train": SAMPLES})
+    paths = [f"model.path={model}", f"dataset.path={tmp_path / 'data'}", "device=cpu", "model.precision=fp32"]
+    sizes = ["max_steps=2", "batch_tokens=120", "max_length=30", "tuning=full", "packing=off"]
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    cfg = compose("train", [*paths, *sizes, *words])
+    train(cfg, model_dir=model, prepared=tmp_path / "data", run_dir=folder)
+    return [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+
+
 def test_a_run_reports_the_balance_and_one_that_cannot_be_ends_before_the_weights_load(tmp_path):
-    model = save("minimax_m2", tmp_path / "model")
-    prepared = write_prepared(tmp_path / "data", {"train": SAMPLES})
-    words = [f"dataset.path={prepared}", "device=cpu", "model.precision=fp32", "tuning=full"]
-    sizes = ["max_steps=2", "batch_tokens=120", "max_length=30", "objective.balance_loss=0.01"]
+    lines = run(tmp_path, "minimax_m2", "objective.balance_loss=0.01")
+    assert len(lines) == 2 and all(line["balance_loss"] > 1 and "mixing_error" not in line for line in lines)
+    next((tmp_path / "model").glob("*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match=r"objective\.indexer_stage: .*'minimax_m2' cannot have it"):
+        run(tmp_path, "minimax_m2", "objective.indexer_stage=sparse")
 
-    def run(name, *more, model=model):
-        (tmp_path / name).mkdir()
-        cfg = compose("train", [*words, *sizes, f"model.path={model}", *more])
-        train(cfg, model_dir=model, prepared=prepared, run_dir=tmp_path / name)
-        return [json.loads(line) for line in RunFolder(tmp_path / name).metrics.read_text().splitlines()]
 
-    whole, split = run("whole", "packing=off"), run("split", "micro_batch_tokens=40")
-    assert len(whole) == 2 and all(line["balance_loss"] > 1 and "mixing_error" not in line for line in whole)
+@pytest.mark.slow
+def test_a_run_of_v4_reports_how_it_mixes(tmp_path):
+    whole, split = (
+        run(tmp_path, "deepseek_v4", "objective.balance_loss=0.01", f"micro_batch_tokens={tokens}")
+        for tokens in (400, 40)
+    )
+    assert len(whole) == 2 and all(0 < line["mixing_error"] < 1e-3 for line in [*whole, *split])
     for key in ("loss", "balance_loss", "grad_norm"):
         assert [line[key] for line in whole] == pytest.approx([line[key] for line in split], rel=1e-4)
-    mixed = run("mixed", model=save("deepseek_v4", tmp_path / "v4"))
-    assert all(line["balance_loss"] > 1 and 0 < line["mixing_error"] < 1e-3 for line in mixed) and len(mixed) == 2
-    next(model.glob("*.safetensors")).unlink()
-    with pytest.raises(ConfigError, match=r"objective\.indexer_stage: .*'minimax_m2' cannot have it"):
-        run("none", "objective.indexer_stage=sparse")
