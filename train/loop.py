@@ -28,6 +28,7 @@ from train.guard.rollback import Rollback
 from train.guard.spikes import Spike, SpikeDetector
 from train.guard.stop import StopRequests
 from train.objectives.base import Objective
+from train.objectives.totals import Totals
 from train.schedule import Schedule
 
 Record = dict[str, Any]
@@ -156,50 +157,51 @@ class Loop:
         self.heartbeat.enter(Phase.data, state.step + 1)
         step = self.sampler.step(state.step)
         lr = self.peak_lr * self.schedule(state.step)
-        losses, grad_norm = ([], math.nan) if state.step + 1 in self._rollback.skipped else self._train_on(step, lr)
-        total, sound = self._agree(sum(losses), grad_norm)
+        skip = state.step + 1 in self._rollback.skipped
+        totals, grad_norm = (None, math.nan) if skip else self._train_on(step, lr)
+        sums, gauges, sound = self._agree(totals, grad_norm)
+        means = totals.means(sums) if totals else {}
         state.epoch = self.sampler.plan.position(state.step).epoch
         state.step += 1
         record = {
             "step": state.step,
-            "loss": _finite(total / step.num_targets) if losses else None,
+            "loss": _finite(means.pop("loss", math.nan)),
             "lr": lr,
             "grad_norm": _finite(grad_norm),
-            "tokens": step.num_tokens if losses else 0,
-            "supervised_tokens": step.num_targets if losses else 0,
-            "tokens_per_second": (step.num_tokens if losses else 0) / (time.perf_counter() - started),
+            "tokens": step.num_tokens if totals else 0,
+            "supervised_tokens": step.num_targets if totals else 0,
+            "tokens_per_second": (step.num_tokens if totals else 0) / (time.perf_counter() - started),
             "peak_gib": self.device.peak_memory_bytes() / 2**30,
             "data_hash": self.sampler.data_hash(step),
         }
-        if not losses:
+        if totals is None:
             return record | {"skipped": "spike"}
+        record |= {name: _finite(value) for name, value in (means | gauges).items()}
         state.samples_seen += len(step.samples)
         state.tokens_seen += step.num_tokens
         if not sound:
             self.heartbeat.enter(Phase.guard)
-            self._note(self._nonfinite.skip(state, step, losses, total, grad_norm))
+            self._note(self._nonfinite.skip(state, step, totals.losses, sums["loss"], grad_norm))
             record["skipped"] = "nonfinite"
         return record
 
-    def _train_on(self, step: GlobalStep, lr: float) -> tuple[list[float], float]:
-        """Loss sums of this rank's micro-batches, and the gradient's norm; the weights have taken the step."""
+    def _train_on(self, step: GlobalStep, lr: float) -> tuple[Totals, float]:
+        """What this rank's micro-batches add up to, and the gradient's norm; the weights have taken the step."""
         self.engine.module.train()
-        losses: list[torch.Tensor] = []
+        totals = Totals(step)
         last = len(step.micro_batches) - 1
         for i, batch in enumerate(self._batches(step)):
             self.heartbeat.enter(Phase.forward)
-            loss = self.objective.loss_sum(self.engine.forward, batch)
+            loss = totals.add(self.objective.terms(self.engine.forward, batch))
             self.heartbeat.enter(Phase.backward)
-            # A loss that is not finite may have finite gradients: nan times them reaches the norm, and so every rank.
-            finite = loss.detach() * 0 + 1
-            self.engine.backward(loss * finite / step.num_targets, last=i == last)
-            losses.append(loss.detach())  # to be read once the step is queued: reading waits for the device
+            self.engine.backward(loss, last=i == last)
             # The graph goes with it: its nodes are small, but on a host they lie between the holes that activations
             # left, which the optimizer can use once they are one.
             del loss
         self.heartbeat.enter(Phase.optimizer)
         grad_norm = self.engine.step(lr)
-        return torch.stack(losses).cpu().double().tolist(), grad_norm  # not every device knows fp64
+        totals.read()
+        return totals, grad_norm
 
     def _batches(self, step: GlobalStep) -> Iterator[Batch]:
         """This rank's micro-batches; their making is a phase of its own."""
@@ -211,19 +213,27 @@ class Loop:
                 return
             yield batch
 
-    def _agree(self, loss_sum: float, grad_norm: float) -> tuple[float, bool]:
-        """The loss over all ranks, and whether it and the gradient are finite.
+    def _agree(self, totals: Totals | None, grad_norm: float) -> tuple[dict[str, float], dict[str, float], bool]:
+        """Over all ranks: what the terms add up to, the highest of each gauge, and whether all is finite.
 
         On the way each rank hears whether any wants to stop or could not save.
         """
         self.heartbeat.enter(Phase.collective)
         wish, fault = self.stop.wanted(), self.checkpointer.fault()
         flags = (not math.isfinite(grad_norm), wish is not None, fault is not None)
-        total, odd, wishes, faults = self.world.all_reduce_sum([loss_sum, *map(float, flags)])
+        sums, gauges = (totals.sums, self.objective.gauges()) if totals else ({}, {})
+        # A gauge is summed with zeros of the other ranks, in a place for each: so one collective does.
+        size, mine = self.world.size, self.world.rank
+        places = [value if rank == mine else 0.0 for value in gauges.values() for rank in range(size)]
+        found = self.world.all_reduce_sum([*map(float, flags), *sums.values(), *places])
+        odd, wishes, faults = found[: len(flags)]
         self._stopping = wishes > 0
         if faults:
             self.checkpointer.wait()  # raises on every rank
-        return total, math.isfinite(total) and not odd
+        rest = iter(found[len(flags) :])
+        summed = {name: next(rest) for name in sums}
+        highest = {name: max(next(rest) for _ in range(size)) for name in gauges}
+        return summed, highest, all(map(math.isfinite, summed.values())) and not odd
 
     def _spike(self, state: TrainerState, record: Record) -> Spike | None:
         """The spike that the step's loss is."""

@@ -80,13 +80,15 @@ def train(
         data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
         validation = validation_split(data, cfg)
         trusted = cfg.model.trust_remote_code
-        family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
+        model_config = load_config(model_dir, trust_remote_code=trusted)
+        objective.check(model_config, note)
+        family = family_of(model_config, trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
         sampler = make_sampler(cfg, data, kind, device, world, note)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         if world.rank == 0:
             foretell(cfg, run, model_dir, device, world, kind, sampler.split)
-        with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
+        with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             if kind is RowKind.packed and cfg.check_packing:
                 place, dtype = device.torch_device, engine.working_dtype
                 check_packing(engine.forward, engine.module, family, device=place, dtype=dtype, world=world, note=note)
@@ -145,14 +147,21 @@ def make_sampler(
 
 
 def make_engine(
-    cfg: TrainConfig, model_dir: Path, family: Family, kind: RowKind, device: Device, world: World, note: Note
+    cfg: TrainConfig,
+    model_dir: Path,
+    family: Family,
+    kind: RowKind,
+    device: Device,
+    world: World,
+    note: Note,
+    objective: Objective | None = None,
 ) -> Engine:
-    """Model, tuning method and engine.
+    """Model, tuning method and engine; the objective says what it trains of the model, and hooks itself in.
 
     Raises:
         DeviceError: the precision does not work on the device, or a kernel that was asked for by name does not.
         ModelError: the folder does not open.
-        ConfigError: the tuning method does not fit the model.
+        ConfigError: the tuning method or the objective does not fit the model.
     """
     dtype = resolve_precision(cfg.model.precision, device, on_note=note)
     packed = kind is RowKind.packed
@@ -166,6 +175,8 @@ def make_engine(
         note(f"packing: {wrapped} layers of {', '.join(family.packed_mixers or ())} take a row sample by sample")
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
+    if objective is not None:
+        objective.choose(module, note)
     if cfg.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained, total = count_parameters(module)
@@ -175,6 +186,8 @@ def make_engine(
     own_kernels = kernels.use(model, dtype, note)
     engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
     engine.kernels = own_kernels
+    if objective is not None:
+        objective.attach(module)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)
     return engine

@@ -11,12 +11,12 @@ from configs.schema.dataset import DatasetConfig
 from configs.schema.device import DeviceConfig
 from configs.schema.guard import GuardConfig
 from configs.schema.model import ModelConfig
-from configs.schema.objective import ObjectiveConfig
+from configs.schema.objective import CausalLMConfig, ObjectiveConfig
 from configs.schema.optim import OptimConfig, ScheduleConfig
 from configs.schema.outputs import BestBy, CheckpointConfig, EvalConfig, ExportConfig
 from configs.schema.sharding import ShardingConfig
 from configs.schema.template import TemplateConfig
-from configs.schema.tuning import TuningConfig
+from configs.schema.tuning import LoraConfig, TuningConfig
 
 
 class Packing(Enum):
@@ -130,6 +130,13 @@ class TrainConfig(PrepConfig):
                 "max_length",
                 f"{self.max_length}, above micro_batch_tokens={self.micro_batch_tokens}: such a sample fits no pass",
                 remedy="lower max_length or raise micro_batch_tokens",
+            )
+        indexer = isinstance(self.objective, CausalLMConfig) and self.objective.indexer_weight > 0
+        if indexer and isinstance(self.tuning, LoraConfig):
+            raise ConfigError(
+                "objective.indexer_stage",
+                "trains the indexer, on which tuning=lora puts no adapter",
+                remedy="tuning=full",
             )
         best = self.checkpoint.keep_best and self.checkpoint.best_by is BestBy.validation_loss
         if best and (not self.eval_every or self.checkpoint.every % self.eval_every):

@@ -34,6 +34,15 @@ class Batch:
     num_tokens: int
     """Tokens of samples, padding not counted."""
 
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """For each row those of its samples; padding comes after them."""
+        if self.pack is not None:
+            return self.pack.lengths
+        if self.attention_mask_BT is not None:
+            return tuple((int(length),) for length in self.attention_mask_BT.sum(-1).tolist())
+        rows, width = self.input_ids_BT.shape
+        return ((width,),) * rows
+
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
         inputs = {

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from configs.schema.objective import CausalLMConfig
+from configs.errors import ConfigError
+from configs.schema.objective import CausalLMConfig, IndexerStage
 from train.data.collate import Batch
 from train.data.prepared import DataKind
-from train.objectives.base import Objective
+from train.objectives.base import Note, Objective, Term, Unit
+from train.objectives.indexer import check_indexer, choose_indexer
+from train.ops.balance import ROUTERS, BalanceLoss
+from train.ops.indexer import IndexerLoss
+from train.ops.mixing import MixingError, hyper_connections_of
 
 
 class CausalLM(Objective):
-    """Cross-entropy of each supervised token given those before it."""
+    """Cross-entropy of each supervised token given those before it.
+
+    Where the model has them: the loss of its indexers, the balance of its experts, and how well its hyper-connections
+    mix.
+    """
 
     name = "causal_lm"
     needs = DataKind.samples
 
     def __init__(self, cfg: CausalLMConfig) -> None:
         self.cfg = cfg
+        self._indexer: IndexerLoss | None = None
+        self._balance: BalanceLoss | None = None
+        self._mixing: MixingError | None = None
+
+    def check(self, model_config: Any, note: Note) -> None:
+        """Refuses terms that the model's family has nothing for."""
+        text = model_config.get_text_config()
+        check_indexer(self.cfg, text.model_type)
+        if self.cfg.balance_loss:
+            _check_balance(text)
+        elif coefficient := getattr(text, "router_aux_loss_coef", None):
+            note(
+                f"router: config.json asks for router_aux_loss_coef={coefficient}, but objective.balance_loss=0: the "
+                f"experts train without a balancing loss ({coefficient * _top_k(text):g} would be its like)"
+            )
+
+    def choose(self, module: nn.Module, note: Note) -> None:
+        """Indexers train where they have a loss, and in their warm-up nothing else does."""
+        choose_indexer(self.cfg.stage, module, note)
+
+    def attach(self, module: nn.Module) -> None:
+        """Hooks on what has a term or a gauge."""
+        if self.cfg.stage is not IndexerStage.none:
+            self._indexer = IndexerLoss(module, dense=self.cfg.stage is IndexerStage.warmup)
+        if self.cfg.balance_loss:
+            self._balance = BalanceLoss(module, _text_config(module))
+        if hyper_connections_of(module):
+            self._mixing = MixingError(module)
 
     def loss_sum(self, forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """The head runs at the positions that predict a supervised token only; see `Batch.predicts_BT`."""
@@ -30,3 +69,45 @@ class CausalLM(Objective):
             # A filler so that every rank runs the same passes: nothing to learn, but a graph to go back through.
             return logits_NV.float().sum() * 0.0
         return F.cross_entropy(logits_NV.float(), batch.targets_N, reduction="sum")
+
+    def terms(self, forward: Callable[..., Any], batch: Batch) -> list[Term]:
+        """The loss, then ``indexer_kl`` and ``balance_loss`` where they are on."""
+        with ExitStack() as stack:
+            for watch in (self._indexer, self._balance, self._mixing):
+                if watch is not None:
+                    stack.enter_context(watch.listening())
+            terms = [Term("loss", self.loss_sum(forward, batch), Unit.targets)]
+        counts = float(batch.num_tokens > 0)  # a filler's tokens are no data
+        if self._indexer is not None:
+            terms.append(Term("indexer_kl", self._indexer.total() * counts, Unit.tokens, self.cfg.indexer_weight))
+        if self._balance is not None:
+            total = self._balance.total(batch.lengths(), batch.input_ids_BT.shape[1])
+            terms.append(Term("balance_loss", total * counts, Unit.samples, self.cfg.balance_loss))
+        return terms
+
+    def gauges(self) -> dict[str, float]:
+        """``mixing_error``, where the model has hyper-connections."""
+        return {} if self._mixing is None else {"mixing_error": self._mixing.highest()}
+
+
+def _check_balance(text_config: Any) -> None:
+    if text_config.model_type in ROUTERS:
+        return
+    bias = hasattr(text_config, "n_routed_experts") or hasattr(text_config, "num_experts")
+    why = "balances its experts by a bias beside the scores, and has no such loss" if bias else "has no routed experts"
+    raise ConfigError(
+        "objective.balance_loss",
+        f"above 0, but family '{text_config.model_type}' {why}",
+        allowed=f"0; above 0 with {', '.join(sorted(ROUTERS))}",
+        remedy="leave objective.balance_loss out",
+    )
+
+
+def _top_k(text_config: Any) -> int:
+    return int(getattr(text_config, "num_experts_per_tok", 1))
+
+
+def _text_config(module: nn.Module) -> Any:
+    from transformers import PreTrainedModel
+
+    return next(each for each in module.modules() if isinstance(each, PreTrainedModel)).config.get_text_config()

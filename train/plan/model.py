@@ -19,7 +19,7 @@ from train.models.load import load_config
 from train.objectives.base import Objective
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.plan.trace import Event, Pass, Shape, trace
-from train.tuning.base import Tuning
+from train.tuning.base import Tuning, quiet
 
 
 class Model:
@@ -69,6 +69,7 @@ class Model:
         if packed:
             wrap_mixers(model, self.family)
         module = build(self.cfg.tuning, Tuning).apply(model, self.family)
+        build(self.cfg.objective, Objective).choose(module, quiet)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return module.train()
