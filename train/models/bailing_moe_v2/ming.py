@@ -39,7 +39,6 @@ class BailingMM2NativeForConditionalGeneration(PreTrainedModel, GenerationMixin)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = ["^" + prefix.replace(".", r"\.") for prefix in CARRIED_OVER]
 
     def __init__(self, config: BailingMM2Config) -> None:
