@@ -21,6 +21,7 @@ from filelock import FileLock
 from configs.errors import ModelError, StorageError, first_line
 from configs.schema.model import HUB_PREFIX, ModelConfig, Precision
 from train.devices.base import DTYPES, Device, memory_is_full
+from train.models import bailing_moe_v2
 from train.models.bf16_copy import bf16_folder
 from train.models.classes import attention_for, keeping_small_parts_in_fp32, model_class
 from train.models.gguf import dequantise
@@ -189,6 +190,7 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    bailing_moe_v2.register_for(model_dir)
     try:
         return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
