@@ -90,6 +90,35 @@ _LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _MLA_LOCAL = {key: value for key, value in _MLA.items() if key != "n_routed_experts"} | _LOCAL_EXPERTS
 
 
+_LING: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 600000,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_VIDEO_ROPE = {"type": "video_rope", "mrope_section": [1, 2, 1]}
+
+
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
@@ -306,6 +335,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "video_end_token_id": 315,
         },
     ),
+    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _LING),
+    "bailingmm_moe_v2_lite": (
+        "BailingMM2NativeForConditionalGeneration",
+        {"llm_config": _LING | {"router_type": "MultiRouter", "rope_scaling": _VIDEO_ROPE}, "mlp_depth": 2},
+    ),
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -323,9 +357,10 @@ def build(
         changes: to the config, of the language model where there are several.
     """
     class_name, values = CONFIGS[name]
-    model_class = getattr(transformers, class_name)
+    model_class = getattr(transformers, class_name, None) or _of_ours(class_name)
     values = copy.deepcopy(values)  # transformers may write into what it is given
-    (values["text_config"] if "text_config" in values else values).update(changes)
+    inner = next((key for key in ("text_config", "llm_config") if key in values), None)
+    (values[inner] if inner else values).update(changes)
     config = model_class.config_class(**values)
     config.architectures = [class_name]
     if attention:
@@ -339,10 +374,19 @@ def build(
             if last == "tid2eid":
                 experts = model.config.get_text_config().n_routed_experts
                 tensor.copy_(torch.stack([torch.randperm(experts)[: tensor.shape[1]] for _ in tensor]))
-            elif last in ("e_score_correction_bias", "sinks", "position_bias", "expert_bias"):
+            elif last in ("e_score_correction_bias", "sinks", "position_bias"):
                 tensor.normal_(std=0.1)
     model.config.use_cache = False
     return model.to(dtype).eval()
+
+
+def _of_ours(class_name: str) -> Any:
+    """A class that transformers has not."""
+    from train.models import bailing_moe_v2
+    from train.models.bailing_moe_v2 import ming, modeling
+
+    bailing_moe_v2.register()
+    return getattr(modeling, class_name, None) or getattr(ming, class_name)
 
 
 def save(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

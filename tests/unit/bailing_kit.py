@@ -13,42 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-_LING: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "partial_rotary_factor": 0.5,
-    "rope_theta": 600000,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "num_shared_experts": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_VIDEO_ROPE = {"type": "video_rope", "mrope_section": [1, 2, 1]}
+from tests import tiny_families
 
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _LING),
-    "bailingmm_moe_v2_lite": (
-        "BailingMM2NativeForConditionalGeneration",
-        {"llm_config": _LING | {"router_type": "MultiRouter", "rope_scaling": _VIDEO_ROPE}, "mlp_depth": 2},
-    ),
-}
-"""As `tests/tiny_families.CONFIGS` has them."""
+CONFIGS = {name: tiny_families.CONFIGS[name] for name in ("bailing_moe_v2", "bailingmm_moe_v2_lite")}
 
 
 def language_config(name: str) -> dict[str, Any]:

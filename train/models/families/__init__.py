@@ -13,10 +13,12 @@ __all__ = ["FAMILIES", "Family", "Layers", "family_of"]
 def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
     """The family of a transformers config; an unknown one is not packed and LoRA adapts all its linear modules.
 
-    A model that brings its own code is unknown whatever it calls itself: its layers may ignore the boundaries.
+    A model that brings its own code is unknown whatever it calls itself: its layers may ignore the boundaries. Models
+    that are implemented here (`train/models/bailing_moe_v2`) run by our code, whatever their folder brings.
     """
     model_type = str(config.model_type)
+    ours = type(config).__module__.startswith("train.models.")
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if trust_remote_code and brings_code:
+    if trust_remote_code and brings_code and not ours:
         return Family.unlisted(model_type)
     return FAMILIES.get(model_type) or Family.unlisted(model_type)

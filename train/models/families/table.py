@@ -11,6 +11,7 @@ _GATED_DELTA = (*_SOFTMAX, "in_proj_qkv", "in_proj_qkvz", "in_proj_z", "out_proj
 _KIMI_DELTA = tuple(dict.fromkeys((*_SOFTMAX, "g_proj", "g_a_proj", "g_b_proj", *_MLA)))
 """Kimi delta attention (arXiv:2510.26692) in some layers, latent attention in the others."""
 
+_LING2 = ("query_key_value", "dense")
 _INDEXER = r"\.indexer\."
 _INDEXER_REASON = (
     "the indexer only chooses what attention looks at, so the language-model loss gives it no gradient; "
@@ -94,6 +95,15 @@ _FAMILIES = (
         "Ling-3",
         _KIMI_DELTA,
         packed_mixers=("BailingHybridDeltaAttention",),
+    ),
+    Family("bailing_moe_v2", "Ling 2, Ring 2", _LING2),
+    Family("bailing_moe", "Ling 2, Ring 2 under the name of Ling 1", _LING2),
+    Family(
+        "bailingmm_moe_v2_lite",
+        "Ming-Flash-Omni 2.0, the thinker",
+        _LING2,
+        untrained=r"\.(image_gate|audio_gate)\.",
+        untrained_reason="text goes through the text router only, so the routers of images and audio get no gradient",
     ),
     Family(
         "minimax",
