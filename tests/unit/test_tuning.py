@@ -106,9 +106,7 @@ def test_full_tuning_trains_all_that_a_gradient_reaches_and_nothing_else(name):
     frozen = {n for n, _ in model.named_parameters()} - trained
     assert all("indexer" in n or "_gate." in n or any(m in n for m in VISION) for n in frozen)
     assert bool(notes) == bool(frozen)
-    assert (
-        any("indexer" in n for n in frozen) == bool(FAMILIES[name].untrained) == any("no gradient" in n for n in notes)
-    )
+    assert bool(FAMILIES[name].untrained) == any("no gradient" in n for n in notes)
 
 
 def test_parts_that_stay_as_they_are_can_be_chosen():
