@@ -130,38 +130,42 @@ def road(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_cpu(road):
-    """Runs of both tunings, one process each."""
-    for tuning in ("lora", "full"):
-        command = "run" if tuning == "full" else "train"
-        eval_words = ["eval.base=false"] if command == "run" else []
-        crosstune(command, *road.words(f"cpu-{tuning}", tuning), *eval_words, "device=cpu")
-    return {tuning: road.losses(f"cpu-{tuning}") for tuning in ("lora", "full")}
+def lora_on_cpu(road):
+    """Losses of a run in one process."""
+    crosstune("train", *road.words("cpu-lora", "lora"), "device=cpu")
+    return road.losses("cpu-lora")
+
+
+@pytest.fixture(scope="module")
+def full_on_cpu(road):
+    """As `lora_on_cpu`, to the end of the road."""
+    crosstune("run", *road.words("cpu-full", "full"), "eval.base=false", "device=cpu")
+    return road.losses("cpu-full")
 
 
 @pytest.mark.slow
-def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, on_cpu):
+def test_killed_under_zero3_on_npus_goes_on_on_a_cpu(standin, road, lora_on_cpu):
     """Rank 1 dies in a collective about halfway through the 8 steps; the parent tells it from the one that noticed."""
     words = [*road.words("killed", "lora"), *PLAIN_KERNELS, "device=ascend", "nproc=2", "sharding=zero3"]
     shown = standin.crosstune("train", *words, code=3, die="1:650")
     assert re.search(r"rank 1: ended by signal SIGKILL.* after step [2-7]", shown) and "Traceback" not in shown, shown
     assert re.search(rf"crosstune resume {road.tmp / 'killed'}\s+goes on after step [246]", shown), shown
     crosstune("resume", str(road.tmp / "killed"), "device=cpu", "nproc=1", "sharding=plain")
-    assert road.losses("killed") == pytest.approx(on_cpu["lora"], rel=1e-5)
+    assert road.losses("killed") == pytest.approx(lora_on_cpu, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_begun_on_a_cpu_goes_on_on_slow_npus_to_the_end_of_the_road(standin, road, on_cpu):
+def test_begun_on_a_cpu_goes_on_on_slow_npus_to_the_end_of_the_road(standin, road, full_on_cpu):
     """Full tuning; rank 1 comes late to every collective, which changes nothing. Export and eval follow on one NPU."""
     run = road.tmp / "cpu-full"
     shutil.rmtree(run / "checkpoints/step-00000008")
     standin.crosstune("resume", str(run), "device=ascend", "nproc=2", "sharding=zero2", slow="1:20")
-    assert road.losses("cpu-full") == pytest.approx(on_cpu["full"], rel=1e-5)
+    assert road.losses("cpu-full") == pytest.approx(full_on_cpu, rel=1e-5)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["export_check"]["identical"] == summary["export_check"]["compared"] > 0
 
 
-def test_nothing_on_the_road_assumed_cuda(matrix, on_cpu, cuda_assumptions):
+def test_nothing_on_the_road_assumed_cuda(matrix, full_on_cpu, cuda_assumptions):
     """Our code nothing at all; libraries what `tests/tripwire_allowed.py` gives reasons for."""
     found = tripwire.records(cuda_assumptions)
     assert not not_allowed(found), "\n".join(not_allowed(found))

@@ -127,6 +127,7 @@ def test_an_end_before_the_end_leaves_no_process_and_no_traceback(
     assert not alive
 
 
+@pytest.mark.slow
 def test_resume_from_another_folder_without_the_records_and_never_on_another_base(home, tmp_path):
     """What was named relative to one working folder is found from another; a LoRA checkpoint needs its own base."""
     shutil.copytree(home / "model", tmp_path / "here/model")

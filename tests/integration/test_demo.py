@@ -33,13 +33,13 @@ def demo(tmp_path_factory):
     return run
 
 
-SHORT = ("max_steps=2", "eval.limit=4")
+SHORT = ("max_steps=1", "eval.limit=2")
 
 
 def test_a_short_demo(demo):
     screen, summary = demo("short", *SHORT, OMP_NUM_THREADS="2")
     assert "dequantising" in screen and "prepared " in screen
-    assert summary["test_size"] == 4 and summary["base"]["exact_match"] <= 0.1
+    assert summary["test_size"] == 2 and summary["base"]["exact_match"] <= 0.1
     assert summary["export_check"]["identical"] == summary["export_check"]["compared"]
     assert summary["peak_gib"] < 6
 
