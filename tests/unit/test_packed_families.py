@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from transformers import masking_utils
 
 from configs.schema.tuning import LoraConfig
+from tests.cells import PACKING
 from tests.tiny_families import FAMILIES as NAMES
 from tests.tiny_families import build
 from tests.unit.packing_kit import kinds, packable, unwrapped
 from train.models.families import FAMILIES
+from train.ops import packed_mixers
 from train.ops.packed_attention import Pack
 from train.ops.packed_mixers import unwrap_mixers, wrap_mixers
 from train.tuning.lora import LoraTuning
@@ -79,7 +81,7 @@ def worst(found, expected):
     return max(float((found[name] - g).norm() / max(g.norm(), 1e-3 * whole)) for name, g in expected.items())
 
 
-@pytest.mark.cell("packing")
+@pytest.mark.cell(PACKING)
 @pytest.mark.parametrize("name", some(ONE_OF_EACH_KIND))
 @pytest.mark.parametrize("lengths", [LONG, EVEN], ids=["long", "even"])
 def test_logits_and_gradients_are_those_of_the_samples_alone(name, lengths):
@@ -207,3 +209,18 @@ def test_every_family_knows_how_it_is_packed_and_its_mixers_exist():
         family, model = FAMILIES[name], build(name)
         found = {type(module).__name__ for module in kinds(model, family)}
         assert family.packing_exact and found == set(family.packed_mixers), name
+
+
+def test_linear_mixers_take_samples_of_like_length_together_and_others_one_by_one():
+    plan = packed_mixers._plan(((100, 90, 80, 30, 10), (310,)), torch.device("cpu"), True)
+    assert [tuple(group.shape) for group in plan.groups] == [(1, 310), (3, 100), (2, 30)]
+    plan = packed_mixers._plan(((100, 90), (190,)), torch.device("cpu"), False)
+    assert [tuple(group.shape) for group in plan.groups] == [(1, 190), (1, 100), (1, 90)]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "deepseek_v32"])
+def test_rows_of_one_sample_run_as_transformers_wrote_them(name):
+    ids, positions = torch.stack(samples_of((40, 40))), torch.arange(40).expand(2, -1)
+    with torch.no_grad():
+        got = packable(name)(input_ids=ids, position_ids=positions, pack=Pack(((40,), (40,))), use_cache=False).logits
+        assert torch.equal(got, build(name)(input_ids=ids, use_cache=False).logits)
