@@ -7,16 +7,19 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 
+from configs.compose import compose
 from configs.errors import ConfigError
 from configs.schema.tuning import LoraConfig
 from tests.cells import PACKING
+from tests.tiny import samples_of, write_prepared
 from tests.tiny_families import FAMILIES as NAMES
-from tests.tiny_families import build
+from tests.tiny_families import build, save
 from tests.unit.packing_kit import CPU, LEAKY, kinds, packable, unwrapped
 from train.engine.base import World
 from train.models.families import FAMILIES
 from train.ops import packed_mixers, packing_check
 from train.ops.packing_check import TOLERANCE, Row, check_packing, lengths_for
+from train.run import train
 from train.tuning.lora import LoraTuning
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -219,3 +222,26 @@ def test_only_logits_that_are_looked_at_are_computed():
 
     Row(forward, model, CPU, TOLERANCE[torch.float32]).leak()
     assert max(sizes) <= packing_check.SEEN
+
+
+def test_a_run_is_checked_before_its_first_step_where_rows_are_packed(tmp_path, monkeypatch, caplog):
+    """Unless it is told not to, or rows are not packed."""
+    model = save("qwen3_5_text", tmp_path / "model")
+    data = write_prepared(tmp_path / "data", {"train": samples_of((24, 31, 18), vocab_size=12)})
+
+    def run(*words):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        paths = [f"model.path={model}", f"dataset.path={data}", f"run_dir={folder}", "device=cpu"]
+        fixed = ["max_steps=1", "batch_tokens=80", "micro_batch_tokens=80", "max_length=80", "checkpoint.every=0"]
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(compose("train", [*paths, *fixed, *words]), model_dir=model, prepared=data, run_dir=folder)
+        return caplog.text
+
+    assert "3 layers of Qwen3_5GatedDeltaNet" in (told := run()) and "packing checked" in told
+    monkeypatch.setattr("train.run.wrap_mixers", lambda model, family: 0)
+    with pytest.raises(ConfigError, match="packing: .*not kept apart"):
+        run()
+    assert "packing checked" not in run("check_packing=false")
+    assert "packing checked" not in run("packing=off")
