@@ -1,114 +1,247 @@
-"""The check at start finds every leak on the real model, and nothing where there is none."""
+"""The check at start finds every leak, on a row that is long enough for it, and cries at nothing else."""
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 
+from configs.compose import compose
 from configs.errors import ConfigError
+from configs.schema.tuning import LoraConfig
 from tests.cells import PACKING
-from tests.tiny_families import FAMILIES, build
-from tests.unit.test_packed_families import QUICK, packed
+from tests.tiny import samples_of, write_prepared
+from tests.tiny_families import FAMILIES as NAMES
+from tests.tiny_families import build, save
+from tests.unit.packing_kit import CPU, LEAKY, kinds, packable, unwrapped
 from train.engine.base import World
-from train.models.families import FAMILIES as FACTS
-from train.ops.packed_mixers import attention_for_packing
-from train.ops.packing_check import check_packing, lengths_for
+from train.models.families import FAMILIES
+from train.ops import packed_mixers, packing_check
+from train.ops.packing_check import TOLERANCE, Row, check_packing, lengths_for
+from train.run import train
+from train.tuning.lora import LoraTuning
 
-LEAKY = tuple(name for name in FAMILIES if FACTS[name].packed_mixers and name not in ("deepseek_v32", "glm_moe_dsa"))
-"""Those of sparse attention alone honour the boundaries themselves; their choice is what differs."""
+DTYPES = (torch.float32, torch.bfloat16)
+QUICK = ("qwen3_5", "deepseek_v4", "minimax", "minimax_m3_vl")
 
 
-def params(names, quick=QUICK):
+def some(names, quick):
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-def check(model, name: str) -> list[str]:
-    notes: list[str] = []
-    dtype = next(p.dtype for p in model.parameters())
-    cpu = torch.device("cpu")
-    check_packing(model, model, FACTS[name], device=cpu, dtype=dtype, world=World(), note=notes.append)
+def check(model, name, dtype=torch.float32, *, forward=None, world=None):
+    """What was noted."""
+    notes = []
+    world = world or World()
+    check_packing(forward or model, model, FAMILIES[name], device=CPU, dtype=dtype, world=world, note=notes.append)
     return notes
 
 
-def bare(model, name: str):
-    """The model without its wrapped mixers."""
-    if (attention := attention_for_packing(FACTS[name])) != "sdpa":
-        model.set_attn_implementation(attention)
-    return model
+@pytest.mark.cell(PACKING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", some(NAMES, (*QUICK, "llama", "step3p7")))
+def test_every_family_passes_as_it_is_packed(name, dtype):
+    [note] = check(packable(name, dtype=dtype), name, dtype)
+    assert "packing checked" in note and " s:" in note
 
 
 @pytest.mark.cell(PACKING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", params(FAMILIES))
-def test_what_is_exact_passes(name, dtype):
-    model = packed(build(name, dtype=dtype).train(), name)
-    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    (told,) = check(model, name)
-    assert "packing checked on this model" in told
-    assert model.training and torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(tensor, before[part]) for part, tensor in model.state_dict().items())
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", some(LEAKY, QUICK))
+def test_a_family_whose_mixers_are_not_wrapped_is_stopped(name, dtype):
+    with pytest.raises(ConfigError, match="changing one sample of a row") as caught:
+        check(unwrapped(name, dtype=dtype), name, dtype)
+    assert str(caught.value).startswith("packing: ") and "at most" in str(caught.value)
+    assert "packing=off" in str(caught.value)
 
 
-@pytest.mark.cell(PACKING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", params(LEAKY))
-def test_every_family_that_leaks_is_stopped_without_its_wrapped_mixers(name, dtype):
-    with pytest.raises(
-        ConfigError, match="packing: samples of a row are not kept apart on this model[\\s\\S]*packing=off"
-    ):
-        check(bare(build(name, dtype=dtype), name), name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", some(LEAKY, ("qwen3_5", "minimax_m3_vl")))
+def test_one_layer_that_leaks_is_enough(name, dtype):
+    model = packable(name, dtype=dtype)
+    for layer in kinds(model, FAMILIES[name])[:4]:
+        wrapped, layer.forward = layer.forward, MethodType(whole_row, layer)
+        with pytest.raises(ConfigError, match="not kept apart"):
+            check(model, name, dtype)
+        layer.forward = wrapped
+    check(model, name, dtype)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
-def test_ties_of_a_top_k_are_told_and_stop_nothing(name):
-    """Without wrapped layers other rows' widths break ties: no sample sees another, the choice is another."""
-    told, _ = check(build(name), name)
-    assert "breaks ties by the width of a row" in told
+def whole_row(self, hidden_states, *, pack, **kwargs):
+    """A layer that takes the row for one sample."""
+    kwargs["attention_mask"] = packed_mixers._MASKS.get(type(self).__name__, packed_mixers._no_mask)(
+        self, hidden_states
+    )
+    return type(self).forward(self, hidden_states, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "deepseek_v4"])
-def test_one_layer_that_leaks_is_enough(name):
-    model = packed(build(name), name)
-    last = [m for m in model.modules() if type(m).__name__ in FACTS[name].packed_mixers][-1]
-    del last.forward  # of the wrapped layers the last
+def compressed_over_the_row(self, hidden_states, *, pack, **kwargs):
+    """Softmax attention keeps to its own sample; what is compressed or chosen is the row's."""
+    sample = torch.repeat_interleave(torch.arange(len(pack.lengths[0])), torch.tensor(pack.lengths[0]))
+    other = sample[:, None] != sample[None, :]
+    mask = packed_mixers._sliding(self, hidden_states)
+    kwargs["attention_mask"] = mask.masked_fill(other, torch.finfo(mask.dtype).min)
+    return type(self).forward(self, hidden_states, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["HCA", "CSA"])
+def test_one_compressor_that_leaks_is_enough(kind, dtype):
+    model = packable("deepseek_v4", dtype=dtype)
+    layer = with_compressor(model, kind)[0]
+    layer.forward = MethodType(compressed_over_the_row, layer)
     with pytest.raises(ConfigError, match="not kept apart"):
-        check(model, name)
+        check(model, "deepseek_v4", dtype)
 
 
-def test_wrong_positions_are_found_by_the_sample_alone():
-    """Positions that go on over the row reach no other sample, yet they are not those of the sample alone."""
-    model = packed(build("llama"), "llama")
+def with_compressor(model, kind):
+    return [each for each in kinds(model, FAMILIES["deepseek_v4"]) if kind in type(each.compressor).__name__]
 
-    def forward(position_ids, **rest):
-        return model(position_ids=torch.arange(position_ids.shape[1])[None] // 2, **rest)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_samples_shorter_than_what_is_compressed_show_nothing_so_the_row_is_longer(dtype, monkeypatch):
+    """A compressor of 128 tokens that mixes samples, seen by no token before the 128th."""
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    model = packable("deepseek_v4", dtype=dtype, compress_rates=rates)
+    [layer] = with_compressor(model, "HCA")
+    layer.forward = MethodType(compressed_over_the_row, layer)
+    with pytest.raises(ConfigError, match="not kept apart"):
+        check(model, "deepseek_v4", dtype)
+    monkeypatch.setattr(packing_check, "lengths_for", lambda config: (24, 13))
+    check(model, "deepseek_v4", dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "largest"),
+    [
+        ("llama", {}, 0),
+        ("deepseek_v4", {"compress_rates": {"heavily_compressed_attention": 200}}, 200),
+        ("minimax", {"block_size": 256}, 256),
+        ("minimax_m3_vl", {"index_block_size": 128}, 128),
+        ("glm5_next", {"index_kpool": 300}, 300),
+        ("mistral", {"sliding_window": 4096}, 0),  # plain attention: its boundaries show in a shorter row as well
+    ],
+)
+def test_both_samples_are_longer_than_every_block_and_multiples_of_none(name, changes, largest):
+    config = build(name).config
+    for key, value in changes.items():
+        setattr(config.get_text_config(), key, value)
+    x, y = lengths_for(config)
+    assert min(x, y) > max(largest, 128) and x + y < 2048
+    assert all(length % block for length in (x, y) for block in (16, 64, 128, largest or 64))
+
+
+def test_sparse_attention_whose_choice_depends_on_the_row_is_told_and_not_stopped():
+    """Ties of its top-k are broken by a row's width: no other sample can be seen."""
+    notes = check(unwrapped("deepseek_v32"), "deepseek_v32")
+    assert len(notes) == 2 and "nothing leaks" in notes[0]
+
+
+def test_a_sample_that_is_misplaced_is_found():
+    """Nothing leaks, but positions go on from sample to sample."""
+    model = packable("llama")
+
+    def forward(*, position_ids, **kwargs):
+        return model(position_ids=torch.arange(position_ids.shape[1])[None] ** 2, **kwargs)
 
     with pytest.raises(ConfigError, match="differ from those alone"):
-        check_packing(
-            forward, model, FACTS["llama"], device=torch.device("cpu"), dtype=torch.float32, world=World(), note=print
-        )
+        check(model, "llama", forward=forward)
 
 
-def test_both_samples_are_longer_than_every_block_of_the_model():
-    """A leak at a boundary between blocks shows only if the samples have whole blocks on both sides."""
-    for rates in ({"a": 4, "b": 128}, {"a": 8, "b": 200}):
-        config = SimpleNamespace(compress_rates=rates, sliding_window=4096)
-        config.get_text_config = lambda config=config: config
-        x, y = lengths_for(config)
-        assert min(x, y) > max(rates.values()) and all(n % size for n in (x, y) for size in rates.values())
-        assert x + y < 1000, "a plain sliding window needs no longer row"
+@pytest.mark.parametrize(
+    ("share", "both_ways", "stopped"), [(0.05, True, False), (0.05, False, True), (0.5, True, True)]
+)
+def test_tokens_that_round_over_to_another_expert_are_no_leak(share, both_ways, stopped):
+    """What happens as much where nothing can leak is rounding; but rounding does not excuse everything."""
+    model = packable("deepseek_v3")
+
+    def forward(*, input_ids, pack, logits_to_keep, **kwargs):
+        out = model(input_ids=input_ids, pack=pack, logits_to_keep=logits_to_keep, **kwargs)
+        behind = len(pack.lengths[0]) == 2 and bool(logits_to_keep[0, -1])
+        if behind or (both_ways and len(pack.lengths[0]) == 2):
+            draw = torch.Generator().manual_seed(int(input_ids.sum()))
+            flat = out.logits.flatten(0, -2)
+            hit = 8 + torch.randperm(len(flat) - 8, generator=draw)[: round(share * len(flat)) // 2]
+            flat[hit] += 0.1 * torch.randn(len(hit), flat.shape[-1], generator=draw) * flat[hit].norm(dim=-1)[:, None]
+        return out
+
+    if stopped:
+        with pytest.raises(ConfigError, match="not kept apart"):
+            check(model, "deepseek_v3", forward=forward)
+    else:
+        check(model, "deepseek_v3", forward=forward)
 
 
-def test_one_rank_that_finds_a_leak_stops_all():
-    class Pair(World):
+def test_ranks_stop_together():
+    """The other rank has found a leak, this one has not."""
+
+    class OtherFound(World):
         def all_reduce_sum(self, values):
-            return [*values[:4], 0.5, 1.0, 0.5, 1.0]  # the other rank's figures
+            return [a + b for a, b in zip(values, [0.0] * 4 + [0.9, 0.5, 0.0, 0.0], strict=True)]
 
-    world = Pair(rank=0, size=2)
-    model = packed(build("llama"), "llama")
-    with pytest.raises(ConfigError, match="by 0.5 at its first tokens, by more than 0.001 at 100% of all"):
-        check_packing(
-            model, model, FACTS["llama"], device=torch.device("cpu"), dtype=torch.float32, world=world, note=print
-        )
+    with pytest.raises(ConfigError, match=r"by 0\.9 at its first tokens"):
+        check(packable("llama"), "llama", world=OtherFound(rank=0, size=2))
+
+
+def test_a_model_that_answers_with_nan_does_not_pass():
+    model = packable("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="by inf"):
+        check(model, "llama")
+
+
+def test_model_gradients_and_random_numbers_are_left_as_they_were():
+    model = packable("qwen3_5", attention_dropout=0.5)
+    adapted = LoraTuning(LoraConfig(dropout=0.5)).apply(model, FAMILIES["qwen3_5"]).train()
+    model.model.visual.eval()
+    modes, before = [module.training for module in adapted.modules()], torch.get_rng_state()
+    weights = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    check(adapted, "qwen3_5")
+    assert [module.training for module in adapted.modules()] == modes and len(set(modes)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in adapted.state_dict().items())
+    assert all(parameter.grad is None for parameter in adapted.parameters())
+
+
+def test_tokens_that_stand_for_images_are_not_drawn():
+    config = build("kimi_k25").config
+    drawn = torch.cat(packing_check._tokens(config, (5000, 5000, 100), CPU))
+    assert not torch.isin(drawn, torch.tensor([310, 311, 312, 313])).any()
+
+
+def test_only_logits_that_are_looked_at_are_computed():
+    """Of a vocabulary of 250,000 they would take more than the model's own."""
+    model, sizes = packable("minimax", block_size=300), []
+
+    def forward(**kwargs):
+        out = model(**kwargs)
+        sizes.append(out.logits.flatten(0, -2).shape[0])
+        return SimpleNamespace(logits=out.logits)
+
+    Row(forward, model, CPU, TOLERANCE[torch.float32]).leak()
+    assert max(sizes) <= packing_check.SEEN
+
+
+def test_a_run_is_checked_before_its_first_step_where_rows_are_packed(tmp_path, monkeypatch, caplog):
+    """Unless it is told not to, or rows are not packed."""
+    model = save("qwen3_5_text", tmp_path / "model")
+    data = write_prepared(tmp_path / "data", {"train": samples_of((24, 31, 18), vocab_size=12)})
+
+    def run(*words):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        paths = [f"model.path={model}", f"dataset.path={data}", f"run_dir={folder}", "device=cpu"]
+        fixed = ["max_steps=1", "batch_tokens=80", "micro_batch_tokens=80", "max_length=80", "checkpoint.every=0"]
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(compose("train", [*paths, *fixed, *words]), model_dir=model, prepared=data, run_dir=folder)
+        return caplog.text
+
+    assert "3 layers of Qwen3_5GatedDeltaNet" in (told := run()) and "packing checked" in told
+    monkeypatch.setattr("train.run.wrap_mixers", lambda model, family: 0)
+    with pytest.raises(ConfigError, match="packing: .*not kept apart"):
+        run()
+    assert "packing checked" not in run("check_packing=false")
+    assert "packing checked" not in run("packing=off")

@@ -38,16 +38,47 @@ def attention_for_packing(family: Family) -> str:
 
 
 def wrap_mixers(model: nn.Module, family: Family) -> int:
-    """Has the family's mixers keep samples apart when they are given `pack`; idempotent.
+    """Has the family's mixers keep samples apart when they are given `pack`; idempotent, undone by `unwrap_mixers`.
+
+    Only this model is touched, not transformers' classes.
 
     Returns:
         how many layers it has wrapped.
     """
-    wrapped = [m for m in model.modules() if type(m).__name__ in (family.packed_mixers or ())]
-    for module in wrapped:
+    names = family.packed_mixers or ()
+    mixers = [module for module in model.modules() if type(module).__name__ in names]
+    for module in mixers:
         # A bound method, not a closure over the layer: copy.deepcopy binds it to the copy.
         module.forward = MethodType(_forward, module)
-    return len(wrapped)
+    if any(name in _MASKS for name in names):
+        for module in _stacks(model, names):
+            module.forward = MethodType(_stack_forward, module)
+    return len(mixers)
+
+
+def unwrap_mixers(model: nn.Module) -> None:
+    """Gives every layer its own forward back."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) in (_forward, _stack_forward):
+            del module.forward
+
+
+def _stacks(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The models that hand a mask to layers with such mixers."""
+    found = []
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and any(type(each).__name__ in names for each in layers.modules()):
+            found.append(module)
+    return found
+
+
+def _stack_forward(self: Any, *args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
+    """The model's own forward, without a mask over the whole row: the wrapped layers make one for each sample."""
+    if pack is not None:
+        kinds = ("indexed_attention", *(getattr(self.config, "layer_types", None) or ()))
+        kwargs["attention_mask"] = dict.fromkeys(kinds)  # as if made beforehand: transformers takes it as it is
+    return type(self).forward(self, *args, pack=pack, **kwargs)
 
 
 def _forward(self: Any, hidden_states: torch.Tensor, *, pack: Pack | None = None, **kwargs: Any) -> Any:
@@ -61,11 +92,13 @@ def _forward(self: Any, hidden_states: torch.Tensor, *, pack: Pack | None = None
             are cut like the hidden states; masks are made anew.
     """
     own = type(self).forward
-    if pack is None or all(len(row) == 1 for row in pack.lengths):
+    if pack is None:
         return own(self, hidden_states, **kwargs)
-    make_mask = _MASKS.get(type(self).__name__)
-    plan = _plan(pack.lengths, hidden_states.device, make_mask is None)
+    make_mask = _MASKS.get(type(self).__name__, _no_mask)
     kwargs.pop("attention_mask", None)
+    if all(len(row) == 1 for row in pack.lengths):
+        return own(self, hidden_states, attention_mask=make_mask(self, hidden_states), **kwargs)
+    plan = _plan(pack.lengths, hidden_states.device, make_mask is _no_mask)
     chosen_before = kwargs.pop("prev_topk_indices", None)
     outs, chosen = [], []
     for group, places in enumerate(plan.groups):
@@ -73,7 +106,7 @@ def _forward(self: Any, hidden_states: torch.Tensor, *, pack: Pack | None = None
         if chosen_before is not None:
             mine["prev_topk_indices"] = chosen_before[group]
         part = plan.cut(hidden_states, places)
-        out = own(self, part, attention_mask=make_mask(self, part) if make_mask else None, **mine)
+        out = own(self, part, attention_mask=make_mask(self, part), **mine)
         several = isinstance(out, tuple)
         outs.append(out[0] if several else out)
         chosen.append(out[2] if several and len(out) == 3 else None)
@@ -132,38 +165,43 @@ def _plan(lengths: Lengths, device: torch.device, together: bool) -> _Plan:
             groups[-1].append(sample)
         else:
             groups.append([sample])
-    back, made, done = torch.empty(len(lengths) * tokens, dtype=torch.long), [], 0
-    for group in groups:
-        longest = group[0][1]
-        places = torch.empty(len(group), longest, dtype=torch.long)
-        for i, (at, size) in enumerate(group):
-            places[i] = at + torch.arange(longest).clamp(max=size - 1)
-            back[at : at + size] = done + i * longest + torch.arange(size)
-        made.append(places.to(device))
-        done += places.numel()
-    return _Plan(len(lengths), tokens, tuple(made), back.to(device))
+    with torch.inference_mode(False):  # kept for later passes, which may want gradients
+        back, made, done = torch.empty(len(lengths) * tokens, dtype=torch.long), [], 0
+        for group in groups:
+            longest = group[0][1]
+            places = torch.empty(len(group), longest, dtype=torch.long)
+            for i, (at, size) in enumerate(group):
+                places[i] = at + torch.arange(longest).clamp(max=size - 1)
+                back[at : at + size] = done + i * longest + torch.arange(size)
+            made.append(places.to(device))
+            done += places.numel()
+        return _Plan(len(lengths), tokens, tuple(made), back.to(device))
 
 
 def _causal(layer: Any, part: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """As transformers makes it for one sample, ``[1 x 1 x t x t]``: additive for eager attention, else boolean."""
+    """As transformers makes it for one length, ``[n x 1 x t x t]``: additive for eager attention, else boolean."""
     at = torch.arange(part.shape[1], device=part.device)
     back = at[:, None] - at[None, :]
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     if layer.config._attn_implementation != "eager":
-        return seen[None, None]
+        return seen.expand(len(part), 1, -1, -1)
     zeros = torch.zeros(seen.shape, dtype=part.dtype, device=part.device)
-    return zeros.masked_fill(~seen, torch.finfo(part.dtype).min)[None, None]
+    return zeros.masked_fill(~seen, torch.finfo(part.dtype).min).expand(len(part), 1, -1, -1)
 
 
 def _sliding(layer: Any, part: torch.Tensor) -> torch.Tensor:
     return _causal(layer, part, layer.sliding_window)
 
 
+def _no_mask(layer: Any, part: torch.Tensor) -> None:
+    """For linear mixers: they are causal, and what is padded is not read back."""
+
+
 def _no_padding(layer: Any, part: torch.Tensor) -> torch.Tensor:
     return torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
 
 
-_MASKS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+_MASKS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor | None]] = {
     "DeepseekV32Attention": _causal,
     "DeepseekV4Attention": _sliding,
     "GlmMoeDsaAttention": _causal,
@@ -171,3 +209,6 @@ _MASKS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "MiniMaxM3VLAttention": _causal,
 }
 """Classes of softmax attention that bring their own masks to what they choose to look at: the mask of one sample."""
+
+DSA = ("DeepseekV32Attention", "GlmMoeDsaAttention", "Glm5NextTextAttention")
+"""Whose top-k meets ties (DeepSeek Sparse Attention, arXiv:2512.02556), which a row's width breaks."""

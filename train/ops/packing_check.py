@@ -7,6 +7,9 @@ On a row of two samples ``[X | Y]``:
 - *separation*: Y's logits must be those of Y alone. This finds what depends on X's length (wrong positions, windows out
   of place), but rounds otherwise, and sparse attention breaks ties by a row's width.
 
+Where the experts' matrices meet other rows, and in bf16, a token may round over to another expert without any leak. So
+before a run is stopped the same is asked where nothing can leak, of ``[Y | X]``: what is seen there is rounding.
+
 A short row proves nothing: a block that compresses 128 tokens leaks across a boundary only if both samples are longer.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,7 @@ from configs.errors import ConfigError
 from train.engine.base import World
 from train.models.families import Family
 from train.ops.packed_attention import Pack
+from train.ops.packed_mixers import DSA
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Relative L2 difference of a token's logits that counts. Leaks were 0.2 to 1.3 at Y's first tokens, and
@@ -33,6 +38,10 @@ FIRST = 8
 """Y's first tokens, which see a leak best."""
 FEW, SOME = 0.02, 0.05
 """Shares of Y's tokens that may differ: under intervention; from Y alone, where a router or a top-k may round over."""
+ABOVE_ROUNDING, AT_MOST = 3.0, 4.0
+"""A leak is this many times what rounding does; but rounding excuses no more than so many times the limits."""
+SEEN = 140
+"""Tokens of Y that are looked at, the first ones among them; bounds the memory of the logits."""
 SHORTEST = 140
 """Tokens; a multiple of no block."""
 LARGEST = 512
@@ -57,6 +66,14 @@ class Differences:
     """Mean over Y's first tokens."""
     share: float
     """Share of Y's tokens above the tolerance."""
+
+    def within(self, allowed: Differences) -> bool:
+        """Whether neither figure is above; NaN is."""
+        return self.first <= allowed.first and self.share <= allowed.share
+
+    def above(self, rounding: Differences) -> Differences:
+        """These limits, raised where rounding alone comes near them."""
+        return Differences(_raised(self.first, rounding.first), _raised(self.share, rounding.share))
 
 
 def check_packing(
@@ -84,44 +101,96 @@ def check_packing(
         ConfigError: a sample reaches another one, or is misplaced.
     """
     started = time.monotonic()
-    config = _base(module).config
-    apart, alone = differences(forward, module, config, device, TOLERANCE[dtype])
-    worst = _worst_of_ranks(world, [apart.first, apart.share, alone.first, alone.share])
-    apart, alone = Differences(*worst[:2]), Differences(*worst[2:])
     limit = TOLERANCE[dtype]
-    if not (apart.first <= limit and apart.share <= FEW):
-        raise _fault(family, "changing one sample of a row changes the next one's logits", apart, limit, FEW)
-    chooses = family.untrained is not None
-    if not (alone.first <= limit and alone.share <= SOME):
-        if not chooses:
-            raise _fault(family, "a sample's logits in a packed row differ from those alone", alone, limit, SOME)
+    row = Row(forward, module, device, limit)
+    apart, alone = _worst_of_ranks(world, row.leak())
+    few, some = Differences(limit, FEW), Differences(limit, SOME)
+    if not (apart.within(few) and alone.within(some)):
+        rounding = _worst_of_ranks(world, row.rounding())
+        few, some = few.above(rounding[0]), some.above(rounding[1])
+    if not apart.within(few):
+        raise _fault(family, "changing one sample of a row changes the next one's logits", apart, few, limit)
+    if not alone.within(some):
+        if apart.share or not set(DSA) & set(family.packed_mixers or ()):
+            raise _fault(family, "a sample's logits in a packed row differ from those alone", alone, some, limit)
         note(
             f"packing: {alone.share:.1%} of the logits in a packed row differ from those of the sample alone; nothing "
-            "leaks, but this attention's top-k breaks ties by the width of a row"
+            "leaks, but the top-k of this attention breaks ties by the width of a row"
         )
-    seconds = time.monotonic() - started
     note(
-        f"packing checked on this model in {seconds:.1f} s: another sample in the row changes logits by "
-        f"{apart.first:.1g} (at most {limit:g})"
+        f"packing checked on this model in {time.monotonic() - started:.1f} s: another sample in the row changes "
+        f"logits by {apart.first:.1g} (at most {few.first:.1g})"
     )
 
 
-def differences(
-    forward: Forward, module: nn.Module, config: Any, device: torch.device, limit: float
-) -> tuple[Differences, Differences]:
-    """Under intervention, and from the sample alone."""
-    x, y = lengths_for(config)
-    first, other, second = _tokens(config, (x, x, y), device)
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            packed = _logits(forward, [first, second])
-            changed = _logits(forward, [other, second])
-            alone = _logits(forward, [second])
-    finally:
-        module.train(was_training)
-    return _differences(changed, packed, limit), _differences(alone, packed, limit)
+class Row:
+    """Passes over a row of X and Y, without gradients and in eval mode.
+
+    Args:
+        forward: the engine's.
+        module: what it runs; left in the mode that it is in.
+        device: where inputs go.
+        limit: relative difference of a token's logits that counts.
+    """
+
+    def __init__(self, forward: Forward, module: nn.Module, device: torch.device, limit: float) -> None:
+        self.forward, self.module, self.limit = forward, module, limit
+        config = _base(module).config
+        x, y = lengths_for(config)
+        self.x, self.other, self.y = _tokens(config, (x, x, y), device)
+        rest = torch.linspace(FIRST, y - 1, SEEN - FIRST, device=device).long()
+        self.seen = torch.zeros_like(self.y, dtype=torch.bool)
+        self.seen[:FIRST] = self.seen[rest] = True
+
+    def leak(self) -> tuple[Differences, Differences]:
+        """What becomes of Y behind another X, and beside Y alone."""
+        with self._frozen():
+            packed, changed, alone = (
+                self._logits(self.x, self.y),
+                self._logits(self.other, self.y),
+                self._logits(self.y),
+            )
+        return self._differences(changed, packed), self._differences(alone, packed)
+
+    def rounding(self) -> tuple[Differences, Differences]:
+        """The same before X, which no causal model can see there."""
+        with self._frozen():
+            packed, changed, alone = (
+                self._logits(self.y, self.x),
+                self._logits(self.y, self.other),
+                self._logits(self.y),
+            )
+        return self._differences(changed, packed), self._differences(alone, packed)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        training = [module for module in self.module.modules() if module.training]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _logits(self, *samples: torch.Tensor) -> torch.Tensor:
+        """At the tokens of Y that are looked at, ``[n x vocabulary]``."""
+        lengths = tuple(len(sample) for sample in samples)
+        positions = torch.cat([torch.arange(n, device=self.y.device) for n in lengths])
+        wanted = torch.cat([self.seen if sample is self.y else torch.zeros_like(sample) > 0 for sample in samples])
+        out = self.forward(
+            input_ids=torch.cat(samples)[None],
+            position_ids=positions[None],
+            pack=Pack((lengths,)),
+            logits_to_keep=wanted[None],
+            use_cache=False,
+        )
+        logits: torch.Tensor = out.logits
+        return logits.flatten(0, -2)
+
+    def _differences(self, a: torch.Tensor, b: torch.Tensor) -> Differences:
+        relative = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)
+        return Differences(float(relative[:FIRST].mean()), float((~(relative <= self.limit)).float().mean()))
 
 
 def lengths_for(config: Any) -> tuple[int, int]:
@@ -153,42 +222,31 @@ def _tokens(config: Any, lengths: tuple[int, ...], device: torch.device) -> list
     return [ids[torch.randint(len(ids), (n,), generator=draw)].to(device) for n in lengths]
 
 
-def _logits(forward: Forward, samples: list[torch.Tensor]) -> torch.Tensor:
-    """Of the last sample, fp32 ``[t x vocabulary]``."""
-    lengths = tuple(len(sample) for sample in samples)
-    ids = torch.cat(samples)[None]
-    positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]
-    wanted = torch.zeros_like(ids, dtype=torch.bool)
-    wanted[:, -lengths[-1] :] = True
-    out = forward(input_ids=ids, position_ids=positions, pack=Pack((lengths,)), logits_to_keep=wanted, use_cache=False)
-    logits: torch.Tensor = out.logits
-    return logits.flatten(0, -2).float()
-
-
-def _differences(a: torch.Tensor, b: torch.Tensor, limit: float) -> Differences:
-    relative = (a - b).norm(dim=-1) / b.norm(dim=-1)
-    return Differences(float(relative[:FIRST].mean()), float((~(relative <= limit)).float().mean()))
-
-
-def _worst_of_ranks(world: World, figures: list[float]) -> list[float]:
+def _worst_of_ranks(world: World, found: tuple[Differences, Differences]) -> tuple[Differences, Differences]:
     """A rank that alone stopped would leave the others waiting."""
-    count = len(figures)
-    mine = [0.0] * (world.size * count)
-    mine[world.rank * count : (world.rank + 1) * count] = figures
-    everyone = world.all_reduce_sum(mine)
-    return [max(_or_infinity(each) for each in everyone[i::count]) for i in range(count)]
+    mine = [_or_infinity(figure) for each in found for figure in (each.first, each.share)]
+    count = len(mine)
+    table = [0.0] * (world.size * count)
+    table[world.rank * count : (world.rank + 1) * count] = mine
+    everyone = world.all_reduce_sum(table)
+    worst = [max(everyone[i::count]) for i in range(count)]
+    return Differences(*worst[:2]), Differences(*worst[2:])
+
+
+def _raised(limit: float, rounding: float) -> float:
+    return min(max(limit, ABOVE_ROUNDING * rounding), AT_MOST * limit)
 
 
 def _or_infinity(figure: float) -> float:
     return figure if math.isfinite(figure) else math.inf
 
 
-def _fault(family: Family, what: str, found: Differences, limit: float, share: float) -> ConfigError:
+def _fault(family: Family, what: str, found: Differences, allowed: Differences, limit: float) -> ConfigError:
     return ConfigError(
         "packing",
         f"samples of a row are not kept apart on this model ('{family.model_type}'): {what}, by {found.first:.2g} at "
         f"its first tokens, by more than {limit:g} at {found.share:.0%} of all",
-        allowed=f"at most {limit:g} at the first tokens, and above it at most {share:.0%} of all",
+        allowed=f"at most {allowed.first:.2g} at the first tokens, at most {allowed.share:.0%} of all",
         remedy="packing=off pads rows of one sample; please report the model's config.json",
     )
 

@@ -1,0 +1,56 @@
+"""Packed rows of families with linear and compressed attention, and the check at start, on two ranks under ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.compose import compose
+from configs.errors import ConfigError
+from tests.distributed.forks import in_ranks
+from tests.tiny import samples_of, write_prepared
+from tests.tiny_families import save
+
+pytestmark = pytest.mark.distributed
+
+LENGTHS = (24, 31, 18, 40, 27, 22, 35, 29)
+
+
+def rank(home: Path, run: Path, leaks: bool, words: tuple[str, ...]) -> None:
+    """Trains; where mixers are left as they are, it must be stopped, on every rank."""
+    import train.run
+
+    if leaks:
+        train.run.wrap_mixers = lambda model, family: 0
+    paths = [f"model.path={home / 'model'}", f"dataset.path={home / 'data'}", f"run_dir={run}", "device=cpu"]
+    sizes = ["batch_tokens=120", "micro_batch_tokens=60", "max_length=60", "max_steps=2"]
+    cfg = compose("train", [*paths, *sizes, "optim.lr=0.01", *words])
+    try:
+        train.run.train(cfg, model_dir=home / "model", prepared=home / "data", run_dir=run)
+    except ConfigError as error:
+        assert leaks and "not kept apart" in str(error), error
+    else:
+        assert not leaks, "not stopped"
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("qwen3_5_text", "bf16"),
+        pytest.param("qwen3_next", "fp32", marks=pytest.mark.slow),
+        pytest.param("deepseek_v4", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_check_together_under_zero3(tmp_path, name, precision, leaks):
+    save(name, tmp_path / "model")
+    write_prepared(tmp_path / "data", {"train": samples_of(LENGTHS, vocab_size=12)})
+    run = tmp_path / "run"
+    run.mkdir()
+    words = ("sharding=zero3", f"model.precision={precision}", "tuning=full")
+    in_ranks(rank, 2, tmp_path, run, leaks, words, seconds=240)
+    metrics = run / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    assert steps == ([] if leaks else [1, 2])
