@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ NEXT_TOKENS = {
     "kimi_k25": "language_model.model.layers.3.",
     "deepseek_v4": "mtp.0.",
 }
+HUB_NAMES = {
+    # save_pretrained writes other names than these folders have on the hub, and reads both.
+    "deepseek_v4": (
+        (r"^model\.embed_tokens\.", "embed."),
+        (r"^model\.hc_head\.hc_", "hc_head_"),
+        (r"^model\.", ""),
+        (r"\.attn\.norm\.", ".attn.kv_norm."),
+    ),
+    "kimi_k25": ((r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_", "mm_")),
+}
 FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -48,11 +59,18 @@ def save_base(name: str, folder: Path) -> Path:
     prefix = NEXT_TOKENS.get(name, "mtp.layers.0.")
     torch.manual_seed(7)
     extra = {f"{prefix}eh_proj.weight": torch.randn(4, 6), f"{prefix}mlp.experts.0.up_proj.weight": torch.randn(3, 5)}
-    save_file(load_file(file) | extra | {f"{prefix}norm.weight": torch.randn(6).bfloat16()}, file, {"format": "pt"})
+    stored = {_hub_name(name, key): tensor for key, tensor in load_file(file).items()}
+    save_file(stored | extra | {f"{prefix}norm.weight": torch.randn(6).bfloat16()}, file, {"format": "pt"})
     for other in FILES:
         if not (folder / other).is_file():
             (folder / other).write_text("{}")
     return folder
+
+
+def _hub_name(family: str, name: str) -> str:
+    for pattern, other in HUB_NAMES.get(family, ()):
+        name = re.sub(pattern, other, name)
+    return name
 
 
 def trained_run(folder: Path, name: str, *overrides: str, base: Path | None = None) -> tuple[RunFolder, Any]:
