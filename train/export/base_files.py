@@ -17,7 +17,7 @@ import torch
 from train.export.digest import Digest
 from train.export.tensors import Stored
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
 """Read, converted and written at a time, in whole rows: small enough for a processor's cache."""
 
 
