@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -184,11 +185,17 @@ def _place(dotted: str, source: str | None) -> str:
     return f"{source}{f':{line}' if line else ''}: {dotted}"
 
 
+@lru_cache(maxsize=4)
+def _composed(text: str) -> Any:
+    """The same file is asked for each of its keys."""
+    return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
 def _line_of(file: Path, path: list[str]) -> int | None:
     """Line of a key in a YAML file. A group option's file leaves out the group's own name."""
     if not file.is_file():
         return None
-    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    root = _composed(file.read_text(encoding="utf-8"))
     for tail in (path, path[1:]):
         node: Any = root
         line: int | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import CheckpointError, ConfigError, ModelError
@@ -71,14 +73,22 @@ class RunRecord:
             )
         return asked
 
-    def refuse_changed_base(self, model_dir: Path) -> None:
+    def refuse_changed_base(self, model_dir: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
         """Compares the base model with what the run began with, since a run keeps no copy of it.
+
+        Args:
+            model_dir: the base.
+            known: SHA-256 of files that were hashed already.
 
         Raises:
             ModelError: a file is no longer there or holds something else.
         """
         files = {name: model_dir / name for name in self.model_sha256}
-        odd = [n for n, file in files.items() if not file.is_file() or sha256_of(file) != self.model_sha256[n]]
+        odd = [
+            name
+            for name, file in files.items()
+            if not file.is_file() or (known.get(name) or sha256_of(file)) != self.model_sha256[name]
+        ]
         if odd:
             raise ModelError(
                 str(model_dir),

@@ -69,7 +69,7 @@ def _front_matter(trained: Trained, base: str, adapter: bool) -> dict[str, Any]:
 def _method(trained: Trained) -> str:
     if not trained.is_lora:
         return "full fine-tuning: all weights trained"
-    modules = sorted({module.rpartition(".")[2] for module in trained.pairs})
+    modules = sorted({module.replace(".base_layer", "").rpartition(".")[2] for module in trained.pairs})
     rate = trained.lora
     return f"LoRA, rank {rate.rank}, alpha {rate.alpha:g}, on {len(trained.pairs)} modules ({', '.join(modules)})"
 

@@ -21,14 +21,20 @@ KIND = "crosstune export"
 FORMAT_VERSION = 1
 
 
-def write_provenance(trained: Trained, folder: Path) -> None:
-    """Writes provenance.json for the export in `folder`, whose own files are complete."""
+def write_provenance(trained: Trained, folder: Path, hashes: Mapping[str, str]) -> None:
+    """Writes provenance.json for the export in `folder`, whose own files are complete.
+
+    Args:
+        trained: what was exported.
+        folder: with the files.
+        hashes: SHA-256 of those that were hashed as they were written.
+    """
     record, prepared = trained.record, Path(trained.record.prepared)
     content = {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != NAME},
+        "files": {name: hashes.get(name) or sha256_of(folder / name) for name in _files(folder)},
         "checkpoint": {
             "path": str(trained.checkpoint.resolve()),
             "step": trained.reader.state.step,
@@ -53,6 +59,10 @@ def write_provenance(trained: Trained, folder: Path) -> None:
         "exporter": {"code": code_version(), "packages": package_versions()},
     }
     (folder / NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != NAME)
 
 
 def _fingerprint(prepared: Path) -> str | None:

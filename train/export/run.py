@@ -72,10 +72,10 @@ def export(
                 folder = partial / name
                 folder.mkdir(parents=True)
                 if name == ADAPTER:
-                    write_adapter(trained, folder)
+                    hashes = write_adapter(trained, folder, on_note)
                 else:
-                    write_merged(trained, cfg, folder, on_note)
-                write_provenance(trained, folder)
+                    hashes = write_merged(trained, cfg, folder, on_note)
+                write_provenance(trained, folder, hashes)
                 write_card(trained, folder, adapter=name == ADAPTER)
             _put_in_place(partial, out)
         except OSError as error:

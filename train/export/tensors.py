@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import ModelError
+from train.export.digest import Digest
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -37,6 +38,11 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> torch.Tensor:
         """Its values. The file is mapped for this tensor alone, so that its pages can go again."""
         with safe_open(self.file, "pt") as opened:
@@ -51,7 +57,8 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], torch.Tensor | Iterator[torch.Tensor]]
+    """Its values, whole or piece by piece in the order of their flat index."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +67,7 @@ class Planned:
 
 
 def stored_tensors(model_dir: Path) -> dict[str, Stored]:
-    """Every tensor of a model folder by name, from the headers alone.
+    """Every tensor of a model folder by name, file by file in the order of their data, from the headers alone.
 
     Raises:
         ModelError: no safetensors, a damaged file, or a number format that is not known here.
@@ -78,7 +85,7 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # not a dict
+                for name in opened.offset_keys():
                     piece = opened.get_slice(name)
                     found[name] = Stored(file, name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
         except (OSError, SafetensorError) as error:
@@ -91,8 +98,12 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
     return found
 
 
-def write_file(path: Path, tensors: Sequence[Planned]) -> None:
-    """Writes one safetensors file; at most one tensor is in memory at a time."""
+def write_file(path: Path, tensors: Sequence[Planned]) -> str:
+    """Writes one safetensors file; at most one tensor, or one piece of it, is in memory at a time.
+
+    Returns:
+        The SHA-256 of the file, taken while it is written.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:
@@ -104,19 +115,42 @@ def write_file(path: Path, tensors: Sequence[Planned]) -> None:
         at += tensor.num_bytes
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(head)))
+    head = struct.pack("<Q", len(head)) + head
+    with path.open("wb") as file, Digest() as digest:
         file.write(head)
+        digest.update(head)
         for tensor in tensors:
-            made = tensor.make()
-            assert made.shape == tensor.shape and made.dtype == tensor.dtype, tensor.name
-            # Through bytes: numpy knows no bf16.
-            file.write(made.contiguous().view(-1).view(torch.uint8).numpy().view(np.uint8).data)
-            del made
+            written = 0
+            for piece in _pieces(tensor):
+                assert piece.dtype == tensor.dtype, tensor.name
+                # Through bytes: numpy knows no bf16.
+                data = piece.contiguous().view(-1).view(torch.uint8).numpy().view(np.uint8).data
+                digest.update(data)
+                written += file.write(data)
+                if len(data) == tensor.num_bytes:
+                    digest.wait()  # it was made whole: it goes before the next one is made
+                del piece, data
+            assert written == tensor.num_bytes, tensor.name
+        return digest.hexdigest()
 
 
-def write_model(folder: Path, tensors: Sequence[Planned], shard_bytes: int) -> None:
-    """Writes a model's weights: one file, or several of at most `shard_bytes` and an index."""
+def _pieces(tensor: Planned) -> Iterator[torch.Tensor]:
+    made = tensor.make()
+    if isinstance(made, torch.Tensor):
+        assert made.shape == tensor.shape, tensor.name
+        pieces = iter([made])
+        del made
+        yield from pieces
+    else:
+        yield from made
+
+
+def write_model(folder: Path, tensors: Sequence[Planned], shard_bytes: int) -> dict[str, str]:
+    """Writes a model's weights: one file, or several of at most `shard_bytes` and an index.
+
+    Returns:
+        Name of each file with weights -> its SHA-256.
+    """
     shards: list[list[Planned]] = [[]]
     size = 0
     for tensor in tensors:
@@ -126,14 +160,15 @@ def write_model(folder: Path, tensors: Sequence[Planned], shard_bytes: int) -> N
         shards[-1].append(tensor)
         size += tensor.num_bytes
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0])
-        return
+        return {"model.safetensors": write_file(folder / "model.safetensors", shards[0])}
     weight_map: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard)
+        hashes[name] = write_file(folder / name, shard)
         weight_map.update({tensor.name: name for tensor in shard})
     write_index(folder / INDEX, sum(t.num_bytes for t in tensors), weight_map)
+    return hashes
 
 
 def write_index(path: Path, total_bytes: int, weight_map: Mapping[str, str]) -> None:

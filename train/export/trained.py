@@ -19,6 +19,8 @@ from train.run_folder import RunFolder, RunRecord
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the name of every module of the model that it wraps."""
+MODULE_COPY = ".modules_to_save.default."
+"""What peft puts before the weights of a module that trains whole beside an adapter."""
 _LORA = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight")
 
 
@@ -33,10 +35,12 @@ class LoraPair:
 
 
 def lora_pairs(names: Iterable[str]) -> dict[str, LoraPair]:
-    """Module of the base model -> its factors.
+    """Path of each adapted module -> its factors.
+
+    Adapters of several weights of one module are nested: the inner ones' paths end in ``.base_layer``.
 
     Raises:
-        CheckpointError: a name is no LoRA factor, or one factor of a pair is missing.
+        CheckpointError: a name is not one of peft's, or one factor of a pair is missing.
     """
     found: dict[str, dict[str, str]] = {}
     strange = []
@@ -44,7 +48,7 @@ def lora_pairs(names: Iterable[str]) -> dict[str, LoraPair]:
         match = _LORA.fullmatch(name)
         if match:
             found.setdefault(match["module"], {})[match["part"]] = name
-        else:
+        elif not name.startswith(PEFT_PREFIX):
             strange.append(name)
     strange += [next(iter(parts.values())) for parts in found.values() if len(parts) < 2]
     if strange or not found:
@@ -54,6 +58,12 @@ def lora_pairs(names: Iterable[str]) -> dict[str, LoraPair]:
             allowed=f"{PEFT_PREFIX}<module>.lora_A.default.weight and its lora_B",
         )
     return {module: LoraPair(parts["A"], parts["B"]) for module, parts in found.items()}
+
+
+def trained_beside(names: Iterable[str]) -> dict[str, str]:
+    """Parameters that trained themselves beside an adapter: name in the model -> name in the checkpoint."""
+    own = [name for name in names if name.startswith(PEFT_PREFIX) and not _LORA.fullmatch(name)]
+    return {name.removeprefix(PEFT_PREFIX).replace(MODULE_COPY, ".").replace(".base_layer.", "."): name for name in own}
 
 
 def find_checkpoint(run: RunFolder, which: str) -> Path:
@@ -144,11 +154,6 @@ class Trained:
     def pairs(self) -> Mapping[str, LoraPair]:
         """The adapted modules."""
         return lora_pairs(self.reader.params)
-
-    def delta(self, pair: LoraPair) -> torch.Tensor:
-        """The update of one module's weight ``[out, in]``, fp32 (arXiv:2106.09685, section 4.1)."""
-        scale = self.lora.alpha / self.lora.rank
-        return scale * (self.reader.read(pair.b) @ self.reader.read(pair.a))
 
     def close(self) -> None:
         """Lets go of the checkpoint's files."""
