@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from configs.errors import RunFailedError
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import PlainConfig, ShardingConfig, ZeroConfig
 from configs.schema.tuning import FullConfig, LoraConfig
 from tests.distributed.layouts import DEVICE, start
 from tests.tiny_families import build, save
 from train.checkpoint.layout import TrainerState
+from train.checkpoint.restore import restore
 from train.checkpoint.save import save as save_checkpoint
 from train.engine.base import Engine, World
 from train.engine.needs import needs_of
 from train.engine.plain import PlainEngine
 from train.engine.zero import ZeroEngine
+from train.guard.agreement import must_agree
 from train.models.families import family_of
 from train.models.load import load_model
 from train.models.short_rows import always_compress
@@ -30,9 +34,26 @@ from train.tuning.lora import LoraTuning
 STEPS, LR, CLIP = 2, 1.0, 0.3
 # Small enough that stage 3 both splits and keeps whole parameters.
 STAGE3 = {"zero_optimization": {"stage3_param_persistence_threshold": 500}}
-SHARDING = {"zero2": ZeroConfig(stage=2), "zero3": ZeroConfig(stage=3, deepspeed=STAGE3), "plain": PlainConfig()}
+SHARDING = {
+    "plain": PlainConfig(),
+    "zero1": ZeroConfig(stage=1),
+    "zero2": ZeroConfig(stage=2),
+    "zero3": ZeroConfig(stage=3, deepspeed=STAGE3),
+}
 MICRO_BATCHES = (((2, 16), (1, 11)), ((1, 9), None))
 """Rows and tokens by micro-batch and rank; None: this rank has no sample left."""
+
+
+KEPT, SPREAD = "attn_hc.fn", "o_b_proj.weight"
+"""Of deepseek_v4: the end of names of parameters in fp32 and in bf16."""
+
+
+@dataclass
+class SGD(OptimConfig):
+    """Its steps are as exact as the gradients; and it has a state to be saved."""
+
+    _target_: str = "torch.optim.SGD"
+    momentum: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ def make(case: Case, sharding: ShardingConfig, world: World, out: Path) -> Engin
                 parameter.data.normal_(std=0.05)
     else:
         module = FullTuning(FullConfig()).apply(model, family)
-    optim = OptimConfig(_target_="torch.optim.SGD", max_grad_norm=CLIP)
+    optim = SGD(max_grad_norm=CLIP)
     cls = PlainEngine if isinstance(sharding, PlainConfig) else ZeroEngine
     needs = needs_of(module)
     module.train()
@@ -120,9 +141,56 @@ def run(case: Case, sharding: ShardingConfig, world: World, out: Path, label: st
     figures["hits"] = [sorted(hit) for hit in hits]
     save_checkpoint(engine, out / label, TrainerState(STEPS, 0, 0, 0, 0), world)
     if world.size == 1:
-        torch.save({name: before[name].float() for name in engine.trained}, out / f"{label}.before")
+        save_file({name: before[name].float() for name in engine.trained}, out / f"{label}.before")
+    if case.dtype == torch.bfloat16 and world.size == 2:
+        figures |= look_at_kept(engine, case)
     engine.close()
     (out / f"{label}.{world.rank}.json").write_text(json.dumps(figures))
+
+
+def look_at_kept(engine: Engine, case: Case) -> dict[str, Any]:
+    """What became of the parts in fp32, of steps that are not finite, and what the comparison of ranks says."""
+    tensors = [*engine.weights(), *((name, b) for name, b in engine.module.named_buffers() if b.is_floating_point())]
+    found: dict[str, Any] = {"fp32": sorted({name for name, tensor in tensors if tensor.dtype == torch.float32})}
+    for end in (KEPT, SPREAD):
+        found[end] = poisoned(engine, case, next(p for name, p in engine.trained.items() if name.endswith(end)))
+    must_agree(engine, STEPS)
+    name, parameter = next((name, p) for name, p in engine.weights() if name.endswith(KEPT))
+    parameter.data.add_(engine.world.rank)
+    try:
+        must_agree(engine, STEPS)
+    except RunFailedError as error:
+        found["disagreement"] = name in str(error)
+    return found
+
+
+def poisoned(engine: Engine, case: Case, parameter: torch.Tensor) -> list[Any]:
+    """A step in which one rank's gradient of one parameter is not finite: its norm, and whether nothing was stepped."""
+    hook = parameter.register_hook(lambda gradient: gradient * (float("inf") if engine.world.rank else 1.0))
+    kept = [f.view(kind).clone() for f in engine.fragments(owned=False) for kind in f.kinds]
+    norm = take_step(engine, case, STEPS)["norm"]
+    hook.remove()
+    after = [f.view(kind) for f in engine.fragments(owned=False) for kind in f.kinds]
+    return [repr(norm), all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))]
+
+
+def resave(case: Case, source: Path, sharding: str, world: World, out: Path) -> None:
+    """Restores a checkpoint under another kind of sharding, over other weights, and saves it again."""
+    engine = make(case, SHARDING[sharding], world, out)
+    for fragment in engine.fragments(owned=False):
+        fragment.view("master").fill_(9.0)
+    state = restore(engine, source / f"step-{STEPS:08d}", world)
+    save_checkpoint(engine, out / f"{source.name}-under-{sharding}-x{world.size}", state, world)
+    engine.close()
+
+
+def resaver(out: Path, case: tuple[str, str], sources: list[str], shardings: list[str]) -> None:
+    """Every source under every kind of sharding at this number of ranks."""
+    world = start()
+    for source in sources:
+        for sharding in shardings:
+            resave(Case(*case), out / source, sharding, world, out)
+    world.close()
 
 
 def expert_hits(module: torch.nn.Module) -> list[set[int]]:
@@ -157,6 +225,10 @@ def worker(out: Path, cases: Iterable[tuple[str, str]]) -> None:
     world.barrier()
     for case in todo:
         run(case, case.sharding, world, out, case.label)
+        if case.kind == "zero2-bf16":
+            resave(case, out / reference_of(case), "zero2", world, out)
+            resave(case, out / case.label, "plain", world, out)
+            resave(case, out / case.label, "zero3", world, out)
     world.close()
 
 

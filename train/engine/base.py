@@ -285,7 +285,7 @@ class Engine(ABC):
     """Ops of `train/ops` that the model runs by the device's own version; for the records."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters, trained or frozen, by name; of one that is spread over the ranks this rank has an empty one."""
+        """All parameters, trained or frozen, by name; one that is spread over the ranks may be empty on this one."""
         yield from self.module.named_parameters()
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Parameters that stay whole and in fp32 on every rank while DeepSpeed spreads and casts the rest.
 
-DeepSpeed casts all parameters of a module to the working dtype and, in stage 3, cuts all of them into pieces. Buffers it
-leaves alone. So these parameters stand among the buffers of their modules while it holds the model, where a forward
-pass finds them just the same. They are small: norms, routers, hyper-connections.
+DeepSpeed casts all parameters of a module to the working dtype and, in stage 3, cuts all of them into pieces. Buffers
+it leaves alone. So these parameters stand among the buffers of their modules while it holds the model, where a forward
+pass finds them just the same. They are small: norms, convolutions, hyper-connections.
 """
 
 from __future__ import annotations

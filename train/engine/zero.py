@@ -61,7 +61,7 @@ class ZeroEngine(Engine):
         if not spread:
             raise ConfigError(
                 "sharding",
-                f"stage {config.stage}, but all that trains is kept in fp32 on every rank, and nothing is left to shard",
+                f"stage {config.stage}, but all that trains is kept in fp32 on every rank: nothing is left to shard",
                 remedy="sharding=plain, or train more parts",
             )
         self._hooks = _gather_as_one(module, needs.as_one) if config.stage == 3 else []
@@ -124,9 +124,7 @@ class ZeroEngine(Engine):
             hook.remove()
 
 
-def _gather_as_one(
-    module: nn.Module, classes: Sequence[type[nn.Module]]
-) -> list[torch.utils.hooks.RemovableHandle]:
+def _gather_as_one(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[torch.utils.hooks.RemovableHandle]:
     """Has stage 3 treat each module of these classes as if it had no submodules. Before DeepSpeed holds the model."""
     if not classes:
         return []

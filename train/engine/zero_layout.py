@@ -90,7 +90,6 @@ class Stage12(Layout):
                 gradient.zero_()
             self.zero.norm_for_param_grads.clear()
 
-
     def count_in(self, norm: Norm) -> None:
         """Where the groups' norms are put together."""
         own = self.zero.scaled_global_norm
@@ -121,7 +120,6 @@ class Bf16(Layout):
         self.zero._hp_optimizer_states_linked = False
         self.zero._lazy_init_hp_params_optimizer_state()
         self.zero.update_lp_params()
-
 
     def count_in(self, norm: Norm) -> None:
         """As one more gradient of the norm, but not of those that are clipped."""
@@ -172,7 +170,6 @@ class Stage3(Layout):
                 if flat.grad is not None:
                     flat.grad.zero_()
             self.zero.norm_for_param_grads.clear()
-
 
     def count_in(self, norm: Norm) -> None:
         """As the norm of one more group."""
