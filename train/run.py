@@ -21,6 +21,7 @@ from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
 from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
+from train.engine.needs import needs_of
 from train.faults import told
 from train.guard.heartbeat import Heartbeat
 from train.guard.limits import collective_seconds
@@ -29,6 +30,7 @@ from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import load_config, load_model, resolve_precision
+from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
@@ -173,6 +175,7 @@ def make_engine(
         note(f"attention: {own}, the only one that {type(model).__name__} knows")
     if packed and (wrapped := wrap_mixers(model, family)):
         note(f"packing: {wrapped} layers of {', '.join(family.packed_mixers or ())} take a row sample by sample")
+    always_compress(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
     if objective is not None:
@@ -184,7 +187,8 @@ def make_engine(
     module.to(device.torch_device)
     # Before the engine, which may cut the weights into pieces; after the adapters, which wrap only projections.
     own_kernels = kernels.use(model, dtype, note)
-    engine = build(cfg.sharding, Engine, module, optim=cfg.optim, device=device, world=world, working_dtype=dtype)
+    given = {"optim": cfg.optim, "device": device, "world": world, "working_dtype": dtype, "needs": needs_of(module)}
+    engine = build(cfg.sharding, Engine, module, **given)
     engine.kernels = own_kernels
     if objective is not None:
         objective.attach(module)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypedDict
@@ -24,6 +24,7 @@ from configs.errors import CheckpointError
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import ShardingConfig
 from train.devices.base import Device
+from train.engine.needs import ModelNeeds
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 """After so long without an answer from its peers a rank gives up, at the least."""
@@ -230,6 +231,18 @@ class Fragment:
         return isinstance(value, (int, float))
 
 
+def fragments_of_whole(
+    masters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, world: World
+) -> list[Fragment]:
+    """Of parameters that every rank of `world` holds: rank r answers for the r-th part of each."""
+    found = []
+    for name, master in masters.items():
+        begin, end = (master.numel() * rank // world.size for rank in (world.rank, world.rank + 1))
+        if end > begin:
+            found.append(Fragment(name, tuple(master.shape), begin, end - begin, master, begin, optimizer))
+    return found
+
+
 class Engine(ABC):
     """Weights in `working_dtype` for the forward pass; masters and optimizer state in fp32.
 
@@ -242,7 +255,8 @@ class Engine(ABC):
         optim: the optim group.
         device: activated.
         world: from `init_world`.
-        working_dtype: of all parameters, fp32 or bf16. Buffers keep theirs.
+        working_dtype: of the parameters, fp32 or bf16. Buffers keep theirs.
+        needs: what the model asks for.
     """
 
     def __init__(
@@ -254,12 +268,14 @@ class Engine(ABC):
         device: Device,
         world: World,
         working_dtype: torch.dtype,
+        needs: ModelNeeds = ModelNeeds(),  # noqa: B008  # immutable
     ) -> None:
         assert working_dtype in (torch.float32, torch.bfloat16), working_dtype
         self.config, self.module, self.optim = config, module, optim
         self.device, self.world, self.working_dtype = device, world, working_dtype
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(device.torch_device, working_dtype).contiguous()
+        for name, parameter in module.named_parameters():
+            dtype = torch.float32 if name in needs.fp32 else working_dtype
+            parameter.data = parameter.data.to(device.torch_device, dtype).contiguous()
         module.to(device.torch_device)
         self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         """By name; a tied parameter once."""
@@ -267,6 +283,10 @@ class Engine(ABC):
 
     kernels: tuple[str, ...] = ()
     """Ops of `train/ops` that the model runs by the device's own version; for the records."""
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All parameters, trained or frozen, by name; one that is spread over the ranks may be empty on this one."""
+        yield from self.module.named_parameters()
 
     @abstractmethod
     def forward(self, **batch: Any) -> Any:

@@ -12,13 +12,14 @@ from torch import nn
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import ShardingConfig
 from train.devices.base import Device
-from train.engine.base import Engine, Fragment, World
+from train.engine.base import Engine, Fragment, World, fragments_of_whole
+from train.engine.needs import ModelNeeds
 from train.engine.optimizer import build_optimizer
 from train.engine.reduce import GradientReducer
 
 
 class PlainEngine(Engine):
-    """Everything on every rank. In fp32 the parameters are their own masters; bf16 ones have fp32 masters beside them.
+    """Everything on every rank. Parameters in fp32 are their own masters; bf16 ones have fp32 masters beside them.
 
     A parameter that a step does not use has a zero gradient, not none, as under every other engine.
     """
@@ -32,8 +33,11 @@ class PlainEngine(Engine):
         device: Device,
         world: World,
         working_dtype: torch.dtype,
+        needs: ModelNeeds = ModelNeeds(),  # noqa: B008  # immutable
     ) -> None:
-        super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)
+        super().__init__(
+            config, module, optim=optim, device=device, world=world, working_dtype=working_dtype, needs=needs
+        )
         if world.size > 1:
             for parameter in self.trained.values():
                 dist.broadcast(parameter.data, src=0)
@@ -42,7 +46,7 @@ class PlainEngine(Engine):
         self._reducer = GradientReducer(list(self.trained.values()), list(self._masters.values()), world)
 
     def _master_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        if self.working_dtype == torch.float32:
+        if parameter.dtype == torch.float32:
             return parameter
         return parameter.detach().float().requires_grad_()
 
@@ -79,14 +83,7 @@ class PlainEngine(Engine):
 
     def fragments(self, owned: bool) -> list[Fragment]:
         """Rank r answers for the r-th part of every parameter, so that all ranks write about equally much."""
-        rank, size = (self.world.rank, self.world.size) if owned else (0, 1)
-        found = []
-        for name, master in self._masters.items():
-            begin, end = master.numel() * rank // size, master.numel() * (rank + 1) // size
-            if end > begin:
-                shape = tuple(master.shape)
-                found.append(Fragment(name, shape, begin, end - begin, master, begin, self._optimizer))
-        return found
+        return fragments_of_whole(self._masters, self._optimizer, self.world if owned else World())
 
     def prepare_restore(self) -> None:
         """Drops gradients of an unfinished step."""

@@ -82,12 +82,18 @@ class GradientReducer:
             bucket.waiting = bucket.count
         loss.backward()  # type: ignore[no-untyped-call]
         if self._armed:
-            self._send_ready(all_of_them=True)
-            for work in self._sent:
-                if work is not None:
-                    work.wait()
-            self._sent.clear()
+            self.sum_up()
             self._armed = False
+
+    def sum_up(self) -> None:
+        """Sums over all ranks what is not under way yet; returns when the sums are in place."""
+        if self._world.size == 1:
+            return
+        self._send_ready(all_of_them=True)
+        for work in self._sent:
+            if work is not None:
+                work.wait()
+        self._sent.clear()
 
     def _send_ready(self, all_of_them: bool = False) -> None:
         """Starts the sums of finished buckets, always in the same order, which all ranks must share."""

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from configs.errors import ConfigError
 from configs.schema.optim import OptimConfig
 from configs.schema.sharding import ZeroConfig
 from train.devices.base import Device
 from train.engine.base import Engine, Fragment, World
+from train.engine.needs import ModelNeeds
 from train.engine.optimizer import build_optimizer
+from train.engine.replicas import Replicas
 from train.engine.zero_config import deepspeed_config
 from train.engine.zero_layout import layout_of
 
@@ -37,6 +41,7 @@ class ZeroEngine(Engine):
         device: Device,
         world: World,
         working_dtype: torch.dtype,
+        needs: ModelNeeds = ModelNeeds(),  # noqa: B008  # immutable
     ) -> None:
         settings = deepspeed_config(
             config,
@@ -46,17 +51,34 @@ class ZeroEngine(Engine):
             model_numel=sum(parameter.numel() for parameter in module.parameters()),
             pin_memory=device.torch_device.type != "cpu",
         )
-        super().__init__(config, module, optim=optim, device=device, world=world, working_dtype=working_dtype)
+        super().__init__(
+            config, module, optim=optim, device=device, world=world, working_dtype=working_dtype, needs=needs
+        )
         deepspeed = import_deepspeed()
         _ensure_group(device)
-        optimizer = build_optimizer(optim, self.trained.items())
-        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
+        self._replicas = Replicas(module, needs.fp32, optim, world)
+        spread = {name: p for name, p in self.trained.items() if name not in self._replicas.parameters}
+        if not spread:
+            raise ConfigError(
+                "sharding",
+                f"stage {config.stage}, but all that trains is kept in fp32 on every rank: nothing is left to shard",
+                remedy="sharding=plain, or train more parts",
+            )
+        self._hooks = _gather_as_one(module, needs.as_one) if config.stage == 3 else []
+        optimizer = build_optimizer(optim, spread.items())
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in spread.items()}
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory reports, asked or not
             self._deepspeed, self._zero, *_ = deepspeed.initialize(
-                model=module, model_parameters=list(self.trained.values()), optimizer=optimizer, config=settings
+                model=module, model_parameters=list(spread.values()), optimizer=optimizer, config=settings
             )
         world.adopt_groups()
         self._layout = layout_of(self._zero, names)
+        self._layout.count_in(self._replicas.norm)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine.weights`."""
+        yield from super().weights()
+        yield from self._replicas.parameters.items()
 
     def forward(self, **batch: Any) -> Any:
         """Calls the model; stage 3 gathers each layer's weights on the way."""
@@ -66,6 +88,8 @@ class ZeroEngine(Engine):
         """DeepSpeed averages over the ranks; the factor makes it the sum again."""
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if last:
+            self._replicas.finish_gradients(1 / self.world.size)
 
     def step(self, lr: float) -> float:
         """See `Engine.step`. DeepSpeed clips, and drops a step whose norm is not finite."""
@@ -73,15 +97,18 @@ class ZeroEngine(Engine):
             group["lr"] = lr
         self._deepspeed.step()
         self._layout.forget_gradients()
-        return float(self._deepspeed.get_global_grad_norm())
+        norm = float(self._deepspeed.get_global_grad_norm())
+        self._replicas.step(lr, norm)
+        return norm
 
     def fragments(self, owned: bool) -> list[Fragment]:
-        """Each rank holds just what it owns."""
-        return self._layout.fragments()
+        """Each rank holds just what it owns, and the replicas."""
+        return self._layout.fragments() + self._replicas.fragments(owned)
 
     def prepare_restore(self) -> None:
         """See `zero_layout`."""
         self._layout.prepare_restore()
+        self._replicas.forget_gradients()
 
     def finish_restore(self, step: int) -> None:
         """See `zero_layout`; DeepSpeed's own counters follow."""
@@ -90,8 +117,33 @@ class ZeroEngine(Engine):
         self._deepspeed.skipped_steps = 0
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the model."""
+        """Takes DeepSpeed's hooks and ours off the model."""
         self._deepspeed.destroy()
+        self._replicas.close()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _gather_as_one(module: nn.Module, classes: Sequence[type[nn.Module]]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Has stage 3 treat each module of these classes as if it had no submodules. Before DeepSpeed holds the model."""
+    if not classes:
+        return []
+    from deepspeed.utils import set_z3_leaf_modules
+
+    parts = set_z3_leaf_modules(module, list(classes))
+    trained = [part for part in parts if any(p.requires_grad for p in part.parameters())]
+    return [part.register_forward_pre_hook(_reached_by_gradients) for part in trained]
+
+
+def _reached_by_gradients(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """DeepSpeed sums such a module's gradients when that of its input comes, so one must come.
+
+    It does not where the module is the first that trains, as with adapters on experts only.
+    """
+    tensors = [x for x in inputs if torch.is_tensor(x) and x.is_floating_point()]
+    if not torch.is_grad_enabled() or not tensors or any(x.requires_grad for x in tensors):
+        return None
+    return tuple(x.detach().requires_grad_() if x is tensors[0] else x for x in inputs)
 
 
 def import_deepspeed() -> ModuleType:

@@ -59,6 +59,7 @@ REFUSED = {
     "zero_optimization.cpu_offload": "use sharding.offload_optimizer=true",
     "zero_optimization.offload_optimizer.ratio": "a checkpoint could not hold its state",
     "zero_optimization.offload_optimizer.super_offload": "a checkpoint could not hold its state",
+    "data_types.buffer_dtype": "buffers keep the precision that the model gives them",
     "bf16.bf16_master_weights_and_grads": "master weights are fp32",
     "bf16.bf16_optimizer_states": "optimizer state is fp32",
     "bf16.immediate_grad_update": "gradients are added up after each backward pass",

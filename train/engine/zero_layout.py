@@ -7,13 +7,15 @@ This is the only file that reaches into DeepSpeed's internals (0.19.8). Its publ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from train.engine.base import Fragment
+
+Norm = Callable[[], torch.Tensor]
 
 
 class Layout(ABC):
@@ -42,6 +44,13 @@ class Layout(ABC):
         """Zeroes what DeepSpeed leaves in its buffers after a step.
 
         Without it a parameter that only some steps use would take part in a step with an older gradient.
+        """
+
+    @abstractmethod
+    def count_in(self, norm: Norm) -> None:
+        """From now on `norm`, that of gradients which DeepSpeed does not see, is a part of the one it clips by.
+
+        So the whole gradient is clipped as one, and a step is dropped wherever something is not finite.
         """
 
     def _intersect(self, flat: torch.Tensor, start: int, p: torch.Tensor, at: int) -> Fragment | None:
@@ -81,6 +90,16 @@ class Stage12(Layout):
                 gradient.zero_()
             self.zero.norm_for_param_grads.clear()
 
+    def count_in(self, norm: Norm) -> None:
+        """Where the groups' norms are put together."""
+        own = self.zero.scaled_global_norm
+
+        def whole() -> torch.Tensor:
+            total: torch.Tensor = own()
+            return torch.linalg.vector_norm(torch.stack([total, norm().to(total)]))
+
+        self.zero.scaled_global_norm = whole
+
 
 class Bf16(Layout):
     """`BF16_Optimizer`: stage 1 with bf16 weights and fp32 gradients."""
@@ -101,6 +120,18 @@ class Bf16(Layout):
         self.zero._hp_optimizer_states_linked = False
         self.zero._lazy_init_hp_params_optimizer_state()
         self.zero.update_lp_params()
+
+    def count_in(self, norm: Norm) -> None:
+        """As one more gradient of the norm, but not of those that are clipped."""
+        own = self.zero.get_grads_for_norm
+
+        def with_norm(for_clipping: bool = False) -> Any:
+            if for_clipping:
+                return own(for_clipping=True)
+            gradients, of_experts = own()
+            return [*gradients, norm()], of_experts
+
+        self.zero.get_grads_for_norm = with_norm
 
 
 class Stage3(Layout):
@@ -139,6 +170,16 @@ class Stage3(Layout):
                 if flat.grad is not None:
                     flat.grad.zero_()
             self.zero.norm_for_param_grads.clear()
+
+    def count_in(self, norm: Norm) -> None:
+        """As the norm of one more group."""
+        own = self.zero._get_norm_groups
+
+        def with_norm() -> list[torch.Tensor]:
+            groups: list[torch.Tensor] = own()
+            return [*groups, norm().to(groups[0])]
+
+        self.zero._get_norm_groups = with_norm
 
 
 def layout_of(zero: Any, names: Mapping[torch.Tensor, str]) -> Layout:

@@ -22,7 +22,7 @@ SHOWN = 5
 
 def replicated(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters, trained or frozen, that are whole on this rank, by name."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in engine.weights():
         if parameter.shape == getattr(parameter, "ds_shape", parameter.shape):  # stage 3 leaves an empty tensor
             yield name, parameter.detach()
 
@@ -31,7 +31,7 @@ def not_compared(engine: Engine) -> str | None:
     """What a comparison leaves out, in words; None: nothing."""
     if engine.world.size == 1:
         return "guard.agreement_every: there is one rank, so nothing is compared"
-    total, whole = sum(1 for _ in engine.module.parameters()), sum(1 for _ in replicated(engine))
+    total, whole = sum(1 for _ in engine.weights()), sum(1 for _ in replicated(engine))
     if whole == total:
         return None
     return (
