@@ -17,10 +17,12 @@ from tests.tiny_families import build, save
 from train.data.collate import collate
 from train.data.plan import RowKind
 from train.data.sampler import GlobalStep
+from train.models.families import FAMILIES
 from train.objectives.causal_lm import CausalLM
 from train.objectives.indexer import choose_indexer
 from train.objectives.totals import Totals
 from train.ops.indexer import IndexerLoss, indexers_of
+from train.ops.packed_mixers import wrap_mixers
 from train.run import train
 from train.run_folder import RunFolder
 
@@ -286,9 +288,11 @@ def test_both_losses_fall(name, stage, lr, kl_falls, loss_falls):
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_computed_again_change_no_bit(name, stage):
     samples = data((21, 13))
-    rows = [(((0,), (1,)), RowKind.padded)] * 2
-    kept = take(stage, tiny(name), rows, samples)
-    module = tiny(name)
+    rows = [(((0,), (1,)), RowKind.padded), (((0, 1),), RowKind.packed)]
+    modules = [tiny(name), tiny(name)]
+    for module in modules:
+        wrap_mixers(module, FAMILIES[name])
+    kept = take(stage, modules[0], rows, samples)
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again = take(stage, module, rows, samples)
     assert again[0] == kept[0]
@@ -306,9 +310,13 @@ def test_a_step_is_the_same_however_it_is_split(name):
             (((0,), (4,), (1,)), RowKind.padded),
             ((), RowKind.padded),
         ],
+        "packed": [(((2, 0, 4),), RowKind.packed), (((3, 1),), RowKind.packed), ((), RowKind.packed)],
     }
     for split, batches in splits.items():
-        found, grads = take(IndexerStage.sparse, tiny(name), batches, samples)
+        module = tiny(name)
+        if split == "packed":
+            assert wrap_mixers(module, FAMILIES[name])
+        found, grads = take(IndexerStage.sparse, module, batches, samples)
         assert found == pytest.approx(figures, rel=1e-5), split
         assert set(grads) == set(wanted)
         for n, gradient in wanted.items():

@@ -23,6 +23,7 @@ from train.objectives.base import Term, Unit
 from train.objectives.causal_lm import CausalLM
 from train.objectives.totals import Totals
 from train.ops.mixing import hyper_connections_of
+from train.ops.packed_attention import register
 from train.run import train
 from train.run_folder import RunFolder
 
@@ -122,9 +123,11 @@ def test_a_split_changes_no_gradient():
     off = take(tiny("minimax_m2"), ALONE)[1]
     moved = [n for n in off if n.endswith("gate.weight") and (off[n] - gradients[n]).norm() > 0.01 * off[n].norm()]
     assert len(moved) == 3
-    again = [*SPLITS.items(), ("recomputed", SPLITS["two passes and a filler"])]
+    packed = [(((2, 0, 4),), RowKind.packed), (((3, 1),), RowKind.packed), ((), RowKind.packed)]
+    again = [*SPLITS.items(), ("recomputed", SPLITS["two passes and a filler"]), ("packed", packed)]
     for split, batches in again:
-        found, grads, _ = take(tiny("minimax_m2"), batches, recompute=split == "recomputed", balance_loss=0.5)
+        module = tiny("minimax_m2", attention=register() if split == "packed" else None)
+        found, grads, _ = take(module, batches, recompute=split == "recomputed", balance_loss=0.5)
         assert found == pytest.approx(wanted, rel=1e-5), split
         for n, gradient in gradients.items():
             assert (grads[n] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, f"{split}: {n}"

@@ -1,7 +1,7 @@
 """metrics.jsonl: one line per step, written as the run goes.
 
 Steps after which the validation split was measured also have ``validation_loss``, steps that changed no weight
-``skipped`` (see `train.loop.Record`).
+``skipped`` (see `train.loop.Record`). An objective may add figures of its own, such as ``indexer_kl``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ queries at a time, by an attention implementation of our own, which else is tran
 the modules' own forward passes: engines that spread the parameters have them there, and activation checkpointing may
 run it again.
 
-An indexer over pools of keys (GLM-5.3) is compared with the attention that its pools get.
+An indexer over pools of keys (GLM-5.3) is compared with the attention that its pools get, which is our reading.
 
 Not covered: layers that share the selection of a layer before have no indexer, and their attention is no part of the
 target.
@@ -36,11 +36,12 @@ IMPLEMENTATION = "crosstune_indexed"
 """Name of the attention implementation. transformers hands it the indexer's selection beside the mask."""
 TRAINABLE = ("deepseek_v32", "glm_moe_dsa", "glm5_next", "glm5_next_text")
 """Model types whose indexers the loss is for."""
+_BLOCKS = "its indexer ranks blocks of keys; the loss of DeepSeek-V3.2 does not say what to compare there"
 NOT_TRAINABLE = {
-    "deepseek_v4": "its indexer ranks compressed entries, beside which attention sees a sliding window and a sink; no "
-    "loss is published for it",
-    "minimax_m3_vl": "its indexer ranks blocks by their best key; no loss is published for it",
-    "minimax_m3_vl_text": "its indexer ranks blocks by their best key; no loss is published for it",
+    "deepseek_v4": "its indexer ranks compressed entries, beside which attention sees a sliding window and a sink; the "
+    "loss of DeepSeek-V3.2 does not say what to compare there",
+    "minimax_m3_vl": _BLOCKS,
+    "minimax_m3_vl_text": _BLOCKS,
 }
 _CHUNK_NUMEL = 1 << 25
 """Attention weights that are computed at once; 128 MiB."""
