@@ -132,7 +132,9 @@ def decoded(data: bytes, max_pixels: int, name: str) -> Image:
         try:
             image: Any = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > max_pixels:
-                raise RowFault("an image has more pixels than max_image_pixels", f"{name}: {image.width} x {image.height}")
+                raise RowFault(
+                    "an image has more pixels than max_image_pixels", f"{name}: {image.width} x {image.height}"
+                )
             if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's second view
                 raise RowFault("an image has several frames", f"{name}: {image.n_frames}")
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -44,8 +44,10 @@ def renderer_for(cfg: PrepConfig, model_dir: Path, store: Path | None = None) ->
     """
     tokenizer = load_tokenizer(model_dir, template=template_path(cfg), trust_remote_code=cfg.model.trust_remote_code)
     _remember_more_words(tokenizer)
-    vision, base = vision_of(model_dir), cfg.image_folder and Path(cfg.image_folder).expanduser()
-    images = vision and Images(vision, base=base or None, max_pixels=cfg.max_image_pixels, store=store)
+    images = None
+    if (vision := vision_of(model_dir)) is not None:
+        base = Path(cfg.image_folder).expanduser() if cfg.image_folder else None
+        images = Images(vision, base=base, max_pixels=cfg.max_image_pixels, store=store)
     return partial(
         Renderer,
         tokenizer,
@@ -54,7 +56,7 @@ def renderer_for(cfg: PrepConfig, model_dir: Path, store: Path | None = None) ->
         too_long=cfg.too_long,
         template_kwargs=cfg.template.kwargs,
         images=images,
-        blind="" if vision else why_blind(model_dir),
+        blind="" if images else why_blind(model_dir),
     )
 
 

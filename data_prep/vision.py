@@ -34,8 +34,9 @@ _KIMI: dict[str, Any] = {
     "max_patches": 16384,
     "size": {"max_height": 512, "max_width": 512},
 }
-_SEEING = {"qwen3_5": _QWEN, "qwen3_5_moe": _QWEN, "kimi_k25": _KIMI}
-"""Model types whose images are prepared -> what their processors do where a folder says nothing else."""
+_SEEING = {"qwen3_5": (_QWEN, 248056), "qwen3_5_moe": (_QWEN, 248056), "kimi_k25": (_KIMI, 163605)}
+"""Model types whose images are prepared -> what their processors do, and the image token, where a folder says nothing
+else: transformers leaves out of config.json what is its own default."""
 _NO_MATTER = ("auto_map", "feature_extractor_type", "image_processor_type", "processor_class", "transformers_version")
 """Keys that change when a processor is saved again, but never its pixels."""
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -154,14 +155,16 @@ def vision_of(model_dir: Path) -> Vision | None:
     config = _json(model_dir / "config.json")
     family = _SEEING.get(str(config.get("model_type")))
     settings = processor_settings(model_dir)
-    if family is None or settings is None or "image_token_id" not in config:
+    if family is None or settings is None:
         return None
-    size = {**family["size"], **(settings.get("size") or {})}
+    own, token = family
+    size = {**own["size"], **(settings.get("size") or {})}
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(old) is not None:  # older folders of Qwen
             size[new] = settings[old]
     known = {key: value for key, value in settings.items() if value is not None}
-    return Vision(str(config["model_type"]), int(config["image_token_id"]), {**family, **known, "size": size})
+    token = int(config.get("image_token_id", token))
+    return Vision(str(config["model_type"]), token, {**own, **known, "size": size})
 
 
 def why_blind(model_dir: Path) -> str:

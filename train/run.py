@@ -16,6 +16,7 @@ from configs.errors import ConfigError, CrosstuneError, DataError
 from configs.schema.roots import Packing, TrainConfig
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.storage import resolve_storage
+from train.data.images import ImageInputs
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
@@ -29,6 +30,7 @@ from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import load_config, load_model, resolve_precision
+from train.models.vision import settle_vision_tower
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
@@ -84,10 +86,11 @@ def train(
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
-        sampler = make_sampler(cfg, data, kind, device, world, note)
+        images = ImageInputs.of(data, model_dir, model_config)
+        sampler = make_sampler(cfg, data, kind, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         if world.rank == 0:
-            foretell(cfg, run, model_dir, device, world, kind, sampler.split)
+            foretell(cfg, run, model_dir, device, world, kind, sampler.split, images=images is not None)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             if kind is RowKind.packed and cfg.check_packing:
                 place, dtype = device.torch_device, engine.working_dtype
@@ -129,7 +132,13 @@ def train(
 
 
 def make_sampler(
-    cfg: TrainConfig, data: PreparedData, kind: RowKind, device: Device, world: World, note: Note
+    cfg: TrainConfig,
+    data: PreparedData,
+    kind: RowKind,
+    device: Device,
+    world: World,
+    note: Note,
+    images: ImageInputs | None = None,
 ) -> StepSampler:
     """The global steps over the training split, and this rank's share of each.
 
@@ -142,7 +151,7 @@ def make_sampler(
     for share in mix:
         note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
     plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
-    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
+    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device, images)
     return StepSampler(split, plan, rows)
 
 
@@ -173,6 +182,7 @@ def make_engine(
         note(f"attention: {own}, the only one that {type(model).__name__} knows")
     if packed and (wrapped := wrap_mixers(model, family)):
         note(f"packing: {wrapped} layers of {', '.join(family.packed_mixers or ())} take a row sample by sample")
+    settle_vision_tower(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
     if objective is not None:

@@ -70,6 +70,12 @@ def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
             allowed=", ".join(prepared.split_names()),
             remedy="set dataset.test_fraction or dataset.test_path and prepare again",
         )
+    if prepared.has_images:
+        raise DataError(
+            str(data),
+            "holds images, and evaluation reads texts only",
+            remedy="eval_every=N with a validation split measures the loss on images while training",
+        )
     rows = prepared.split(split)
     samples = []
     for i in range(len(rows)):

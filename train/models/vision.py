@@ -1,0 +1,28 @@
+"""The vision tower of a model, made ready for rows of several samples and for the working dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_TOWERS = ("visual", "vision_tower")
+
+
+def settle_vision_tower(model: nn.Module) -> None:
+    """Lets a model's vision tower attend within each image, whatever a row of tokens holds.
+
+    The sample boundaries of packed rows are of tokens, and their attention is causal: both would be wrong in the
+    tower, which is given the model's keyword arguments. Pixel values are cast to its dtype, which not every family
+    does.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _TOWERS:
+            tower: Any = module
+            tower.set_attn_implementation("sdpa")
+            tower.register_forward_pre_hook(_pixels_only, with_kwargs=True)
+
+
+def _pixels_only(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kept = {key: value for key, value in kwargs.items() if key != "pack"}
+    return (args[0].to(tower.dtype), *args[1:]), kept
