@@ -225,6 +225,14 @@ def test_a_packed_row_gives_the_same(home):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_in_bf16_takes_the_pixels(home, name):
+    exact, model = (load_model(home(name)[0], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    settle_vision_tower(model)
+    batch = batch_of(home, name, ((0,),), RowKind.single)
+    assert loss_of(model, batch).item() == pytest.approx(loss_of(exact, batch).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("rows", [((1,),), ()], ids=["text", "filler"])
 def test_the_blank_image_runs_the_tower_and_teaches_it_nothing(home, name, rows):
     model = load_model(home(name)[0], dtype=torch.float32)

@@ -12,17 +12,15 @@ _TOWERS = ("visual", "vision_tower")
 def settle_vision_tower(model: nn.Module) -> None:
     """Lets a model's vision tower attend within each image, whatever a row of tokens holds.
 
-    The sample boundaries of packed rows are of tokens, and their attention is causal: both would be wrong in the
-    tower, which is given the model's keyword arguments. Pixel values are cast to its dtype, which not every family
-    does.
+    Packed attention is causal within samples of tokens, which would be wrong in the tower. Pixel values are cast to its
+    dtype, which not every family does.
     """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _TOWERS:
             tower: Any = module
             tower.set_attn_implementation("sdpa")
-            tower.register_forward_pre_hook(_pixels_only, with_kwargs=True)
+            tower.register_forward_pre_hook(_in_its_dtype)
 
 
-def _pixels_only(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kept = {key: value for key, value in kwargs.items() if key != "pack"}
-    return (args[0].to(tower.dtype), *args[1:]), kept
+def _in_its_dtype(tower: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(tower.dtype), *args[1:])
