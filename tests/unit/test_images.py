@@ -18,12 +18,12 @@ from PIL import Image
 
 from configs.errors import DataError
 from configs.schema.objective import CausalLMConfig
-from data_prep.images import file_of
+from data_prep.images import decoded, file_of
 from data_prep.manifest import read
 from data_prep.prepare import prepare
 from data_prep.vision import vision_of
 from tests.tiny_images import IMAGE_TEXT, SEEING, picture, save_seeing, write_records
-from tests.unit.prep_kit import files, prep_config, write_jsonl
+from tests.unit.prep_kit import files, model_folder, prep_config, write_jsonl
 from train.data.collate import collate
 from train.data.images import ImageInputs, image_processor
 from train.data.plan import RowKind
@@ -379,6 +379,27 @@ def test_rows_before_the_first_image_and_texts_alone_are_stored_as_ever(tmp_path
     assert [len(table) for table in stored["both"]] == [3, 4]
     assert stored["both"][0].column_names == ["input_ids", "spans", "id"]
     assert stored["both"][1]["images"].to_pylist()[1:] == [[], [], []]
+
+
+def test_a_setting_for_images_makes_other_data_for_models_that_see_only(tmp_path):
+    rows = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a"}])
+    seeing = save_seeing("qwen3_5", tmp_path / "seeing", weights=False)
+    for model, same in ((model_folder(tmp_path / "blind"), True), (seeing, False)):
+        cfg = prep_config(tmp_path, files(rows))
+        first = prepare(cfg, model)
+        cfg.max_image_pixels = 7
+        assert prepare(cfg, model).reused == same and "images" not in first.manifest
+
+
+def test_a_picture_is_turned_as_its_file_says(tmp_path):
+    """Phones store what they saw and how they were held."""
+    stored, upright = io.BytesIO(), picture(40, 12)
+    tags = Image.Exif()
+    tags[0x0112] = 8  # to be turned by a quarter
+    upright.rotate(-90, expand=True).save(stored, "PNG", exif=tags)
+    assert Image.open(stored).size == (12, 40)
+    opened = decoded(stored.getvalue(), 10**6, "a.png")
+    assert opened.size == (40, 12) and opened.tobytes() == upright.tobytes()
 
 
 def test_training_refuses_other_processors_and_damaged_images_and_eval_refuses_images(home, tmp_path):

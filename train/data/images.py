@@ -154,7 +154,7 @@ def image_processor(model_type: str, model_dir: Path) -> Any:
 
 
 def _kimi_processor() -> Any:
-    """Kimi's processor on transformers' Pillow parts; its own needs torchvision, whose scaling differs in last bits."""
+    """Kimi's processor on transformers' Pillow parts; its own needs torchvision, which scales a little otherwise."""
     from transformers.image_processing_backends import PilBackend
     from transformers.image_processing_utils import BatchFeature
     from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
