@@ -249,12 +249,6 @@ def prepared_data(
                 remedy="dataset.test_fraction=0.1 or dataset.test_path=FILE, when the records are prepared; "
                 "or stop after `crosstune train`",
             )
-        if isinstance(cfg, RunConfig) and "images" in prepared.manifest:
-            raise DataError(
-                str(prepared.path),
-                "holds images, and the last stage of `crosstune run`, eval, reads texts only",
-                remedy="`crosstune train`, then `crosstune export`",
-            )
         stages.note(f"{'reused' if prepared.reused else 'prepared'} {prepared.path}")
         for note in prepared.notes:
             stages.note(note)

@@ -30,7 +30,6 @@ from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import load_config, load_model, resolve_precision
-from train.models.vision import settle_vision_tower
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
@@ -182,7 +181,6 @@ def make_engine(
         note(f"attention: {own}, the only one that {type(model).__name__} knows")
     if packed and (wrapped := wrap_mixers(model, family)):
         note(f"packing: {wrapped} layers of {', '.join(family.packed_mixers or ())} take a row sample by sample")
-    settle_vision_tower(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
     if objective is not None:

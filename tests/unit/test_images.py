@@ -27,10 +27,10 @@ from tests.unit.prep_kit import files, model_folder, prep_config, write_jsonl
 from train.data.collate import collate
 from train.data.images import ImageInputs, image_processor
 from train.data.plan import RowKind
-from train.data.prepared import PreparedData
+from train.data.prepared import PreparedData, Sample
 from train.evaluate.samples import read_samples
+from train.evaluate.with_images import measure_with_images
 from train.models.load import load_config, load_model
-from train.models.vision import settle_vision_tower
 from train.objectives.causal_lm import CausalLM
 from train.ops.packed_attention import register
 
@@ -190,7 +190,6 @@ def rows_of_one(model, home, name, samples):
 def test_single_padded_and_blank_rows_give_one_loss_and_one_gradient(home, name):
     """Of samples with and without images; the latter have a blank one in rows of their own."""
     model = load_model(home(name)[0], dtype=torch.float32)
-    settle_vision_tower(model)
     samples = (0, 1, 2, 3)
     single = rows_of_one(model, home, name, samples)
     single.backward()
@@ -217,7 +216,6 @@ def test_a_packed_row_gives_the_same(home):
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     expected = rows_of_one(model, home, "kimi_k25", (0, 1, 2)).item()
     packed = load_model(folder, dtype=torch.float32, attention=register())
-    settle_vision_tower(packed)
     loss = loss_of(packed, batch_of(home, "kimi_k25", ((0, 1, 2),), RowKind.packed))
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -227,7 +225,6 @@ def test_a_packed_row_gives_the_same(home):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_in_bf16_takes_the_pixels(home, name):
     exact, model = (load_model(home(name)[0], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    settle_vision_tower(model)
     batch = batch_of(home, name, ((0,),), RowKind.single)
     assert loss_of(model, batch).item() == pytest.approx(loss_of(exact, batch).item(), rel=0.05)
 
@@ -236,7 +233,6 @@ def test_a_model_in_bf16_takes_the_pixels(home, name):
 @pytest.mark.parametrize("rows", [((1,),), ()], ids=["text", "filler"])
 def test_the_blank_image_runs_the_tower_and_teaches_it_nothing(home, name, rows):
     model = load_model(home(name)[0], dtype=torch.float32)
-    settle_vision_tower(model)
     batch = batch_of(home, name, rows, RowKind.single)
     passes = []
     tower = next(m for n, m in model.named_modules() if n in ("model.visual", "model.vision_tower"))
@@ -381,6 +377,30 @@ def test_rows_before_the_first_image_and_texts_alone_are_stored_as_ever(tmp_path
     assert stored["both"][1]["images"].to_pylist()[1:] == [[], [], []]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_evaluation_sees_the_images(home, name):
+    """Likelihoods are those of training; answers are those of a model that reads everything anew for each token."""
+    folder, path = home(name)
+    model, (split, images) = load_model(folder, dtype=torch.float32), inputs_of(home, name)
+    samples = read_samples(path, "train")[:3]
+    measured = measure_with_images(model, samples, [2], 5, CPU, keep_logits=True, images=images)
+    for n, (sample, result) in enumerate(zip(samples, measured, strict=True)):
+        loss = loss_of(model, batch_of(home, name, ((n,),), RowKind.single))
+        assert result.nll == pytest.approx(loss.item(), rel=1e-5)
+        said = []
+        for _ in range(5):
+            ids = np.array([*sample.prompt, *said, 0], np.int32)  # the last one is predicted
+            asked = Sample("", ids, np.array([[len(ids) - 1, len(ids)]], np.int32), split[n].images)
+            batch = collate(((0,),), [asked].__getitem__, kind=RowKind.single, device=CPU, images=images)
+            logits = model(**batch.model_inputs()).logits.flatten(0, -2)[0]
+            if not said:
+                torch.testing.assert_close(result.first_logits_V, logits.detach(), rtol=1e-4, atol=1e-4)
+            if logits.argmax() in (2, sample.answer[-1]):
+                break
+            said.append(int(logits.argmax()))
+        assert result.answer_ids == said
+
+
 def test_a_setting_for_images_makes_other_data_for_models_that_see_only(tmp_path):
     rows = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a"}])
     seeing = save_seeing("qwen3_5", tmp_path / "seeing", weights=False)
@@ -402,7 +422,7 @@ def test_a_picture_is_turned_as_its_file_says(tmp_path):
     assert opened.size == (40, 12) and opened.tobytes() == upright.tobytes()
 
 
-def test_training_refuses_other_processors_and_damaged_images_and_eval_refuses_images(home, tmp_path):
+def test_training_refuses_other_processors_and_damaged_images(home, tmp_path):
     model, path = home("qwen3_5")
     other = shutil.copytree(model, tmp_path / "model")
     settings = json.loads((other / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.1, 0.1]}
@@ -420,6 +440,4 @@ def test_training_refuses_other_processors_and_damaged_images_and_eval_refuses_i
     file.unlink()
     with pytest.raises(DataError, match="No such file"):
         images.pixels(sample.images)
-    with pytest.raises(DataError, match="evaluation reads texts only"):
-        read_samples(path, "train")
     assert read(path)["images"]["files"] == 4

@@ -80,9 +80,14 @@ class ImageInputs:
         return cls(data.path / FOLDER, vision, pixels, processor, rotary_3d="mrope_section" in rope)
 
     @property
+    def image_token(self) -> int:
+        """Id of the token that stands for a piece of an image."""
+        return self._vision.image_token
+
+    @property
     def blank(self) -> Sample:
         """The token of the blank image, as a sample that nothing is learned from."""
-        return Sample("", np.array([self._vision.image_token], np.int32), np.zeros((0, 2), np.int32))
+        return Sample("", np.array([self.image_token], np.int32), np.zeros((0, 2), np.int32))
 
     def pixels(self, images: Sequence[ImageRef]) -> Pixels:
         """The images' pixels, one image decoded at a time; those of the blank image where there are none.

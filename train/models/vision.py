@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from train.models.classes import attention_for
+from train.ops.packed_attention import PACKED_ATTENTION
+
 _TOWERS = ("visual", "vision_tower")
 
 
@@ -18,7 +21,8 @@ def settle_vision_tower(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _TOWERS:
             tower: Any = module
-            tower.set_attn_implementation("sdpa")
+            if tower.config._attn_implementation.startswith(PACKED_ATTENTION):
+                tower.set_attn_implementation(attention_for(tower, "sdpa"))
             tower.register_forward_pre_hook(_in_its_dtype)
 
 
