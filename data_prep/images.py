@@ -153,6 +153,12 @@ def file_of(store: Path, sha256: str) -> Path:
     return store / sha256[:2] / sha256
 
 
+def tidy(store: Path) -> None:
+    """Removes what a killed worker had begun to write."""
+    for partial in store.glob("??/.*"):
+        partial.unlink()
+
+
 def stored(store: Path) -> dict[str, Any]:
     """How many images a folder keeps, their bytes, and a hash of their hashes."""
     files = sorted(path for path in store.glob("??/*") if not path.name.startswith("."))

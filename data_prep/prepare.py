@@ -19,10 +19,10 @@ from configs.compose import build
 from configs.errors import ConfigError, DataError, ModelError, StoppedError, StorageError
 from configs.schema.dataset import FilesDatasetConfig, MixDatasetConfig
 from configs.schema.roots import PrepConfig
+from data_prep import images as kept_images
 from data_prep import manifest as manifests
 from data_prep.corpus import Executor
 from data_prep.dataset import Dataset
-from data_prep.images import stored
 from data_prep.job import Job, renderer_for, template_path
 from data_prep.journal import Journal, JournalError
 from data_prep.mixture import epochs_per_source
@@ -194,6 +194,7 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
     samples = samples_of(job.work, manifest["splits"]["train"], make_renderer().decode, _SAMPLES_SHOWN, split="train")
     write_report(job.work / "report.html", manifest, samples)
     passes.tidy()
+    kept_images.tidy(job.store)
     manifests.write(job.work, manifest)
     job.put_in_place()
     return Prepared(job.target(), manifests.read(job.target()), reused=False)
@@ -213,7 +214,7 @@ def _manifest(job: Job, passes: Passes, output: Output) -> dict[str, Any]:
             for p, sha256, rows in zip(parts, hashes, output.rows, strict=True)
         ],
         "splits": splits,
-        **({"images": {**job.vision, **stored(job.store)}} if output.images else {}),
+        **({"images": {**job.vision, **kept_images.stored(job.store)}} if output.images else {}),
         "mix": _mix(job.cfg, output.training_tokens()),
         "duplicates": passes.duplicates(),
         "rejects": output.rejects.summary(),

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import ModelError
 from configs.schema.roots import TooLong
 from data_prep.chat import ChatTemplate, ChatText
 from data_prep.encode import Encoder, Tokens
@@ -109,9 +108,12 @@ class Renderer:
     def _template(self) -> ChatTemplate:
         """Made when the first conversation comes: plain text needs none."""
         if self._chat is None:
-            image = None if self._images is None else image_text(self._tokenizer, self._images.vision.image_token)
+            image, blind = None, self._blind
+            if self._images is not None:
+                image = image_text(self._tokenizer, self._images.vision.image_token)
+                blind = "" if image else "the image_token_id of config.json is no token of its own in the tokenizer"
             self._chat = ChatTemplate(
-                self._tokenizer, self._model_name, self._variables, self.notes, image=image, blind=self._blind
+                self._tokenizer, self._model_name, self._variables, self.notes, image=image, blind=blind
             )
         return self._chat
 
@@ -241,20 +243,11 @@ def with_image_tokens(sample: Sample, image_token: int, tokens: Sequence[int]) -
     return replace(sample, input_ids=ids, spans=[(places[start], places[end]) for start, end in sample.spans])
 
 
-def image_text(tokenizer: PreTrainedTokenizerBase, image_token: int) -> str:
-    """The text that becomes the image token.
-
-    Raises:
-        ModelError: the tokenizer does not know it.
-    """
-    text = tokenizer.convert_ids_to_tokens(image_token)
-    if not isinstance(text, str) or tokenizer(text, add_special_tokens=False)["input_ids"] != [image_token]:
-        raise ModelError(
-            "config.json: image_token_id",
-            f"{image_token}, which is no token of its own in the tokenizer",
-            remedy="config.json and tokenizer must belong together",
-        )
-    return text
+def image_text(tokenizer: PreTrainedTokenizerBase, image_token: int) -> str | None:
+    """The text that becomes the image token; None: the tokenizer has no such token."""
+    text = tokenizer.convert_ids_to_tokens(image_token) if image_token < len(tokenizer) else None
+    known = isinstance(text, str) and tokenizer(text, add_special_tokens=False)["input_ids"] == [image_token]
+    return text if known else None
 
 
 def _sides(record: Record | Pair | Vote) -> tuple[tuple[str, Record], ...]:

@@ -34,6 +34,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
     "kimi": {
         "image_processor_type": "Kimi_K25ImageProcessor",
+        "auto_map": {"AutoImageProcessor": "kimi_k25_vision_processing.KimiK25VisionProcessor"},
+        "media_proc_cfg": {"patch_size": 14},
         "patch_size": 4,
         "merge_size": 2,
         "max_patches": 120,

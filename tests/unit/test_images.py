@@ -21,6 +21,7 @@ from configs.schema.objective import CausalLMConfig
 from data_prep.images import decoded, file_of
 from data_prep.manifest import read
 from data_prep.prepare import prepare
+from data_prep.summary import summary_lines
 from data_prep.vision import vision_of
 from tests.tiny_images import IMAGE_TEXT, SEEING, picture, save_seeing, write_records
 from tests.unit.prep_kit import files, model_folder, prep_config, write_jsonl
@@ -272,6 +273,9 @@ def test_images_in_every_form_of_record(tmp_path):
     splits = [PreparedData.open(made.path).split("train") for made in (mixed, shared)]
     ids = {tuple(split[n].input_ids.tolist()) for split in splits for n in range(len(split))}
     assert [len(split) for split in splits] == [4, 1] and len(ids) == 1
+    assert any(
+        line.startswith("images") and "4 shown, 1 files" in line for line in summary_lines(mixed.manifest, tmp_path)
+    )
     assert mixed.manifest["images"]["files"] == 1 and mixed.manifest["splits"]["train"]["images"] == 4
 
 
@@ -334,6 +338,12 @@ def test_what_cannot_be_prepared_with_images_is_told(tmp_path):
         cfg.max_length = 60
         with pytest.raises(DataError, match=reason):
             prepare(cfg, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"image_token_id": 5000}))
+    text = prep_config(tmp_path, files(write_jsonl(tmp_path / "t.jsonl", [{"prompt": "q", "completion": "a"}])))
+    assert prepare(text, model).manifest["splits"]["train"]["rows"] == 1
+    with pytest.raises(DataError, match="images need a model that sees.*image_token_id of config.json is no token"):
+        prepare(cfg, model)
     (model / "preprocessor_config.json").unlink()
     with pytest.raises(DataError, match="images need a model that sees.*has no preprocessor_config.json"):
         prepare(cfg, model)

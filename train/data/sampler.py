@@ -55,10 +55,13 @@ class StepSampler:
         return batches_of(self.split, step, self.rows)
 
     def data_hash(self, step: GlobalStep) -> str:
-        """Hash over the ids of all samples of the step in order: equal hashes, equal data."""
+        """Hash over the ids and images of all samples of the step in order: equal hashes, equal data."""
         digest = hashlib.blake2b(digest_size=8)
         for index in step.samples:
-            digest.update(np.ascontiguousarray(self.split[int(index)].input_ids).tobytes())
+            sample = self.split[int(index)]
+            digest.update(np.ascontiguousarray(sample.input_ids).tobytes())
+            for image in sample.images:
+                digest.update(image.sha256.encode())
         return digest.hexdigest()
 
 
