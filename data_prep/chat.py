@@ -50,6 +50,8 @@ class ChatTemplate:
         model_name: how messages name the model.
         variables: what the template is given besides the conversation.
         notes: counts what a reader of the manifest should know, by conversation or answer.
+        image: text of the token that the template writes for an image; None: the model does not see.
+        blind: why it does not.
 
     Raises:
         ModelError: there is no template, or it does not compile.
@@ -62,7 +64,11 @@ class ChatTemplate:
         model_name: str,
         variables: Mapping[str, Any],
         notes: Counter[str],
+        *,
+        image: str | None = None,
+        blind: str = "",
     ) -> None:
+        self._image, self._blind = image, blind
         self._template = Template(tokenizer, model_name, variables)
         self._notes = notes
         specials = special_tokens(tokenizer)
@@ -98,8 +104,11 @@ class ChatTemplate:
 
     def _refuse_images(self, record: Record) -> None:
         for number, message in enumerate(record.messages, start=1):
-            if message.images:
-                raise RowFault("images need a model that sees", f"turn {number}: {len(message.images)} of them")
+            if message.images and self._image is None:
+                why = f"; {self._blind}" if self._blind else ""
+                raise RowFault("images need a model that sees", f"turn {number}: {len(message.images)} of them{why}")
+            if message.images and message.role == "assistant":
+                raise RowFault("an image in an assistant's turn", f"turn {number}: models answer in text")
 
     def _refuse_control_tokens(self, record: Record) -> None:
         """Text that spells a special token becomes that token: at best noise, at worst the injected end of a turn."""
@@ -125,7 +134,18 @@ class ChatTemplate:
                 if whole and answer.start < whole[-1].end:
                     raise RowFault(MOVED, f"turn {i + 1} begins before the answer before it ends")
                 whole.append(answer)
+        self._check_images(talk)
         return [ChatText(talk.text(talk.length), whole), *own] if whole else own
+
+    def _check_images(self, talk: _Talk) -> None:
+        """Every image of the turns is shown, by one token."""
+        given = sum(len(message.images) for message in talk.record.messages)
+        if not given:
+            return
+        assert self._image is not None
+        shown = talk.text(talk.length).count(self._image)
+        if shown != given:
+            raise RowFault("the chat template does not show the images", f"{given} images, {shown} times {self._image}")
 
     def _answer(self, talk: _Talk, i: int) -> tuple[Answer, int]:
         """Answer `i`, and the number of turns of the conversation it was found in: all, else those up to it.

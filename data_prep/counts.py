@@ -25,6 +25,7 @@ class Counts:
     cut_rows: int = 0
     """Rows that were truncated."""
     cut_tokens: int = 0
+    images: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     """Tokens of a sequence -> how many sequences have so many."""
 
@@ -41,6 +42,7 @@ class Counts:
             self.lengths[len(sequence.input_ids)] += 1
             self.supervised += sequence.supervised
             cut += sequence.cut
+            self.images += len(sequence.images)
         self.cut_rows += cut > 0
         self.cut_tokens += cut
 
@@ -50,18 +52,19 @@ class Counts:
         self.supervised += other.supervised
         self.cut_rows += other.cut_rows
         self.cut_tokens += other.cut_tokens
+        self.images += other.images
         self.lengths.update(other.lengths)
 
     def to_json(self) -> list[Any]:
         """For a journal."""
         lengths = sorted(self.lengths.items())
-        return [self.rows, self.supervised, self.cut_rows, self.cut_tokens, lengths]
+        return [self.rows, self.supervised, self.cut_rows, self.cut_tokens, lengths, self.images]
 
     @classmethod
     def from_json(cls, value: list[Any]) -> Counts:
         """Undoes `to_json`."""
-        rows, supervised, cut_rows, cut_tokens, lengths = value
-        return cls(rows, supervised, cut_rows, cut_tokens, Counter(dict(lengths)))
+        rows, supervised, cut_rows, cut_tokens, lengths, images = value
+        return cls(rows, supervised, cut_rows, cut_tokens, images, Counter(dict(lengths)))
 
 
 def split_entry(by_source: Mapping[str, Counts], max_length: int, shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,4 +100,5 @@ def split_entry(by_source: Mapping[str, Counts], max_length: int, shards: list[d
 
 
 def _figures(counts: Counts) -> dict[str, int]:
-    return {"rows": counts.rows, "tokens": counts.tokens, "supervised_tokens": counts.supervised}
+    figures = {"rows": counts.rows, "tokens": counts.tokens, "supervised_tokens": counts.supervised}
+    return figures | ({"images": counts.images} if counts.images else {})

@@ -15,8 +15,10 @@ from configs.schema.roots import PrepConfig
 from data_prep import manifest as manifests
 from data_prep.dataset import Dataset
 from data_prep.hashes import SourceHashes
+from data_prep.images import FOLDER, Images, changed_images
 from data_prep.render import Renderer
 from data_prep.tokenizer import load_tokenizer, template_sha256, template_text, tokenizer_sha256
+from data_prep.vision import vision_of, why_blind
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,23 @@ def template_path(cfg: PrepConfig) -> Path | None:
     return Path(cfg.template.path) if cfg.template.path is not None else None
 
 
-def renderer_for(cfg: PrepConfig, model_dir: Path) -> Callable[[], Renderer]:
+def renderer_for(cfg: PrepConfig, model_dir: Path, store: Path | None = None) -> Callable[[], Renderer]:
     """Makes renderers, all with one tokenizer.
+
+    Args:
+        cfg: the whole config.
+        model_dir: folder of the model.
+        store: folder to keep images in; None: they are only looked at.
 
     Raises:
         ModelError: the model folder has no tokenizer that can be loaded.
     """
     tokenizer = load_tokenizer(model_dir, template=template_path(cfg), trust_remote_code=cfg.model.trust_remote_code)
     _remember_more_words(tokenizer)
+    images = None
+    if (vision := vision_of(model_dir)) is not None:
+        base = Path(cfg.image_folder).expanduser() if cfg.image_folder else None
+        images = Images(vision, base=base, max_pixels=cfg.max_image_pixels, store=store)
     return partial(
         Renderer,
         tokenizer,
@@ -44,6 +55,8 @@ def renderer_for(cfg: PrepConfig, model_dir: Path) -> Callable[[], Renderer]:
         model_name=str(model_dir),
         too_long=cfg.too_long,
         template_kwargs=cfg.template.kwargs,
+        images=images,
+        blind="" if images else why_blind(model_dir),
     )
 
 
@@ -75,6 +88,12 @@ class Job:
             "clean": manifests.plain(cfg.clean),
             "dedup": manifests.plain(cfg.dedup),
         }
+        vision = vision_of(model_dir)
+        self.vision: dict[str, Any] = {}
+        """What the images of samples depend on; nothing for a model that does not see."""
+        if vision is not None:
+            self.vision = {"processor_sha256": vision.sha256, "max_image_pixels": cfg.max_image_pixels}
+            self._settings["images"] = {**self.vision, "folder": cfg.image_folder}
         self.hashes = SourceHashes(dataset.parts(), cache / "hashes")
         # The hidden name does not depend on the content: what was made of an older content is found and replaced.
         paths = [part.source.path for part in dataset.parts()]
@@ -109,9 +128,17 @@ class Job:
                 be now.
         """
         found = _reusable(self.target(), self.fingerprint(), may_replace=self._out is None or self.cfg.overwrite)
+        if found is not None and (changed := changed_images(self.target(), found)):
+            logger.info("%s: %s; preparing again", self.target(), changed)
+            return None
         if found is not None:
             _check_faults(self.target(), found["rejects"], self.cfg.dataset.max_rejects)
         return found
+
+    @property
+    def store(self) -> Path:
+        """The folder that images are kept in."""
+        return self.work / FOLDER
 
     def put_in_place(self) -> None:
         """Renames the finished folder; what stood at its place is moved aside first and deleted last."""

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from data_prep.formats.tools import tools_text
-from data_prep.records import Message, Record
+from data_prep.records import IMAGE_MARK, Message, Record
 from data_prep.template import Template, Turn
 
 Tools = list[dict[str, Any]] | None
@@ -46,7 +46,7 @@ def _call_text(call: Any) -> str:
 
 def openai_turn(message: Message, template: Template, notes: Counter[str]) -> Turn:
     """One turn; see `openai_form`."""
-    turn: Turn = {"role": message.role, "content": message.content}
+    turn: Turn = {"role": message.role, "content": _parts(message) if message.images else message.content}
     if message.calls:
         _add_calls(turn, message, template, notes)
     if message.reasoning:
@@ -59,6 +59,15 @@ def openai_turn(message: Message, template: Template, notes: Counter[str]) -> Tu
     if message.call_id is not None:
         turn["tool_call_id"] = message.call_id
     return turn
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    """Texts and images in order, as templates of models that see want them."""
+    texts = message.content.split(IMAGE_MARK)
+    parts: list[dict[str, str]] = [{"type": "text", "text": texts[0]}]
+    for text in texts[1:]:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _add_calls(turn: Turn, message: Message, template: Template, notes: Counter[str]) -> None:

@@ -72,7 +72,7 @@ class Output:
         for split, (batch, counts) in made.batches.items():
             if split not in self._writers:
                 self._writers[split] = ShardWriter(self._folder, split, str(self.kind))
-            self._writers[split].append(source.name, batch, counts.rows)
+            self._writers[split].append(source.name, batch, counts.rows, images=counts.images > 0)
             self._counts.setdefault(split, {}).setdefault(source.name, Counts()).merge(counts)
             self.tokens += counts.tokens
         self._tags.write(made.tags)
@@ -129,6 +129,11 @@ class Output:
         """Source -> tokens of its training rows."""
         counts = self._counts.get("train", {})
         return {part.source.name: counts.get(part.source.name, Counts()).tokens for part in self._parts}
+
+    @property
+    def images(self) -> int:
+        """How many images all samples show."""
+        return sum(counts.images for by_source in self._counts.values() for counts in by_source.values())
 
     def notes(self) -> list[str]:
         """What was counted on the way, in words."""

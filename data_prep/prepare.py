@@ -19,6 +19,7 @@ from configs.compose import build
 from configs.errors import ConfigError, DataError, ModelError, StoppedError, StorageError
 from configs.schema.dataset import FilesDatasetConfig, MixDatasetConfig
 from configs.schema.roots import PrepConfig
+from data_prep import images as kept_images
 from data_prep import manifest as manifests
 from data_prep.corpus import Executor
 from data_prep.dataset import Dataset
@@ -32,6 +33,7 @@ from data_prep.rejects import remedy_for
 from data_prep.report import write_report
 from data_prep.samples import samples_of
 from data_prep.tokenizer import template_sha256, template_text, tokenizer_sha256
+from data_prep.vision import vision_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,14 @@ def _given_prepared(cfg: PrepConfig, model_dir: Path, out: Path | None) -> Prepa
             f"was prepared with another tokenizer than that of {model_dir}",
             remedy="prepare it for this model",
         )
+    if "images" in manifest:
+        vision = vision_of(model_dir)
+        if vision is None or vision.sha256 != manifest["images"]["processor_sha256"]:
+            raise DataError(
+                cfg.dataset.path,
+                f"was prepared with another image processor than that of {model_dir}",
+                remedy="prepare it for this model",
+            )
     longest = max(split["max_length"] for split in manifest["splits"].values())
     if longest > cfg.max_length:
         raise DataError(
@@ -164,7 +174,7 @@ def _resumed(job: Job, journal: Journal, on_progress: Progress | None) -> Prepar
 def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress: Progress | None) -> Prepared:
     """The finished folder, in its place; or another's that turns out to be the same."""
     cfg = job.cfg
-    make_renderer = renderer_for(cfg, job.model_dir)
+    make_renderer = renderer_for(cfg, job.model_dir, job.store)
     executor = build(cfg.executor, Executor)
     dataset = executor.stage(cfg, job.dataset, on_note=logger.info)
     passes = Passes(executor.rest(cfg), dataset, job.work, journal, make_renderer, on_progress)
@@ -184,6 +194,7 @@ def _made(job: Job, journal: Journal, entry: dict[str, Any] | None, on_progress:
     samples = samples_of(job.work, manifest["splits"]["train"], make_renderer().decode, _SAMPLES_SHOWN, split="train")
     write_report(job.work / "report.html", manifest, samples)
     passes.tidy()
+    kept_images.tidy(job.store)
     manifests.write(job.work, manifest)
     job.put_in_place()
     return Prepared(job.target(), manifests.read(job.target()), reused=False)
@@ -203,6 +214,7 @@ def _manifest(job: Job, passes: Passes, output: Output) -> dict[str, Any]:
             for p, sha256, rows in zip(parts, hashes, output.rows, strict=True)
         ],
         "splits": splits,
+        **({"images": {**job.vision, **kept_images.stored(job.store)}} if output.images else {}),
         "mix": _mix(job.cfg, output.training_tokens()),
         "duplicates": passes.duplicates(),
         "rejects": output.rejects.summary(),

@@ -9,6 +9,18 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class ImageUse:
+    """An image where a sample shows it."""
+
+    sha256: str
+    """Of its bytes, which also names its file."""
+    grid: tuple[int, int, int]
+    """Patches: frames (1), rows, columns."""
+    source: str = ""
+    """Path that it was read from; empty: the record held it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A conversation or a text as the model will see it."""
 
@@ -19,6 +31,8 @@ class Sample:
     """Token indices learned as targets: half-open, sorted, disjoint; never index 0, which nothing predicts."""
     cut: int = 0
     """Tokens cut away because they were too many."""
+    images: tuple[ImageUse, ...] = ()
+    """In the order of their tokens."""
 
     @property
     def supervised(self) -> int:

@@ -45,6 +45,21 @@ SCHEMAS = {
 }
 """Kind of data -> columns. `spans` is flat: start, end, start, end ...; token indices that are learned, half-open,
 sorted, disjoint, above 0. Of a pair, the first two columns are the chosen answer's."""
+WITH_IMAGES = pa.schema(
+    [
+        *SCHEMAS["samples"],
+        *(
+            pa.field(name, of, nullable=False)
+            for name, of in {
+                "images": pa.list_(pa.string()),
+                "image_grids": _TOKENS,
+                "image_sources": pa.list_(pa.string()),
+            }.items()
+        ),
+    ]
+)
+"""Of shards of samples that begin with the first sample of a source that has images: of each image its hash, its
+frames, rows and columns of patches (flat), and the path that it was read from. Other shards are as they ever were."""
 
 
 def kind_of_record(record: AnyRecord) -> str:
@@ -69,7 +84,14 @@ def encode(kind: str, samples: Sequence[AnySample]) -> bytes:
     if kind == "votes":
         columns.append(pa.array([sample.liked for sample in samples if isinstance(sample, VoteSample)], pa.bool_()))
     columns.append(pa.array([sample.id for sample in samples], pa.string()))
-    data: bytes = pa.record_batch(columns, schema=SCHEMAS[kind]).serialize().to_pybytes()
+    schema, images = SCHEMAS[kind], [sample.images for sample in samples if isinstance(sample, Sample)]
+    if any(images):
+        schema = WITH_IMAGES
+        texts = pa.list_(pa.string())
+        columns.append(pa.array([[image.sha256 for image in row] for row in images], texts))
+        columns.append(_lists([list(chain.from_iterable(image.grid for image in row)) for row in images]))
+        columns.append(pa.array([[image.source for image in row] for row in images], texts))
+    data: bytes = pa.record_batch(columns, schema=schema).serialize().to_pybytes()
     return data
 
 
@@ -92,7 +114,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str, kind: str, state: dict[str, Any] | None = None) -> None:
-        self._folder, self._split, self._schema = folder, split, SCHEMAS[kind]
+        self._folder, self._split, self._plain = folder, split, SCHEMAS[kind]
+        self._images: bool = bool(state and state.get("images"))
+        """The source has shown an image."""
         (folder / split).mkdir(exist_ok=True)
         self.shards: list[dict[str, Any]] = state["shards"] if state else []
         """The finished ones, as they stand in the manifest."""
@@ -107,11 +131,38 @@ class ShardWriter:
             cut(self._partial, state["bytes"])
         self._file = self._partial.open("ab" if state else "wb")
 
-    def append(self, source: str, batch: bytes, rows: int) -> None:
-        """Takes an encoded batch of a source; one after another, no source twice."""
+    def append(self, source: str, batch: bytes, rows: int, *, images: bool = False) -> None:
+        """Takes an encoded batch of a source; one after another, no source twice.
+
+        Args:
+            source: its name.
+            batch: what `encode` made.
+            rows: in it.
+            images: whether it has any.
+        """
         if source != self._source:
             self.finish()
-            self._source = source
+            self._source, self._images = source, False
+        if images and not self._images:
+            whole = pa.ipc.read_record_batch(pa.py_buffer(batch), WITH_IMAGES)
+            # Where the first image is, not where the batch begins: the bytes must not show how the rows came.
+            first = int(np.flatnonzero(np.diff(whole["images"].offsets.to_numpy()))[0])
+            before = whole.slice(0, first).select(self._plain.names)
+            self._append(pa.record_batch(before.columns, schema=self._plain).serialize().to_pybytes(), first)
+            self.finish()
+            self._images = True
+            batch, rows = whole.slice(first).serialize().to_pybytes(), rows - first
+        elif self._images and not images:
+            plain = pa.ipc.read_record_batch(pa.py_buffer(batch), self._plain)
+            none = [pa.array([[]] * rows, field.type) for field in WITH_IMAGES if field.name not in self._plain.names]
+            batch = pa.record_batch([*plain.columns, *none], schema=WITH_IMAGES).serialize().to_pybytes()
+        self._append(batch, rows)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return WITH_IMAGES if self._images else self._plain
+
+    def _append(self, batch: bytes, rows: int) -> None:
         while self._rows + rows >= ROWS_PER_SHARD:
             room = ROWS_PER_SHARD - self._rows
             whole = pa.ipc.read_record_batch(pa.py_buffer(batch), self._schema)
@@ -131,7 +182,9 @@ class ShardWriter:
         for path in self._done_before:
             path.unlink()
         self._done_before, self._done = self._done, []
-        return {"shards": self.shards, "source": self._source, "rows": self._rows, "bytes": self._file.tell()}
+        return {"shards": self.shards, "source": self._source, "rows": self._rows, "bytes": self._file.tell()} | (
+            {"images": True} if self._images else {}
+        )
 
     def finish(self) -> None:
         """Makes a shard of the rows that wait."""

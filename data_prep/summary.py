@@ -20,6 +20,9 @@ def summary_lines(manifest: Mapping[str, Any], folder: Path) -> list[str]:
     """
     splits = manifest["splits"]
     lines = [line for name, entry in splits.items() for line in _split(name, entry)]
+    if images := manifest.get("images"):
+        shown = sum(entry.get("images", 0) for entry in splits.values())
+        lines.append(labelled("images", f"{shown:,} shown, {images['files']:,} files, {images['bytes'] / 1e6:,.1f} MB"))
     lines += _mixture(manifest.get("mix") or {})
     lines.append(labelled("left out", left_out(manifest, folder)))
     lines += _duplicates(manifest.get("duplicates") or {})

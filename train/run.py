@@ -16,6 +16,7 @@ from configs.errors import ConfigError, CrosstuneError, DataError
 from configs.schema.roots import Packing, TrainConfig
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.storage import resolve_storage
+from train.data.images import ImageInputs
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
 from train.data.sampler import RowLayout, StepSampler
@@ -86,10 +87,11 @@ def train(
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
         kind = row_kind(cfg.packing, family, note)
-        sampler = make_sampler(cfg, data, kind, device, world, note)
+        images = ImageInputs.of(data, model_dir, model_config)
+        sampler = make_sampler(cfg, data, kind, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         if world.rank == 0:
-            foretell(cfg, run, model_dir, device, world, kind, sampler.split)
+            foretell(cfg, run, model_dir, device, world, kind, sampler.split, images=images is not None)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             if kind is RowKind.packed and cfg.check_packing:
                 place, dtype = device.torch_device, engine.working_dtype
@@ -131,7 +133,13 @@ def train(
 
 
 def make_sampler(
-    cfg: TrainConfig, data: PreparedData, kind: RowKind, device: Device, world: World, note: Note
+    cfg: TrainConfig,
+    data: PreparedData,
+    kind: RowKind,
+    device: Device,
+    world: World,
+    note: Note,
+    images: ImageInputs | None = None,
 ) -> StepSampler:
     """The global steps over the training split, and this rank's share of each.
 
@@ -144,7 +152,7 @@ def make_sampler(
     for share in mix:
         note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
     plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
-    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device)
+    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device, images)
     return StepSampler(split, plan, rows)
 
 

@@ -53,6 +53,10 @@ class PrepConfig:
     """Where converted models and prepared data are kept."""
     max_length: int = 1024
     """Tokens of the longest sample."""
+    max_image_pixels: int = 50_000_000
+    """Of the largest image of a record, as it is stored; a larger one is a fault of its row."""
+    image_folder: str | None = None
+    """Where relative paths of images begin; null: the folder of the file that names them."""
     too_long: TooLong = TooLong.reject
     workers: int = 0
     """Processes that prepare data; 0: one per core, and none beside our own for little data. The result is the same."""
@@ -74,6 +78,9 @@ class PrepConfig:
         not_empty("out", self.out)
         if not 0 <= self.seed < 2**62:
             raise ConfigError("seed", str(self.seed), allowed="0 or more, below 2**62")
+        if self.max_image_pixels < 1:
+            raise ConfigError("max_image_pixels", str(self.max_image_pixels), allowed="1 or more")
+        not_empty("image_folder", self.image_folder)
         if self.max_length < 2:
             raise ConfigError("max_length", str(self.max_length), allowed="2 or more tokens")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.data.images import ImageInputs, Pixels
 from train.data.plan import MicroBatch, RowKind
 from train.data.prepared import Sample
 from train.ops.packed_attention import Pack
@@ -33,6 +34,10 @@ class Batch:
     """N, or 0 for a filler that only keeps ranks in step."""
     num_tokens: int
     """Tokens of samples, padding not counted."""
+    rotary_3BT: torch.Tensor | None = None
+    """Positions in time, row and column, where the model rotates by these; None: `position_ids_BT` are all."""
+    pixels: Pixels | None = None
+    """The images, in the order of their tokens; None: the data has none."""
 
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """For each row those of its samples; padding comes after them."""
@@ -45,9 +50,12 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
+        positions = self.position_ids_BT
+        if self.rotary_3BT is not None:
+            positions = torch.cat([positions[None], self.rotary_3BT])
         inputs = {
             "input_ids": self.input_ids_BT,
-            "position_ids": self.position_ids_BT,
+            "position_ids": positions,
             "logits_to_keep": self.predicts_BT,
             "use_cache": False,
         }
@@ -55,10 +63,20 @@ class Batch:
             inputs["pack"] = self.pack
         if self.attention_mask_BT is not None:
             inputs["attention_mask"] = self.attention_mask_BT
+        if self.pixels is not None:
+            inputs["pixel_values"] = self.pixels.values_P
+            inputs["image_grid_thw"] = self.pixels.grid_N3
         return inputs
 
 
-def collate(batch: MicroBatch, sample: Callable[[int], Sample], *, kind: RowKind, device: torch.device) -> Batch:
+def collate(
+    batch: MicroBatch,
+    sample: Callable[[int], Sample],
+    *,
+    kind: RowKind,
+    device: torch.device,
+    images: ImageInputs | None = None,
+) -> Batch:
     """Builds a micro-batch.
 
     Args:
@@ -66,11 +84,16 @@ def collate(batch: MicroBatch, sample: Callable[[int], Sample], *, kind: RowKind
         sample: gives the sample of an index.
         kind: packed rows carry boundaries, padded ones a mask.
         device: where the tensors go.
+        images: makes the images' inputs; None: no sample of the data shows any.
     """
-    if not batch:
-        return _filler(kind, device)
-    rows = [[sample(index) for index in row] for row in batch]
+    # A filler is two tokens that nothing is learnt from; its one prediction gives the loss a graph to go back through.
+    rows = [[sample(index) for index in row] for row in batch] or [[_FILLER]]
+    shown = [image for row in rows for s in row for image in s.images]
+    blank = images.blank if images is not None and not shown else None
+    if blank is not None:
+        rows[0].append(blank)
     width = max(sum(len(s.input_ids) for s in row) for row in rows)
+    rotary = np.zeros((3, len(rows), width), np.int64)
     ids = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((len(rows), width), np.int64)
     filled = np.zeros((len(rows), width), np.int64)
@@ -81,7 +104,11 @@ def collate(batch: MicroBatch, sample: Callable[[int], Sample], *, kind: RowKind
         for s in row:
             end = at + len(s.input_ids)
             ids[r, at:end] = s.input_ids
-            positions[r, at:end] = np.arange(end - at)
+            # The blank image goes on where the sample before it ends: positions that begin anew begin a sample.
+            begin = at if s is blank and kind is not RowKind.packed else 0
+            positions[r, at:end] = np.arange(begin, begin + end - at)
+            if images is not None and images.rotary_3d:
+                rotary[:, r, at:end] = images.positions_3T(s) if s.images else positions[r, at:end]
             filled[r, at:end] = 1
             for start, stop in s.spans:
                 predicts[r, at + start - 1 : at + stop - 1] = True
@@ -96,28 +123,17 @@ def collate(batch: MicroBatch, sample: Callable[[int], Sample], *, kind: RowKind
         predicts_BT=torch.from_numpy(predicts).to(device),
         targets_N=torch.from_numpy(targets_N).to(device),
         pack=_boundaries(rows) if kind is RowKind.packed else None,
-        num_targets=len(targets_N),
-        num_tokens=int(filled.sum()),
+        num_targets=len(targets_N) if batch else 0,
+        num_tokens=int(filled.sum()) - (blank is not None) if batch else 0,
+        rotary_3BT=torch.from_numpy(rotary).to(device) if images is not None and images.rotary_3d else None,
+        pixels=None if images is None else images.pixels(shown).to(device),
     )
+
+
+_FILLER = Sample("", np.zeros(2, np.int32), np.array([[1, 2]], np.int32))
 
 
 def _boundaries(rows: list[list[Sample]]) -> Pack:
     lengths = tuple(tuple(len(s.input_ids) for s in row) for row in rows)
     assert len({sum(row) for row in lengths}) == 1, "packed rows of one micro-batch have one length"
     return Pack(lengths)
-
-
-def _filler(kind: RowKind, device: torch.device) -> Batch:
-    """Two tokens that nothing is learnt from."""
-    zeros = torch.zeros((1, 2), dtype=torch.long, device=device)
-    predicts = torch.tensor([[True, False]], device=device)
-    return Batch(
-        input_ids_BT=zeros,
-        position_ids_BT=torch.tensor([[0, 1]], device=device),
-        attention_mask_BT=None,
-        predicts_BT=predicts,
-        targets_N=zeros[0, :1],
-        pack=Pack(((2,),)) if kind is RowKind.packed else None,
-        num_targets=0,
-        num_tokens=0,
-    )

@@ -45,6 +45,16 @@ _AS_SAMPLES = {
 
 
 @dataclass(frozen=True)
+class ImageRef:
+    """An image that a sample shows."""
+
+    sha256: str
+    """Of its bytes; names its file in the prepared folder."""
+    grid: tuple[int, int, int]
+    """Patches: frames (1), rows, columns."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One tokenised record."""
 
@@ -53,6 +63,8 @@ class Sample:
     """``[t]`` int32."""
     spans: np.ndarray
     """``[n x 2]`` int32: half-open ranges of token indices that are supervised. Index 0 never is."""
+    images: tuple[ImageRef, ...] = ()
+    """In the order of their tokens."""
 
 
 class PreparedSplit:
@@ -72,6 +84,7 @@ class PreparedSplit:
             id=table["id"][row].as_py(),
             input_ids=_row(table["input_ids"], row),
             spans=_row(table["spans"], row).reshape(-1, 2),
+            images=_images(table, row),
         )
 
     @cached_property
@@ -132,6 +145,11 @@ class PreparedData:
         remedy = _AS_SAMPLES.get(self.kind) if kind is DataKind.samples else f"prepare data of kind {kind.value}"
         raise DataError(str(self.path), f"holds {self.kind.value}, and {user} needs {kind.value}", remedy=remedy)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample shows an image."""
+        return "images" in self.manifest
+
     def split_names(self) -> list[str]:
         """The splits that are there."""
         return sorted(self.manifest["splits"])
@@ -180,6 +198,15 @@ def _map_shard(path: Path) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(str(path), f"does not open: {error}", remedy=PREPARE_AGAIN) from None
+
+
+def _images(table: pa.Table, row: int) -> tuple[ImageRef, ...]:
+    """Shards without images have no columns for them."""
+    if "images" not in table.column_names:
+        return ()
+    hashes, flat = table["images"][row].as_py(), table["image_grids"][row].as_py()
+    grids = zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+    return tuple(ImageRef(sha256, grid) for sha256, grid in zip(hashes, grids, strict=True))
 
 
 def _row(column: pa.ChunkedArray, row: int) -> np.ndarray:

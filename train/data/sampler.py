@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from train.data.collate import Batch, collate
+from train.data.images import ImageInputs
 from train.data.plan import BatchPlan, MicroBatch, RowKind, cut, layout
 from train.data.prepared import PreparedSplit
 
@@ -24,6 +25,8 @@ class RowLayout:
     micro_batch_tokens: int
     kind: RowKind
     device: torch.device
+    images: ImageInputs | None = None
+    """None: no sample of the data shows an image."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ class StepSampler:
         return batches_of(self.split, step, self.rows)
 
     def data_hash(self, step: GlobalStep) -> str:
-        """Hash over the ids of all samples of the step in order: equal hashes, equal data."""
+        """Hash over the ids and images of all samples of the step in order: equal hashes, equal data."""
         digest = hashlib.blake2b(digest_size=8)
         for index in step.samples:
-            digest.update(np.ascontiguousarray(self.split[int(index)].input_ids).tobytes())
+            sample = self.split[int(index)]
+            digest.update(np.ascontiguousarray(sample.input_ids).tobytes())
+            for image in sample.images:
+                digest.update(image.sha256.encode())
         return digest.hexdigest()
 
 
@@ -79,7 +85,7 @@ def share_of(split: PreparedSplit, samples: np.ndarray, rows: RowLayout) -> Glob
 def batches_of(split: PreparedSplit, step: GlobalStep, rows: RowLayout) -> Iterator[Batch]:
     """Tensors of this rank's micro-batches."""
     for micro_batch in step.micro_batches:
-        yield collate(micro_batch, split.__getitem__, kind=rows.kind, device=rows.device)
+        yield collate(micro_batch, split.__getitem__, kind=rows.kind, device=rows.device, images=rows.images)
 
 
 def chunks(split: PreparedSplit, batch_tokens: int) -> Iterator[np.ndarray]:

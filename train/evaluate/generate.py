@@ -227,23 +227,30 @@ def measure_batch_plainly(
     for (_, end), group in by_length.items() if max_new_tokens else ():
         prompts = torch.tensor([samples[i].prompt for i in group], device=device)
         ends = sorted({*stop, end})
-        # All spelled out: a model's own generation_config may ask for sampling or penalties.
-        greedy = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=end,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)
+        config = greedy(ends, end, max_new_tokens)
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
         for row, i in enumerate(group):
-            tokens = out.sequences[row, prompts.shape[1] :].tolist()
-            cut = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-            measured[i].answer_ids = tokens[:cut]
+            measured[i].answer_ids = until_end(out.sequences[row, prompts.shape[1] :].tolist(), ends)
             if keep_logits:
                 measured[i].first_logits_V = out.logits[0][row].float().cpu()
     return measured
+
+
+def greedy(ends: list[int], padding: int, max_new_tokens: int) -> GenerationConfig:
+    """All spelled out: a model's own generation_config may ask for sampling or penalties."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=padding,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens before the first that ends an answer."""
+    return tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]

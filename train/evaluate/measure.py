@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from configs.schema.outputs import EvalConfig
+from train.data.images import ImageInputs
 from train.evaluate.generate import Measured, has_plain_cache, measure_batch, measure_batch_plainly
 from train.evaluate.samples import Sample, batches
 from train.evaluate.scores import Answer
+from train.evaluate.with_images import measure_with_images
 
 Note = Callable[[str], None]
 
@@ -27,6 +30,7 @@ class Ruler:
         device: where the models are put.
         on_note: what the user should know.
         on_progress: called with (samples done, samples in all) after each batch.
+        images: makes the inputs of the samples' images; None: the data has none.
     """
 
     cfg: EvalConfig
@@ -35,6 +39,7 @@ class Ruler:
     device: torch.device
     on_note: Note = print
     on_progress: Callable[[int, int], None] | None = None
+    images: ImageInputs | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -55,10 +60,12 @@ class Ruler:
             keep_logits: keep the logits of each answer's first token.
         """
         samples = self.samples if samples is None else samples
-        batch_fn = measure_batch
+        batch_fn: Callable[..., list[Measured]] = measure_batch
         if not has_plain_cache(model):
             self.on_note(f"{type(model).__name__}: no plain key-value cache, so prompts are read twice (slower)")
             batch_fn = measure_batch_plainly
+        if self.images is not None:
+            batch_fn = partial(measure_with_images, images=self.images)
         stop = self._stop_ids(model)
         measured: dict[int, Measured] = {}
         for with_prompt in (True, False):

@@ -18,6 +18,8 @@ from configs.errors import DataError
 from configs.files import write_whole
 from configs.schema.outputs import EvalConfig
 from data_prep.tokenizer import load_tokenizer
+from train.data.images import ImageInputs
+from train.data.prepared import PreparedData
 from train.devices.base import Device
 from train.evaluate.measure import Ruler
 from train.evaluate.models import base_model, plain_model, put_training_on
@@ -25,6 +27,7 @@ from train.evaluate.samples import Sample, read_samples
 from train.evaluate.scores import Answer, figures
 from train.export.run import MERGED, is_export_of, refresh_cards
 from train.export.trained import Trained
+from train.models.load import load_config
 from train.observe.metrics import read_metrics
 from train.observe.progress import counter
 from train.run_folder import RunFolder, sha256_of
@@ -72,6 +75,7 @@ def evaluate_run(
         data = data or _own_data(trained)
         samples = read_samples(data, cfg.split, cfg.limit)
         ruler = _ruler(trained, samples, cfg, device, on_note)
+        ruler.images = images_of(data, trained.base_dir, trained.cfg.model.trust_remote_code)
         answers: dict[str, list[Answer]] = {}
         model = base_model(trained, device)
         if cfg.base:
@@ -123,6 +127,7 @@ def evaluate_model(
     samples = read_samples(data, cfg.split, cfg.limit)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     ruler = Ruler(cfg, samples, tokenizer, device.torch_device, on_note)
+    ruler.images = images_of(data, model_dir, trust_remote_code)
     model = plain_model(model_dir, device.fast_dtypes()[0], device, trust_remote_code)
     answers = {"model": _measure(ruler, model, "model")}
     summary: Summary = {"model": figures(answers["model"])}
@@ -147,6 +152,12 @@ def _ruler(trained: Trained, samples: Sequence[Sample], cfg: EvalConfig, device:
     trust = trained.cfg.model.trust_remote_code
     tokenizer = load_tokenizer(trained.base_dir, trust_remote_code=trust)
     return Ruler(cfg, samples, tokenizer, device.torch_device, on_note)
+
+
+def images_of(data: Path, model_dir: Path, trust_remote_code: bool) -> ImageInputs | None:
+    """What makes the inputs of the data's images; None: it has none."""
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
+    return ImageInputs.of(PreparedData.open(data), model_dir, config)
 
 
 def _measure(ruler: Ruler, model: Any, name: str) -> list[Answer]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import DataError
-from train.data.prepared import DataKind, PreparedData
+from train.data.prepared import DataKind, ImageRef, PreparedData
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Sample:
     input_ids: list[int]
     spans: list[tuple[int, int]]
     """Supervised token ranges ``[start, end)``, sorted and disjoint; index 0 is never supervised."""
+    images: tuple[ImageRef, ...] = ()
+    """In the order of their tokens."""
 
     @property
     def answer_start(self) -> int:
@@ -76,7 +78,7 @@ def read_samples(data: Path, split: str, limit: int = 0) -> list[Sample]:
         row = rows[i]
         if len(row.spans):
             spans = [(int(start), int(end)) for start, end in row.spans]
-            samples.append(Sample(row.id, row.input_ids.tolist(), spans))
+            samples.append(Sample(row.id, row.input_ids.tolist(), spans, row.images))
         if limit and len(samples) == limit:
             break
     if not samples:

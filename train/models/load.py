@@ -26,6 +26,7 @@ from train.models.bf16_copy import bf16_folder
 from train.models.classes import attention_for, keeping_small_parts_in_fp32, model_class
 from train.models.gguf import dequantise
 from train.models.quantised import quantised_original
+from train.models.vision import settle_vision_tower
 
 logger = logging.getLogger(__name__)
 
@@ -242,4 +243,5 @@ def load_model(model_dir: Path, *, dtype: torch.dtype, attention: str = "sdpa", 
             remedy="the weights and config.json must belong together",
         )
     model.config.use_cache = False
+    settle_vision_tower(model)
     return model

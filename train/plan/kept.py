@@ -21,6 +21,8 @@ from train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+IMAGES_UNKNOWN = "the vision tower's weights are counted, its activations and the pixels of images are not"
+
 
 def foretell(
     cfg: TrainConfig,
@@ -30,6 +32,8 @@ def foretell(
     world: World,
     kind: RowKind,
     split: PreparedSplit,
+    *,
+    images: bool = False,
 ) -> None:
     """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
     from train.plan.model import Model
@@ -49,6 +53,9 @@ def foretell(
             data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),
             base_bytes=lambda: process_bytes(cfg, dtype),
         ).forecast()
+        if images:
+            forecast.unknown.append(IMAGES_UNKNOWN)
+            logger.info("plan: %s", IMAGES_UNKNOWN)
         write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
     except Exception as error:  # a prediction is not worth a run
         logger.warning("plan: no prediction of memory (%s: %s)", type(error).__name__, first_line(error))
