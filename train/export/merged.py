@@ -132,7 +132,9 @@ def _head_and_embedding(model: Any | None) -> tuple[str, str]:
 def _plan(job: Job, base: BaseFiles, on_note: Note) -> list[Planned]:
     """All tensors of the base in their order, what trained in its place."""
     _require_places(job)
-    planned, untouched, unknown = [], [], []
+    planned: list[Planned] = []
+    untouched: list[str] = []
+    unknown: list[str] = []
     for name, tensor in job.stored.items():
         place = job.places.get(name)
         trained = [p for p in place.parameters if p in job.updates.of] if place else []

@@ -14,7 +14,7 @@ import shutil
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -152,7 +152,7 @@ class _Progress:
         self._started = self._said = time.monotonic()
 
     def watched(self, planned: Planned) -> Planned:
-        def make() -> torch.Tensor:
+        def make() -> torch.Tensor | Iterator[torch.Tensor]:
             self._say()
             made = planned.make()
             self.done += planned.num_bytes
