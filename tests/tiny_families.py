@@ -357,7 +357,7 @@ def build(
         changes: to the config, of the language model where there are several.
     """
     class_name, values = CONFIGS[name]
-    model_class = getattr(transformers, class_name, None) or _of_ours(class_name)
+    model_class = class_of(class_name)
     values = copy.deepcopy(values)  # transformers may write into what it is given
     inner = next((key for key in ("text_config", "llm_config") if key in values), None)
     (values[inner] if inner else values).update(changes)
@@ -380,8 +380,10 @@ def build(
     return model.to(dtype).eval()
 
 
-def _of_ours(class_name: str) -> Any:
-    """A class that transformers has not."""
+def class_of(class_name: str) -> Any:
+    """A class of transformers, or of ours where it has none."""
+    if hasattr(transformers, class_name):
+        return getattr(transformers, class_name)
     from train.models import bailing_moe_v2
     from train.models.bailing_moe_v2 import ming, modeling
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configs.compose import compose
+from tests.cells import IMAGE
 from tests.command import final_weights, metrics_of
 from tests.distributed.forks import in_ranks
 from tests.tiny_images import save_seeing, write_records
@@ -120,6 +121,7 @@ TRAINED = ("tuning=full", "tuning.frozen=[]")
 LORA = ("tuning=lora", "tuning.targets=[attention+vision]")
 
 
+@pytest.mark.cell(IMAGE)
 @pytest.mark.parametrize("sharding", ["plain", "zero3"])
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_k25"])
 @pytest.mark.parametrize("words", [FULL, TRAINED], ids=["frozen", "trained"])

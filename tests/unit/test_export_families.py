@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import CheckpointError
 from configs.schema.outputs import ExportConfig
-from tests.tiny_families import FAMILIES, VOCABULARY
+from tests.cells import ADAPTER, MERGED
+from tests.tiny_families import FAMILIES, VOCABULARY, class_of
 from tests.unit.trained_kit import FILES, NEXT_TOKENS, checkpoint, save_base, trained_run
 from train.export.run import ExportResult, export
 from train.export.tensors import stored_tensors
@@ -49,7 +50,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def plain(folder: Path) -> Any:
     """As somebody without crosstune opens it."""
     class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32)
+    return class_of(class_name).from_pretrained(folder, dtype=torch.float32)
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,6 +73,7 @@ def require_base_layout(base: Path, merged: Path, name: str) -> Mapping[str, tor
     return {n: after[n] for n in after if not torch.equal(before[n], after[n])}
 
 
+@pytest.mark.cell(MERGED)
 @pytest.mark.parametrize("name", EVERY)
 def test_all_weights_trained(tmp_path: Path, name: str) -> None:
     result, module, notes = exported(tmp_path, name, "tuning=full", "tuning.frozen=[]")
@@ -86,6 +88,7 @@ def test_all_weights_trained(tmp_path: Path, name: str) -> None:
         assert torch.equal(parameter, trained[path]), path
 
 
+@pytest.mark.cell(MERGED, ADAPTER)
 @pytest.mark.parametrize("name", EVERY)
 def test_an_adapter_on_all_parts(tmp_path: Path, name: str) -> None:
     result, module, _ = exported(tmp_path, name, "tuning=lora", "tuning.rank=4", f"tuning.targets=[{parts_of(name)}]")

@@ -23,6 +23,7 @@ from data_prep.manifest import read
 from data_prep.prepare import prepare
 from data_prep.summary import summary_lines
 from data_prep.vision import vision_of
+from tests.cells import IMAGE
 from tests.tiny_images import IMAGE_TEXT, SEEING, picture, save_seeing, write_records
 from tests.unit.prep_kit import files, model_folder, prep_config, write_jsonl
 from train.data.collate import collate
@@ -121,6 +122,7 @@ def _references(row):
     return [part.get("image") or part["image_url"]["url"] for part in parts]
 
 
+@pytest.mark.cell(IMAGE)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pixels_of_a_batch_are_the_processors(home, name):
     model, path = home(name)
@@ -160,6 +162,7 @@ def test_positions_are_those_of_transformers_and_begin_anew_with_each_sample(hom
     assert batch.model_inputs()["position_ids"].shape[0] == 4
 
 
+@pytest.mark.cell(IMAGE)
 @pytest.mark.parametrize("name", SEEING)
 def test_the_loss_is_that_of_a_plain_forward_pass(home, name):
     """Transformers' own class, inputs and positions, and its own loss over labels."""
@@ -187,6 +190,7 @@ def rows_of_one(model, home, name, samples):
     return sum(loss_of(model, batch_of(home, name, ((n,),), RowKind.single)) for n in samples)
 
 
+@pytest.mark.cell(IMAGE)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_single_padded_and_blank_rows_give_one_loss_and_one_gradient(home, name):
     """Of samples with and without images; the latter have a blank one in rows of their own."""
