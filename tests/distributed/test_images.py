@@ -48,7 +48,7 @@ def train_rank(home: Home, name: str, words: tuple[str, ...]) -> None:
     run_dir.mkdir(exist_ok=True)
     paths = [f"model.path={home.model}", f"dataset.path={home.data}", f"run_dir={run_dir}"]
     sizes = ["batch_tokens=2000", "micro_batch_tokens=1024", f"max_steps={STEPS}"]
-    steps = ["optim=sgd", "optim.lr=0.5", "schedule=constant", "device=cpu", "model.precision=fp32"]
+    steps = ["optim=sgd", "optim.lr=0.1", "schedule=constant", "device=cpu", "model.precision=fp32"]
     run_loop = Loop.run
 
     def watched(loop: Loop, state: object) -> object:
