@@ -32,9 +32,10 @@ from train.data.plan import RowKind
 from train.data.prepared import PreparedData, Sample
 from train.evaluate.samples import read_samples
 from train.evaluate.with_images import measure_with_images
+from train.models.families import family_of
 from train.models.load import load_config, load_model
 from train.objectives.causal_lm import CausalLM
-from train.ops.packed_attention import register
+from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 
 CPU = torch.device("cpu")
 ODD_SIZES = ((30, 21), (17, 44), (9, 8), (64, 64), (200, 7), (5, 5), (131, 77), (1000, 9))
@@ -213,18 +214,23 @@ def must_be_close(model, gradients):
             assert error < 2e-4, (n, float(error))
 
 
-def test_a_packed_row_gives_the_same(home):
-    """Kimi's language model is packed; its vision tower knows no boundaries and is not causal."""
-    folder = home("kimi_k25")[0]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_packed_row_gives_the_same(home, name):
+    """The language model is packed; its vision tower knows no boundaries and is not causal."""
+    folder = home(name)[0]
     model = load_model(folder, dtype=torch.float32)
-    rows_of_one(model, home, "kimi_k25", (0, 1, 2)).backward()
+    expected = rows_of_one(model, home, name, (0, 1, 2))
+    expected.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    expected = rows_of_one(model, home, "kimi_k25", (0, 1, 2)).item()
-    packed = load_model(folder, dtype=torch.float32, attention=register())
-    loss = loss_of(packed, batch_of(home, "kimi_k25", ((0, 1, 2),), RowKind.packed))
+    family = family_of(model.config)
+    packed = load_model(folder, dtype=torch.float32, attention=attention_for_packing(family))
+    wrap_mixers(packed, family)
+    loss = loss_of(packed, batch_of(home, name, ((0, 1, 2),), RowKind.packed))
     loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     must_be_close(packed, gradients)
+    filler = batch_of(home, name, (), RowKind.packed)
+    assert filler.pack.lengths == ((2, 1),) and loss_of(packed, filler).item() == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
