@@ -26,6 +26,7 @@ from tests.tiny_families import FAMILIES, VOCABULARY
 from tests.unit.trained_kit import FILES, NEXT_TOKENS, checkpoint, save_base, trained_run
 from train.export.run import ExportResult, export
 from train.export.tensors import stored_tensors
+from train.models.load import load_model
 from train.run_folder import sha256_of
 
 FAST = ("deepseek_v3", "qwen3_5", "kimi_k25", "deepseek_v4")
@@ -49,8 +50,10 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def plain(folder: Path) -> Any:
-    """As somebody without crosstune opens it."""
+    """As somebody without crosstune opens it, but for families that transformers does not have."""
     class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    if not hasattr(transformers, class_name):
+        return load_model(folder, dtype=torch.float32)
     return getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32)
 
 
