@@ -18,13 +18,16 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import train.export.base_files
+import train.export.merged
 from configs.errors import CheckpointError
 from configs.schema.outputs import ExportConfig
 from tests.cells import ADAPTER, MERGED
-from tests.tiny_families import FAMILIES, VOCABULARY, class_of
+from tests.tiny_families import FAMILIES, VOCABULARY
 from tests.unit.trained_kit import FILES, NEXT_TOKENS, checkpoint, save_base, trained_run
 from train.export.run import ExportResult, export
 from train.export.tensors import stored_tensors
+from train.models.load import load_model
 from train.run_folder import sha256_of
 
 FAST = ("deepseek_v3", "qwen3_5", "kimi_k25", "deepseek_v4")
@@ -48,9 +51,11 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def plain(folder: Path) -> Any:
-    """As somebody without crosstune opens it."""
+    """As somebody without crosstune opens it, but for families that transformers does not have."""
     class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return class_of(class_name).from_pretrained(folder, dtype=torch.float32)
+    if not hasattr(transformers, class_name):
+        return load_model(folder, dtype=torch.float32)
+    return getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32)
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -157,6 +162,36 @@ def test_modules_that_trained_whole_beside_an_adapter(tmp_path: Path) -> None:
     assert not torch.equal(values_of(result.merged)["lm_head.weight"], values_of(base)["lm_head.weight"])
     reopened = PeftModel.from_pretrained(plain(base), result.adapter)
     torch.testing.assert_close(logits_of(reopened), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_tensors_are_made_in_small_blocks(tmp_path: Path, tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked experts of step3p7 too, which are cut along another dimension than the stack."""
+    targets = ["tuning.targets=[attention+routed_experts]"] if tuning == "lora" else []
+    run, _ = trained_run(tmp_path, "step3p7", f"tuning={tuning}", *targets)
+    at_once = export(run, ExportConfig(adapter=False), out=tmp_path / "at_once", on_note=lambda _: None).merged
+    sizes = []
+
+    def recorded(job: Any, tensor: Any, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        sizes.append(values.numel())
+        return checked(job, tensor, values, shape)
+
+    checked = train.export.merged._checked
+    monkeypatch.setattr(train.export.merged, "_checked", recorded)
+    monkeypatch.setattr(train.export.base_files, "BLOCK_BYTES", 1000)
+    in_blocks = export(run, ExportConfig(adapter=False), out=tmp_path / "in_blocks", on_note=lambda _: None).merged
+    assert at_once is not None and in_blocks is not None
+    assert max(sizes) <= 32 * 64, "more than a slice of the experts' stack"
+    expected = values_of(at_once)
+    for name, found in values_of(in_blocks).items():
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-7, msg=name)
+
+
+def test_an_adapter_on_experts_alone(tmp_path: Path) -> None:
+    result, module, _ = exported(tmp_path, "deepseek_v3", "tuning=lora", "tuning.targets=[routed_experts]")
+    assert result.adapter is not None and result.merged is not None
+    reopened = PeftModel.from_pretrained(plain(tmp_path / "model"), result.adapter)
+    torch.testing.assert_close(logits_of(reopened), logits_of(module), rtol=0, atol=1e-6)
 
 
 def test_a_run_that_diverged_is_not_exported(tmp_path: Path) -> None:

@@ -169,21 +169,17 @@ def _replaced(job: Job, base: BaseFiles, tensor: Stored, place: Place) -> Iterat
 
 def _merged(job: Job, base: BaseFiles, tensor: Stored, place: Place) -> Iterator[torch.Tensor]:
     """A tensor of the base with its update. The base is rounded first, as it was while the adapter trained on top."""
-    dtype = job.dtype_of(tensor)
-    read = place.rows(lambda name, start, stop: _delta(job, name, start, stop))
+    dtype, updates = job.dtype_of(tensor), job.updates
+    adapted = next(name for name in place.parameters if name in updates.of)
+
+    def delta_of(name: str, start: int, stop: int | None) -> torch.Tensor:
+        found = updates.rows(name if name in updates.of else adapted, start, stop)
+        return found if name in updates.of else found.zero_()  # stored together with one that has an adapter
+
+    read = place.rows(delta_of)
     for start, stop, block in base.rows(tensor):
         delta = _checked(job, tensor, read(start, stop), block.shape)
         yield delta.add_(job.as_trained_on(tensor, block).float()).to(dtype)
-
-
-def _delta(job: Job, name: str, start: int, stop: int | None) -> torch.Tensor:
-    """Rows of an update; nothing for a parameter that is stored together with one that has an update."""
-    if name in job.updates.of:
-        return job.updates.rows(name, start, stop)
-    like = next(
-        n for place in job.places.values() if name in place.parameters for n in place.parameters if n in job.updates.of
-    )
-    return torch.zeros(job.updates.shape(like))[start:stop]
 
 
 def _checked(job: Job, tensor: Stored, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -220,10 +216,16 @@ def _require_places(job: Job) -> None:
 
 
 def _require_whole(job: Job, name: str, place: Place, trained: Collection[str]) -> None:
-    if len(trained) < len(place.parameters) and not all(job.updates.adds(p) for p in trained):
+    """Refuses a stored tensor of which some parameters trained and others did not, or otherwise.
+
+    Raises:
+        ModelError: it would have to be put together of several kinds of values.
+    """
+    whole = len(trained) == len(place.parameters) and not any(job.updates.adds(p) for p in trained)
+    if not whole and not all(job.updates.adds(p) for p in trained):
         raise ModelError(
             "export.merged",
-            f"of {name}, which holds {', '.join(place.parameters)}, only {', '.join(trained)} trained",
+            f"of {name}, which holds {', '.join(place.parameters)}, only {', '.join(trained)} trained, or not alike",
             remedy="train all of them or none (tuning.frozen)",
         )
 
