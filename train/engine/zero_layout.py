@@ -96,7 +96,8 @@ class Stage12(Layout):
 
         def whole() -> torch.Tensor:
             total: torch.Tensor = own()
-            return torch.linalg.vector_norm(torch.stack([total, norm().to(total)]))
+            both: torch.Tensor = torch.linalg.vector_norm(torch.stack([total, norm().to(total)]))
+            return both
 
         self.zero.scaled_global_norm = whole
 
