@@ -57,7 +57,9 @@ def ran(request, tmp_path_factory) -> Path:
                 break
     finally:
         ranks.kill()
-    (out / "end").write_text(f"the ranks ended with {codes}; None: hung\n{ranks.output()}")
+    (out / "end").write_text(
+        f"exit codes {codes}; None: it had not ended, and waits for the other if that has\n{ranks.output()}"
+    )
     return out
 
 
