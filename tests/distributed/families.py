@@ -44,10 +44,6 @@ MICRO_BATCHES = (((2, 16), (1, 11)), ((1, 9), None))
 """Rows and tokens by micro-batch and rank; None: this rank has no sample left."""
 
 
-KEPT, SPREAD = "attn_hc.fn", "o_b_proj.weight"
-"""Of deepseek_v4: the end of names of parameters in fp32 and in bf16."""
-
-
 @dataclass
 class SGD(OptimConfig):
     """Its steps are as exact as the gradients; and it has a state to be saved."""
@@ -152,10 +148,10 @@ def look_at_kept(engine: Engine, case: Case) -> dict[str, Any]:
     """What became of the parts in fp32, of steps that are not finite, and what the comparison of ranks says."""
     tensors = [*engine.weights(), *((name, b) for name, b in engine.module.named_buffers() if b.is_floating_point())]
     found: dict[str, Any] = {"fp32": sorted({name for name, tensor in tensors if tensor.dtype == torch.float32})}
-    for end in (KEPT, SPREAD):
-        found[end] = poisoned(engine, case, next(p for name, p in engine.trained.items() if name.endswith(end)))
+    for dtype in (torch.float32, torch.bfloat16):
+        found[str(dtype)] = poisoned(engine, case, next(p for p in engine.trained.values() if p.dtype == dtype))
     must_agree(engine, STEPS)
-    name, parameter = next((name, p) for name, p in engine.weights() if name.endswith(KEPT))
+    name, parameter = next((name, p) for name, p in engine.weights() if p.dtype == torch.float32)
     parameter.data.add_(engine.world.rank)
     try:
         must_agree(engine, STEPS)

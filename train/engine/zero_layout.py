@@ -96,8 +96,8 @@ class Stage12(Layout):
 
         def whole() -> torch.Tensor:
             total: torch.Tensor = own()
-            joined: torch.Tensor = torch.linalg.vector_norm(torch.stack([total, norm().to(total)]))
-            return joined
+            both: torch.Tensor = torch.linalg.vector_norm(torch.stack([total, norm().to(total)]))
+            return both
 
         self.zero.scaled_global_norm = whole
 

@@ -123,7 +123,10 @@ def _head_and_embedding(model: Any | None) -> tuple[str, str]:
     found = ["lm_head.weight", "model.embed_tokens.weight"]
     if model is not None:
         for i, get in enumerate(("get_output_embeddings", "get_input_embeddings")):
-            table = getattr(model, get)()
+            try:
+                table = getattr(model, get)()
+            except NotImplementedError:  # a class that transformers did not write
+                continue
             paths = [path for path, module in model.named_modules() if module is table]
             found[i] = f"{paths[0]}.weight" if paths else found[i]
     return found[0], found[1]
