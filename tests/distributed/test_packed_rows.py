@@ -41,7 +41,6 @@ def rank(home: Path, run: Path, leaks: bool, words: tuple[str, ...]) -> None:
     [
         ("qwen3_5_text", "bf16"),
         pytest.param("qwen3_next", "fp32", marks=pytest.mark.slow),
-        pytest.param("deepseek_v4", "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_check_together_under_zero3(tmp_path, name, precision, leaks):
