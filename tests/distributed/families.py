@@ -40,6 +40,8 @@ SHARDING = {
     "zero2": ZeroConfig(stage=2),
     "zero3": ZeroConfig(stage=3, deepspeed=STAGE3),
 }
+ADAPTED = {"experts": "routed_experts", "hyper": "attention+hyper_connections"}
+"""Kinds with LoRA, and what it sits on."""
 MICRO_BATCHES = (((2, 16), (1, 11)), ((1, 9), None))
 """Rows and tokens by micro-batch and rank; None: this rank has no sample left."""
 
@@ -88,8 +90,8 @@ def make(case: Case, sharding: ShardingConfig, world: World, out: Path) -> Engin
     always_compress(model)
     family = family_of(model.config)
     torch.manual_seed(7)
-    if case.kind.endswith("experts"):
-        module = LoraTuning(LoraConfig(rank=4, targets=["routed_experts"], dropout=0.0)).apply(model, family)
+    if targets := ADAPTED.get(case.kind.split("-")[1] if "-" in case.kind else ""):
+        module = LoraTuning(LoraConfig(rank=4, targets=[targets], dropout=0.0)).apply(model, family)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.05)
