@@ -14,6 +14,7 @@ import psutil
 from configs.compose import build
 from configs.errors import ConfigError, CrosstuneError, DataError
 from configs.schema.roots import Packing, TrainConfig
+from configs.schema.sharding import ZeroConfig
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.storage import resolve_storage
 from train.data.images import ImageInputs
@@ -86,7 +87,7 @@ def train(
         model_config = load_config(model_dir, trust_remote_code=trusted)
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
-        kind = row_kind(cfg.packing, family, note)
+        kind = row_kind(cfg, family, note)
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
@@ -205,24 +206,33 @@ def make_engine(
     return engine
 
 
-def row_kind(packing: Packing, family: Family, note: Note) -> RowKind:
+def row_kind(cfg: TrainConfig, family: Family, note: Note) -> RowKind:
     """What rows hold.
 
+    Under ZeRO-3 the ranks gather a layer's weights together, and a wrapped mixer runs once for each group of samples,
+    of which ranks have different numbers: there a row of such a family holds one sample.
+
     Raises:
-        ConfigError: packing was asked for by name on a family for which it is not proven exact.
+        ConfigError: packing was asked for by name where it is not proven exact, or cannot be had.
     """
-    if packing is Packing.off:
+    if cfg.packing is Packing.off:
         return RowKind.padded
-    if family.packing_exact:
+    in_pieces = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and bool(family.packed_mixers)
+    if family.packing_exact and not in_pieces:
         return RowKind.packed
-    if packing is Packing.on:
+    if in_pieces:
+        why = "runs its mixers sample by sample, which ranks of ZeRO-3 cannot do in step"
+    elif family.listed:
+        why = "is not proven to keep packed samples apart"
+    else:
+        why = "is not one that crosstune knows (docs/families.md)"
+    if cfg.packing is Packing.on:
         raise ConfigError(
             "packing",
-            f"on, but family '{family.model_type}' is not proven to keep packed samples apart",
+            f"on, but family '{family.model_type}' {why}",
             allowed="auto (one sample a row, exact by construction), off (padded rows)",
         )
-    known = "is not proven exact" if family.listed else "is not one that crosstune knows (docs/families.md)"
-    note(f"packing: family '{family.model_type}' {known}, so each row holds one sample")
+    note(f"packing: family '{family.model_type}' {why}, so each row holds one sample")
     return RowKind.single
 
 

@@ -52,7 +52,7 @@ class Plan:
             self.model,
             dtype=dtype,
             on_cpu=self.on_cpu,
-            kind=row_kind(cfg.packing, self.model.family, lambda text: None),
+            kind=row_kind(cfg, self.model.family, lambda text: None),
             world=world,
             data=self.data,
             base_bytes=lambda: process_bytes(cfg, dtype),

@@ -16,9 +16,15 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from configs.compose import compose
 from configs.errors import ConfigError
+from configs.schema.device import DeviceConfig
+from configs.schema.optim import OptimConfig
 from configs.schema.outputs import ExportConfig
+from configs.schema.sharding import ZeroConfig
 from tests.command import final_weights, metrics_of
 from tests.tiny import samples_of, save_tiny_tokenizer, write_prepared
+from train.devices.cpu import CpuDevice
+from train.engine.base import World
+from train.engine.zero import ZeroEngine
 from train.export.run import export
 from train.run import train
 from train.run_folder import RunFolder
@@ -121,5 +127,17 @@ def test_rows_of_one_sample_padded_rows_and_single_samples_give_the_same_losses(
 
 
 def test_packing_it_by_name_is_refused(homemade):
-    with pytest.raises(ConfigError, match="packing: on, but family 'homemade' is not proven to keep"):
+    with pytest.raises(ConfigError, match="packing: on, but family 'homemade' is not one that crosstune"):
         run(homemade, "packed", "packing=on")
+
+
+def test_experts_of_their_own_are_refused_where_sums_would_mix_up_their_gradients():
+    """Stage 1 and 2 sum gradients as they arrive; a rank whose tokens miss an expert has none for it."""
+    model = nn.Module()
+    model.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    whole = nn.ModuleDict({"layer": model})
+    given = {"optim": OptimConfig(), "device": CpuDevice(DeviceConfig()), "world": World(0, 2)}
+    with pytest.raises(
+        ConfigError, match="sharding: zero2 on 2 ranks[\\s\\S]*layer.experts.0.weight[\\s\\S]*plain, zero3"
+    ):
+        ZeroEngine(ZeroConfig(stage=2), whole, working_dtype=torch.float32, **given)

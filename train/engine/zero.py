@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -43,6 +44,7 @@ class ZeroEngine(Engine):
         working_dtype: torch.dtype,
         needs: ModelNeeds = ModelNeeds(),  # noqa: B008  # immutable
     ) -> None:
+        _refuse_experts_of_their_own(config, module, world)
         settings = deepspeed_config(
             config,
             world_size=world.size,
@@ -144,6 +146,29 @@ def _reached_by_gradients(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
     if not torch.is_grad_enabled() or not tensors or any(x.requires_grad for x in tensors):
         return None
     return tuple(x.detach().requires_grad_() if x is tensors[0] else x for x in inputs)
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a parameter: an expert is a module of its own."""
+
+
+def _refuse_experts_of_their_own(config: ZeroConfig, module: nn.Module, world: World) -> None:
+    """Stages 1 and 2 sum gradients as they arrive: a rank whose tokens miss an expert would sum another one's instead.
+
+    Stacked experts, which all listed families have, get one gradient for all of them.
+
+    Raises:
+        ConfigError: experts train that are modules of their own.
+    """
+    own = [n for n, p in module.named_parameters() if p.requires_grad and _EXPERT.search(n)]
+    if own and config.stage < 3 and world.size > 1:
+        raise ConfigError(
+            "sharding",
+            f"zero{config.stage} on {world.size} ranks, but experts of this model are modules of their own ({own[0]}): "
+            "a rank whose tokens miss one has no gradient for it, and sums would mix up weights",
+            allowed="plain, zero3",
+            remedy="sharding=zero3, or tuning.targets without experts",
+        )
 
 
 def import_deepspeed() -> ModuleType:
