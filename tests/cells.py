@@ -19,7 +19,7 @@ FAMILIES = tuple(CONFIGS)
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text")
 ROUTED = tuple(name for name in FAMILIES if name not in DENSE)
 IMAGES = ("qwen3_5", "qwen3_5_moe", "kimi_k25")
-TOWERS = (*IMAGES, "minimax_m3_vl", "step3p7", "glm5_next")
+TOWERS = (*IMAGES, "minimax_m3_vl", "step3p7", "glm5_next", "bailingmm_moe_v2_lite")
 
 
 def why_not(name: str, column: str) -> str | None:
