@@ -63,7 +63,7 @@ class Counts:
     @classmethod
     def from_json(cls, value: list[Any]) -> Counts:
         """Undoes `to_json`."""
-        rows, supervised, cut_rows, cut_tokens, lengths, images = value
+        rows, supervised, cut_rows, cut_tokens, lengths, images = [*value, 0][:6]  # journals of old had no images
         return cls(rows, supervised, cut_rows, cut_tokens, images, Counter(dict(lengths)))
 
 

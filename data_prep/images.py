@@ -13,7 +13,9 @@ import base64
 import binascii
 import hashlib
 import io
+import json
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ class Images:
             RowFault: it is not there, is none, is damaged or too large.
         """
         data, source = self._read(reference, origin)
-        image = decoded(data, self._max_pixels, short(reference))
+        image = decoded(data, self._max_pixels, source or short(reference))
         grid = self.vision.grid(image.height, image.width)
         return Looked(ImageUse(hashlib.sha256(data).hexdigest(), grid, source), reference)
 
@@ -90,25 +92,35 @@ class Images:
                 raise RowFault(f"{UNREADABLE}: it changes meanwhile", short(image.reference))
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}")  # several workers may meet the same image
-            partial.write_bytes(data)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
 
     def _read(self, reference: str, origin: Origin) -> tuple[bytes, str]:
         """An image's bytes, and the path of its file; empty for one that the record holds itself."""
         if reference.startswith("data:"):
             return _inline(reference), ""
-        url = urlsplit(reference)
+        try:
+            url = urlsplit(reference)
+        except ValueError as error:
+            raise RowFault(f"{UNREADABLE}: {error}", short(reference)) from None
         if url.scheme in ("http", "https", "ftp", "s3", "gs", "hdfs"):
             raise RowFault("an image is not on this machine", f"{short(reference)}; fetch it and give its path")
-        path = Path(unquote(url.path) if url.scheme == "file" else reference).expanduser()
-        path = (self._base or Path(origin.file).expanduser().parent) / path
+        named = Path(unquote(url.path) if url.scheme == "file" else reference)
+        path = named
         try:
+            base = self._base or Path(origin.file).expanduser().parent
+            path = (base / named.expanduser()).absolute()
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise RowFault(f"{UNREADABLE}: not a file", str(path))
             if path.stat().st_size > _MAX_BYTES:
                 raise RowFault("an image's file is above 256 MiB", str(path))
             return path.read_bytes(), str(path)
         except FileNotFoundError:
             raise RowFault(f"{UNREADABLE}: no such file", str(path)) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             found = getattr(error, "strerror", None) or str(error)
             raise RowFault(f"{UNREADABLE}: {found}", short(str(path))) from None
 
@@ -127,8 +139,9 @@ def decoded(data: bytes, max_pixels: int, name: str) -> Image:
     import PIL.Image
     from PIL import ImageOps, UnidentifiedImageError
 
+    PIL.Image.MAX_IMAGE_PIXELS = None  # our own limit is told in our own words, before anything of that size is made
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # our own limit is told in our own words
+        warnings.simplefilter("ignore")
         try:
             image: Any = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > max_pixels:
@@ -138,14 +151,13 @@ def decoded(data: bytes, max_pixels: int, name: str) -> Image:
             if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's second view
                 raise RowFault("an image has several frames", f"{name}: {image.n_frames}")
             return ImageOps.exif_transpose(image).convert("RGB")
-        except PIL.Image.DecompressionBombError:
-            raise RowFault("an image has more pixels than max_image_pixels", name) from None
         except UnidentifiedImageError:
             found = f"{name}; known: {', '.join(_FORMATS)}"
             raise RowFault(f"{UNREADABLE}: not an image", found) from None
-        except (OSError, ValueError, SyntaxError, IndexError, EOFError, ZeroDivisionError) as error:
-            # What Pillow's decoders raise on damaged files.
-            raise RowFault(f"{UNREADABLE}: damaged", f"{name}: {error}"[:120]) from None
+        except (MemoryError, RowFault):
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            raise RowFault(f"{UNREADABLE}: damaged", f"{name}: {str(error)[:80]}") from None
 
 
 def file_of(store: Path, sha256: str) -> Path:
@@ -175,19 +187,40 @@ def changed_images(folder: Path, manifest: Mapping[str, Any]) -> str | None:
         folder: of prepared data.
         manifest: its own.
     """
+    since = (folder / NAME).stat().st_mtime_ns
     if any(reason.startswith(UNREADABLE) for reason in manifest["rejects"]["by_reason"]):
-        return "rows had been left out for images that could not be read"
+        for detail in _unreadable(folder / "rejects.jsonl"):
+            path = Path(detail.partition(": ")[0].partition(";")[0])
+            if _written_since(path, since):
+                return f"{path}, which could not be read, has changed"
     if "images" not in manifest:
         return None
-    since = (folder / NAME).stat().st_mtime_ns
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
             for source, sha256 in _uses(folder / shard["file"]):
-                path = Path(source)
-                if path.is_file() and max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) > since:
-                    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                try:
+                    if _written_since(Path(source), since) and _sha256_of(source) != sha256:
                         return f"{source} has changed"
+                except OSError as error:
+                    return f"{source} cannot be read: {error.strerror}"
     return None
+
+
+def _unreadable(rejects: Path) -> Iterator[str]:
+    """What was said of each image that could not be read; begins with its path."""
+    with rejects.open(encoding="utf-8") as lines:
+        for line in lines:
+            entry = json.loads(line)
+            if entry["reason"].startswith(UNREADABLE):
+                yield entry.get("detail", "")
+
+
+def _written_since(path: Path, since: int) -> bool:
+    return path.is_file() and max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) > since
+
+
+def _sha256_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _uses(shard: Path) -> Iterator[tuple[str, str]]:

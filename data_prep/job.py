@@ -93,7 +93,11 @@ class Job:
         """What the images of samples depend on; nothing for a model that does not see."""
         if vision is not None:
             self.vision = {"processor_sha256": vision.sha256, "max_image_pixels": cfg.max_image_pixels}
-            self._settings["images"] = {**self.vision, "folder": cfg.image_folder}
+            files = [Path(part.source.path) for part in dataset.parts()]
+            roots = [Path(cfg.image_folder)] if cfg.image_folder else [file.parent for file in files]
+            # The same records beside other images are other data.
+            folders = sorted({str(root.expanduser().absolute()) for root in roots})
+            self._settings["images"] = {**self.vision, "folders": folders}
         self.hashes = SourceHashes(dataset.parts(), cache / "hashes")
         # The hidden name does not depend on the content: what was made of an older content is found and replaced.
         paths = [part.source.path for part in dataset.parts()]

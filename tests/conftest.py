@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.families_table import OUTCOMES
+OUTCOMES = "CROSSTUNE_CELLS"
+"""Environment variable of `make families`: file that takes a line per test of a cell."""
 
 pytest_plugins = ["tests.slurm_cluster", "tests.standin"]
 

@@ -13,12 +13,11 @@ import tempfile
 from pathlib import Path
 
 from tests.cells import COLUMNS, FAMILIES, why_not
+from tests.conftest import OUTCOMES
 from train.models.families import FAMILIES as FACTS
 
 DOC = Path(__file__).parents[1] / "docs/families.md"
 BEGIN, END = "<!-- made by `make families` -->", "<!-- end -->"
-OUTCOMES = "CROSSTUNE_CELLS"
-"""Environment variable: file that takes a line per test of a cell (tests/conftest.py)."""
 
 
 def read_outcomes(file: Path) -> dict[tuple[str, str], list[str]]:
@@ -64,6 +63,8 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "-m", "cell", "--durations=10", *arguments]
         code = subprocess.run(command, env=os.environ | {OUTCOMES: str(file)}, check=False).returncode
         outcomes = read_outcomes(file)
+    if code not in (0, 1):  # pytest did not get to the end
+        return code
     text = DOC.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -190,7 +190,11 @@ def _model_folder(cfg: PlanConfig, notes: list[str]) -> Path:
         )
     if not any(folder.glob("*.safetensors")):
         return folder
-    return whole_weights(folder, cfg.model, cache_dir, on_note=notes.append, write=False)
+    try:
+        return whole_weights(folder, cfg.model, cache_dir, on_note=notes.append, write=False)
+    except ModelError as error:
+        notes.append(f"the weights were not looked at: {error.where}: {error.found}")
+        return folder
 
 
 def _data(cfg: PlanConfig, notes: list[str]) -> Data:

@@ -272,6 +272,9 @@ class Engine:
         self.module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2).bfloat16())
         self.module[0].weight.requires_grad_(False)
 
+    def weights(self):
+        return self.module.named_parameters()
+
 
 def rank_of_three() -> None:
     cfg = compose("train", ["model.path=/m", "dataset.path=/d", "device=cpu", "device.threads=1"]).device

@@ -11,6 +11,7 @@ everywhere.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,10 @@ class ImageInputs:
         pixels = int(facts["max_image_pixels"])
         return cls(data.path / FOLDER, vision, pixels, processor, rotary_3d="mrope_section" in rope)
 
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        """Tokens that an image of this grid of patches becomes."""
+        return self._vision.tokens(grid)
+
     @property
     def image_token(self) -> int:
         """Id of the token that stands for a piece of an image."""
@@ -123,9 +128,12 @@ class ImageInputs:
     def _processed(self, image: ImageRef) -> Pixels:
         path = file_of(self._store, image.sha256)
         try:
-            opened = decoded(path.read_bytes(), self._max_pixels, path.name)
+            data = path.read_bytes()
+            opened = decoded(data, self._max_pixels, path.name)
         except (OSError, RowFault) as error:
             raise DataError(str(path), f"an image of the data: {error}", remedy=PREPARE_AGAIN) from None
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            raise DataError(str(path), "an image of the data is another one than was prepared", remedy=PREPARE_AGAIN)
         made = self._processor(images=[opened], return_tensors="pt")
         pixels = Pixels(made["pixel_values"].float(), made["image_grid_thw"].long())
         if tuple(pixels.grid_N3[0].tolist()) != image.grid:

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from configs.compose import build
 from configs.errors import CheckpointError
 from train.devices.base import Device
 from train.export.trained import Trained
-from train.models.families import family_of
+from train.export.updates import adapter_of
 from train.models.load import load_model
-from train.tuning.base import Tuning
 
 
 def compute_dtype(working: torch.dtype, device: Device) -> torch.dtype:
@@ -51,8 +49,7 @@ def put_training_on(model: Any, trained: Trained) -> Any:
     """
     wrapped = model
     if trained.is_lora:
-        family = family_of(model.config, trust_remote_code=trained.cfg.model.trust_remote_code)
-        wrapped = build(trained.cfg.tuning, Tuning).apply(model, family)
+        wrapped = adapter_of(trained, model)
     parameters = dict(wrapped.named_parameters())
     strange = [name for name in trained.reader.params if name not in parameters]
     if strange:

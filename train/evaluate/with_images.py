@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,23 @@ def measure_with_images(
         if keep_logits:
             result.first_logits_V = logits_NV[len(sample.prompt_targets)].float().cpu()
         if max_new_tokens:
-            shown = {key: given[key] for key in ("pixel_values", "image_grid_thw")}
+            shown = _before_answer(sample, given, images)
             result.answer_ids = _answer(model, sample, shown, stop, max_new_tokens, images)
         measured.append(result)
     return measured
+
+
+def _before_answer(sample: Sample, given: Mapping[str, Any], images: ImageInputs) -> dict[str, torch.Tensor]:
+    """Of the sample's images those that the prompt shows; a turn behind the answer may have more."""
+    tokens, patches, count = sample.prompt.count(images.image_token), 0, 0
+    while tokens > 0:
+        image = sample.images[count]
+        tokens -= images.tokens(image.grid)
+        patches += math.prod(image.grid)
+        count += 1
+    if not count:
+        return {}
+    return {"pixel_values": given["pixel_values"][:patches], "image_grid_thw": given["image_grid_thw"][:count]}
 
 
 def _answer(
@@ -67,9 +81,9 @@ def _answer(
     max_new_tokens: int,
     images: ImageInputs,
 ) -> list[int]:
-    """What the model says after the prompt, all images of which are before the answer."""
-    prompt = torch.tensor([sample.prompt], device=shown["pixel_values"].device)
-    if images.rotary_3d:  # from which generation works out positions in three dimensions
+    """What the model says after the prompt."""
+    prompt = torch.tensor([sample.prompt], device=model.device)
+    if shown and images.rotary_3d:  # from which generation works out positions in three dimensions
         shown = shown | {"mm_token_type_ids": (prompt == images.image_token).int()}
     ends = sorted({*stop, sample.answer[-1]})
     config = greedy(ends, sample.answer[-1], max_new_tokens)

@@ -110,7 +110,8 @@ def _open_job(trained: Trained, stored: Mapping[str, Stored], dtype: torch.dtype
         of = full_updates(trained)
     if places is None:
         places = plain_layout(stored, of)
-    if not trained.is_lora and head[0] in places and head[0] not in of and head[1] in of:
+    held = {parameter for place in places.values() for parameter in place.parameters}
+    if not trained.is_lora and head[0] in held and head[0] not in of and head[1] in of:
         of[head[0]] = of[head[1]]  # tied: it trained under the embedding's name and is stored under its own as well
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored.values():

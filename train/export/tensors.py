@@ -73,8 +73,10 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
         ModelError: no safetensors, a damaged file, or a number format that is not known here.
     """
     index = model_dir / INDEX
-    files = sorted(model_dir.glob("*.safetensors"))
-    if index.is_file():  # a folder may hold other files beside the model's own
+    whole = model_dir / "model.safetensors"
+    # As transformers looks for them; a folder may hold other files beside the model's own.
+    files = [whole] if whole.is_file() else sorted(model_dir.glob("*.safetensors"))
+    if not whole.is_file() and index.is_file():
         try:
             files = sorted({model_dir / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError) as error:
@@ -86,6 +88,10 @@ def stored_tensors(model_dir: Path) -> dict[str, Stored]:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.offset_keys():
+                    if name in found:
+                        raise ModelError(
+                            str(file), f"{name} is in {found[name].file.name} as well", remedy="keep one of the files"
+                        )
                     piece = opened.get_slice(name)
                     found[name] = Stored(file, name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
         except (OSError, SafetensorError) as error:

@@ -151,9 +151,34 @@ def open_skeleton(trained: Trained, on_note: Callable[[str], None]) -> Any | Non
 
 def put_adapter_on(model: Any, trained: Trained) -> Any:
     """The skeleton with the run's adapter, as the training put it on; `model` itself is changed."""
-    family = family_of(model.config)
     with torch.device("meta"):
-        return build(trained.cfg.tuning, Tuning).apply(model, family)
+        return adapter_of(trained, model)
+
+
+def adapter_of(trained: Trained, model: Any) -> Any:
+    """`model` with adapters where the run has them.
+
+    A run of an older version may have understood its targets otherwise; then what the checkpoint holds is adapted.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    family = family_of(model.config, trust_remote_code=trained.cfg.model.trust_remote_code)
+    adapted = build(trained.cfg.tuning, Tuning).apply(model, family)
+    if adapter_layers(adapted).keys() == trained.pairs.keys() or any("base_layer" in path for path in trained.pairs):
+        return adapted
+    peft_model: Any = adapted
+    bare, lora = peft_model.unload(), trained.lora
+    modules = {name for name, _ in bare.named_modules()}
+    if not modules.issuperset(trained.pairs):
+        return adapted  # what does not fit is told by who reads it
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(trained.pairs),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(bare, config, autocast_adapter_dtype=False)
 
 
 def adapter_layers(adapted: Any) -> dict[str, Any]:

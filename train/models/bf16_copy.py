@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 from configs.errors import NoRoomError, StorageError
-from train.export.tensors import Planned, write_model
+from train.export.tensors import Planned, stored_tensors, write_model
 from train.models.quantised import Original
 from train.models.quantised_config import without_quantisation
 from train.models.quantised_weight import Quantised, Shards
@@ -89,14 +89,16 @@ def bf16_folder(original: Original, name: str, cache_dir: Path, on_note: Note, *
 def fingerprint(folder: Path) -> str:
     """Of a model folder: names, sizes, times and headers of its weights, and the content of its other files."""
     digest = hashlib.sha256(str(_VERSION).encode())
+    weights = {tensor.file for tensor in stored_tensors(folder).values()}  # others may be no such files at all
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"\0{file.name}\0".encode())
         if file.suffix == ".safetensors":
             stat = file.stat()
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-            with file.open("rb") as opened:
-                (length,) = struct.unpack("<Q", opened.read(8))
-                digest.update(opened.read(length))
+            if file in weights:
+                with file.open("rb") as opened:
+                    (length,) = struct.unpack("<Q", opened.read(8))
+                    digest.update(opened.read(length))
         elif file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"):
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -65,4 +65,10 @@ def from_config(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", tru
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_for(chosen, attention)}
     if not hasattr(chosen, "from_config"):
         return chosen._from_config(config, **options)
-    return chosen.from_config(config, trust_remote_code=trust_remote_code, **options)
+    try:
+        return chosen.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        options["attn_implementation"] = "eager"  # all that a class of the folder's own code knows
+        return chosen.from_config(config, trust_remote_code=trust_remote_code, **options)

@@ -74,6 +74,10 @@ def _local(cfg: ModelConfig) -> Path:
     return folder
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Any of these makes a tokenizer."""
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuses a folder that cannot be opened, before anything slow starts.
 
@@ -84,7 +88,7 @@ def check_model_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         missing.append("*.safetensors" + (f" (found {pickles[0]}: pickled weights are not read)" if pickles else ""))
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         missing.append("tokenizer.json")
     if missing:
         raise ModelError(

@@ -71,6 +71,8 @@ def resolve(model: Any, family: Family, wanted: Sequence[str], first_layer: int)
     chosen: dict[str, Weight] = {}
     for word in words or _default(weights, family):
         chosen |= {w.name: w for w in _meant(word, weights, family)}
+    if not chosen:
+        raise ConfigError(KEY, "this model has no linear module to adapt", remedy="tuning=full")
     kept = [w for w in chosen.values() if is_vision(w.name) or _layer(w.name) >= first_layer]
     if not kept:
         raise ConfigError(

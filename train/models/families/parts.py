@@ -74,7 +74,8 @@ def weights_of(model: Any, family: Family) -> Iterator[Weight]:
     for path, module in model.named_modules():
         if module is head or isinstance(module, nn.Embedding):
             continue
-        linear = type(module) is nn.Linear
+        # Of subclasses only an unlisted family is taken at its word: those of listed ones are no plain matrices.
+        linear = type(module) is nn.Linear or not family.listed and isinstance(module, nn.Linear)
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and (own == "weight" or not linear):
                 name = f"{path}.{own}"
