@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM
 
 import train.export.tensors
 from configs.errors import CheckpointError, ConfigError, ModelError, StorageError
@@ -20,6 +21,7 @@ from configs.schema.device import DeviceConfig
 from configs.schema.model import Precision
 from configs.schema.outputs import ExportConfig
 from tests.unit.tiny_run import tiny_run
+from tests.unit.trained_kit import trained_run
 from train.devices.cpu import CpuDevice
 from train.evaluate.models import base_model, put_training_on
 from train.export.adapter import target_modules
@@ -245,3 +247,27 @@ def test_the_card_says_what_matters(tmp_path: Path) -> None:
         assert card.startswith("---\nlibrary_name: " + library)
         for fact in ("base_model: model", "CC0-1.0", "LoRA, rank 16", "0.01", "Not measured yet", '\\"brief\\"'):
             assert fact in card, fact
+
+
+def test_the_model_is_read_where_transformers_reads_it(tmp_path: Path) -> None:
+    """Other files beside it count for nothing; a tensor that two files of a model have is refused."""
+    one, two = {"a.weight": torch.ones(2)}, {"a.weight": torch.zeros(2), "b.weight": torch.zeros(3)}
+    save_file(one, tmp_path / "model.safetensors")
+    save_file(two, tmp_path / "model_old.safetensors")
+    assert stored_tensors(tmp_path)["a.weight"].read().tolist() == [1, 1] and "b.weight" not in stored_tensors(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "another.safetensors")
+    with pytest.raises(ModelError, match="a.weight is in another.safetensors as well"):
+        stored_tensors(tmp_path)
+
+
+def test_an_adapter_of_a_version_that_understood_targets_otherwise_is_exported_as_it_is(tmp_path: Path) -> None:
+    run, module = trained_run(tmp_path, "qwen3_5_text", "tuning=lora", "tuning.targets=[q_proj,in_proj_a]")
+    resolved = run.resolved.read_text()
+    assert "in_proj_a" in resolved
+    config = yaml.safe_load(resolved)
+    config["tuning"]["targets"] = []  # today's default has no in_proj_a
+    run.resolved.write_text(yaml.safe_dump(config))
+    out = export(run, ExportConfig(), on_note=quiet)
+    ids = torch.arange(3, 40)[None]
+    merged = Qwen3_5ForCausalLM.from_pretrained(out.merged, dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(ids).logits, module.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import shutil
@@ -298,6 +299,9 @@ def _bad_images(folder):
     (folder / "empty.jpg").write_bytes(b"")
     picture(101, 100).save(folder / "large.png")
     picture(1200, 5).save(folder / "thin.png")
+    bent = io.BytesIO()
+    picture(64, 64).save(bent, "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01")
+    (folder / "bent.jpg").write_bytes(bent.getvalue()[:300])
     frames = [picture(8, 8, seed=n) for n in range(2)]
     frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
     return {
@@ -310,6 +314,10 @@ def _bad_images(folder):
         "film.gif": "an image has several frames",
         "http://example.com/a.png": "an image is not on this machine",
         "data:image/png;base64,###": "an image cannot be read: damaged",
+        "~nosuchuser/a.png": "an image cannot be read: Could not determine home directory.",
+        "http://[x": "an image cannot be read: Invalid IPv6 URL",
+        "/dev/zero": "an image cannot be read: not a file",
+        "bent.jpg": "an image cannot be read: damaged",
     }
 
 
@@ -327,6 +335,7 @@ def test_a_bad_image_is_a_fault_of_its_row_and_mending_it_is_noticed(tmp_path):
     rejects = [json.loads(line) for line in (made.path / "rejects.jsonl").read_text().splitlines()]
     assert [(r["line"], r["reason"]) for r in rejects] == list(enumerate(bad.values(), start=1))
     assert all(r["file"].endswith("d.jsonl") and r["detail"] for r in rejects)
+    assert prepare(cfg, model).reused, "nothing was mended"
     picture(9, 9, seed=1).save(tmp_path / "gone.png")
     again = prepare(cfg, model)
     assert not again.reused and again.manifest["splits"]["train"]["rows"] == 2
@@ -461,3 +470,42 @@ def test_training_refuses_other_processors_and_damaged_images(home, tmp_path):
     with pytest.raises(DataError, match="No such file"):
         images.pixels(sample.images)
     assert read(path)["images"]["files"] == 4
+
+
+def test_the_same_records_beside_other_pictures_are_other_data(tmp_path, monkeypatch):
+    model = save_seeing("qwen3_5", tmp_path / "model", weights=False)
+    made = []
+    for n in range(2):
+        folder = tmp_path / f"{n}"
+        folder.mkdir()
+        picture(9, 9, seed=n).save(folder / "a.png")
+        write_jsonl(folder / "d.jsonl", [{"prompt": "<image>", "completion": "a", "images": "a.png"}])
+        monkeypatch.chdir(folder)
+        made.append(prepare(prep_config(tmp_path, files("d.jsonl")), model))
+    assert not made[1].reused
+    assert [len(list((each.path / "images").glob("??/*"))) for each in made] == [1, 1]
+    assert made[0].manifest["images"]["sha256"] != made[1].manifest["images"]["sha256"]
+
+
+def test_a_picture_of_the_same_size_in_the_place_of_a_prepared_one_is_refused(home, tmp_path):
+    model, path = home("qwen3_5")
+    data = PreparedData.open(shutil.copytree(path, tmp_path / "prepared"))
+    sample = data.split("train")[0]
+    file = file_of(tmp_path / "prepared/images", sample.images[0].sha256)
+    with Image.open(file) as old:
+        picture(*old.size, seed=77).save(file, old.format)
+    with pytest.raises(DataError, match="another one than was prepared"):
+        ImageInputs.of(data, model, load_config(model)).pixels(sample.images)
+
+
+def test_an_image_of_a_turn_behind_the_answer_is_not_shown_to_who_answers(home):
+    """`weight: 0` keeps a later turn of the user, and its image, from being learned."""
+    folder, _ = home("qwen3_5")
+    model, (_, images) = load_model(folder, dtype=torch.float32), inputs_of(home, "qwen3_5")
+    first = next(s for s in read_samples(home("qwen3_5")[1], "train") if s.images)
+    places = [i for i, token in enumerate(first.input_ids) if token == images.image_token]
+    ids = [*first.input_ids, *[images.image_token] * len(places)]
+    late = dataclasses.replace(first, input_ids=ids, images=(*first.images, *first.images))
+    (alone,) = measure_with_images(model, [first], [2], 5, CPU, images=images)
+    (result,) = measure_with_images(model, [late], [2], 5, CPU, images=images)
+    assert result.answer_ids == alone.answer_ids

@@ -191,3 +191,10 @@ def test_what_peft_makes_of_targets_is_held_against_what_was_meant(monkeypatch):
     monkeypatch.setattr("train.tuning.targets.rewritten_by_peft", lambda model_type: frozenset())
     with pytest.raises(ConfigError, match="peft adapted 4 weights that were not meant and left out 9"):
         adapted(build("deepseek_v3"), "attention+mlp")
+
+
+def test_a_model_without_linear_modules_is_told_as_such():
+    model = tiny_model("llama")
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ConfigError, match="tuning.targets: this model has no linear module to adapt"):
+        LoraTuning(LoraConfig()).apply(model, Family.unlisted("bare"))

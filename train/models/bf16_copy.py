@@ -133,6 +133,7 @@ def _make(original: Original, folder: Path, size: int, on_note: Note) -> None:
         (partial / ORIGIN).write_text(f"dequantised to bf16 from {original.folder.resolve()} ({original.codings})\n")
         progress = _Progress(size, on_note)
         write_model(partial, [progress.watched(each) for each in _planned(original, Shards())], SHARD_BYTES)
+        _flush(partial)  # the name alone tells later runs that it is whole
         try:
             partial.rename(folder)
         except OSError:
@@ -144,6 +145,12 @@ def _make(original: Original, folder: Path, size: int, on_note: Note) -> None:
     on_note(f"dequantised {in_gib(size)} in {seconds:.0f} s ({in_gib(int(size / max(seconds, 1e-3)))}/s)")
     if original.left_out:
         on_note(f"{len(original.left_out)} scales of activations are left out: training has no use for them")
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 class _Progress:
