@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -38,8 +39,10 @@ class LoraTuning(Tuning):
                 allowed="0 with these targets",
                 remedy="tuning.dropout=0, or targets without MLPs and experts",
             )
-        # The engine keeps fp32 masters of whatever trains: the adapters stay in the working dtype like the base.
-        adapted: nn.Module = get_peft_model(model, peft_config(self.cfg, targets), autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to peft's authors
+            # The engine keeps fp32 masters of whatever trains: the adapters stay in the working dtype like the base.
+            adapted: nn.Module = get_peft_model(model, peft_config(self.cfg, targets), autocast_adapter_dtype=False)
         _require_intent(adapted, targets)
         for line in targets.describe():
             note(f"lora: {line}")
