@@ -57,7 +57,7 @@ def _assign(node: DictConfig, key: str, value: Any, hint: Any, place: str) -> Co
     kind, optional = _plain(hint)
     if isinstance(value, bool) and isinstance(kind, type) and issubclass(kind, Enum):
         value = "on" if value else "off"  # YAML 1.1 reads a bare on/off as a truth value
-    if get_origin(kind) is list and isinstance(value, str):
+    if get_origin(kind) is list and isinstance(value, str) and "${" not in value:
         value = [value]  # one word is a list of one
     interpolated = isinstance(value, str) and "${" in value
     if not interpolated and not _fits(value, kind, optional):

@@ -19,7 +19,7 @@ class TuningConfig:
 
 
 class Frozen(Enum):
-    """Parts that full fine-tuning may leave as they are."""
+    """Parts that full fine-tuning may leave as they are: projections with biases, not norms, gates, convolutions."""
 
     vision = "vision"
     """The vision tower and its projector."""

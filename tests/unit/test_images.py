@@ -509,3 +509,19 @@ def test_an_image_of_a_turn_behind_the_answer_is_not_shown_to_who_answers(home):
     (alone,) = measure_with_images(model, [first], [2], 5, CPU, images=images)
     (result,) = measure_with_images(model, [late], [2], 5, CPU, images=images)
     assert result.answer_ids == alone.answer_ids
+
+
+@pytest.mark.parametrize("kind", list(RowKind))
+def test_a_blank_image_is_no_sample_and_no_part_of_one(home, kind):
+    """Terms that are counted by samples would else depend on how many micro-batches have no image."""
+    split, images = inputs_of(home, "qwen3_5")
+    text = next(n for n in range(len(split)) if not split[n].images)
+    batch = collate(((text,),), split.__getitem__, kind=kind, device=CPU, images=images)
+    assert batch.blank and batch.lengths() == ((len(split[text].input_ids),),)
+
+
+def test_positions_have_three_dimensions_though_the_config_says_no_sections(home):
+    model, path = home("qwen3_5")
+    config = load_config(model)
+    config.text_config.rope_parameters.pop("mrope_section")
+    assert ImageInputs.of(PreparedData.open(path), model, config).rotary_3d

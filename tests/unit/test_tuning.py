@@ -198,3 +198,10 @@ def test_a_model_without_linear_modules_is_told_as_such():
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ConfigError, match="tuning.targets: this model has no linear module to adapt"):
         LoraTuning(LoraConfig()).apply(model, Family.unlisted("bare"))
+
+
+def test_biases_stay_with_the_projections_that_stay():
+    model = build("qwen2")
+    FullTuning(FullConfig(frozen=[Frozen.attention])).apply(model, FAMILIES["qwen2"])
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any("self_attn" in n for n in training) and any("mlp" in n for n in training)

@@ -38,9 +38,18 @@ class Batch:
     """Positions in time, row and column, where the model rotates by these; None: `position_ids_BT` are all."""
     pixels: Pixels | None = None
     """The images, in the order of their tokens; None: the data has none."""
+    blank: bool = False
+    """The first row ends with the token of a blank image, which belongs to no sample."""
 
     def lengths(self) -> tuple[tuple[int, ...], ...]:
-        """For each row those of its samples; padding comes after them."""
+        """For each row those of its samples; a blank image and padding come after them."""
+        found = self._lengths()
+        if not self.blank:
+            return found
+        first = found[0][:-1] if self.pack is not None else (found[0][0] - 1,)
+        return (first, *found[1:])
+
+    def _lengths(self) -> tuple[tuple[int, ...], ...]:
         if self.pack is not None:
             return self.pack.lengths
         if self.attention_mask_BT is not None:
@@ -127,6 +136,7 @@ def collate(
         num_tokens=int(filled.sum()) - (blank is not None) if batch else 0,
         rotary_3BT=torch.from_numpy(rotary).to(device) if images is not None and images.rotary_3d else None,
         pixels=None if images is None else images.pixels(shown).to(device),
+        blank=blank is not None,
     )
 
 

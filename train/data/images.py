@@ -26,6 +26,9 @@ from data_prep.records import RowFault
 from data_prep.vision import Grid, Vision, vision_of
 from train.data.prepared import PREPARE_AGAIN, ImageRef, PreparedData, Sample
 
+ROTARY_3D = ("qwen3_5", "qwen3_5_moe")
+"""Models that rotate by time, row and column (M-RoPE), whether or not their config says how."""
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -75,10 +78,9 @@ class ImageInputs:
         if vision is None or vision.sha256 != facts["processor_sha256"]:
             found = f"holds images for another processor than that of {model_dir}"
             raise DataError(str(data.path), found, remedy=PREPARE_AGAIN)
-        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         processor = image_processor(vision.model_type, model_dir)
         pixels = int(facts["max_image_pixels"])
-        return cls(data.path / FOLDER, vision, pixels, processor, rotary_3d="mrope_section" in rope)
+        return cls(data.path / FOLDER, vision, pixels, processor, rotary_3d=vision.model_type in ROTARY_3D)
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Tokens that an image of this grid of patches becomes."""

@@ -25,6 +25,7 @@ from train.engine.base import init_world
 from train.faults import told
 from train.models.families import family_of
 from train.models.load import load_config
+from train.objectives.base import Objective
 from train.run import make_engine, row_kind
 from train.run_folder import RunFolder
 
@@ -54,8 +55,8 @@ def load_and_save(cfg: TrainConfig, run: RunFolder, out: Path) -> None:
     with closing(init_world(device)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
         note = logger.info if world.rank == 0 else logger.debug
         family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
-        kind = row_kind(cfg, family, note)
-        with closing(make_engine(cfg, model_dir, family, kind, device, world, note)) as engine:
+        kind, objective = row_kind(cfg, family, note), build(cfg.objective, Objective)
+        with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             with HostMemory() as memory:
                 state = restore_latest(engine, run.checkpoints, world, storage=storage, run_id=record.run_id, note=note)

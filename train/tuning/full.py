@@ -57,8 +57,9 @@ def _belongs(part: Frozen, model: nn.Module, family: Family) -> Callable[[str], 
         held = {id(p) for table in tables if table is not None for p in table.parameters()}
         embedding = {n for n, p in model.named_parameters() if id(p) in held}
         return embedding.__contains__
-    names = {w.name for w in weights_of(model, family) if Part[part.value] in w.parts}
-    return names.__contains__
+    found = [w for w in weights_of(model, family) if Part[part.value] in w.parts]
+    names, linear = {w.name for w in found}, {w.module for w in found if w.linear}
+    return lambda name: name in names or name.rpartition(".")[0] in linear  # biases go with their weights
 
 
 def _freeze(model: nn.Module, belongs: Callable[[str], bool]) -> int:
