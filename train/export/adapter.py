@@ -16,6 +16,7 @@ from train.export.merged import copy_along
 from train.export.tensors import Planned, stored_tensors, write_file
 from train.export.trained import MODULE_COPY, PEFT_PREFIX, Trained, trained_beside
 from train.export.updates import lora_updates, open_skeleton, put_adapter_on
+from train.tuning.lora import peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
@@ -73,17 +74,8 @@ def _config_on(model: Any, trained: Trained) -> Any:
 
 
 def _plain_config(trained: Trained) -> Any:
-    from peft import LoraConfig
-
-    lora = trained.lora
     weights = [name.removesuffix(".weight") for name in stored_tensors(trained.base_dir)]
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=target_modules(trained.pairs, weights),
-        task_type="CAUSAL_LM",
-    )
+    return peft_config(trained.lora, target_modules(trained.pairs, weights))
 
 
 def _base_of(trained: Trained) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from train.export.layout import skeleton
 from train.export.trained import PEFT_PREFIX, Trained, lora_pairs, trained_beside
 from train.models.families import family_of
 from train.tuning.base import Tuning
+from train.tuning.lora import peft_config
 
 FACTORS_HELD = 4
 """Pairs of factors in memory: files come back to an expert weight's as often as it has experts."""
@@ -160,7 +161,7 @@ def adapter_of(trained: Trained, model: Any) -> Any:
 
     A run of an older version may have understood its targets otherwise; then what the checkpoint holds is adapted.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     family = family_of(model.config, trust_remote_code=trained.cfg.model.trust_remote_code)
     adapted = build(trained.cfg.tuning, Tuning).apply(model, family)
@@ -171,13 +172,7 @@ def adapter_of(trained: Trained, model: Any) -> Any:
     modules = {name for name, _ in bare.named_modules()}
     if not modules.issuperset(trained.pairs):
         return adapted  # what does not fit is told by who reads it
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=sorted(trained.pairs),
-        task_type="CAUSAL_LM",
-    )
+    config = peft_config(lora, sorted(trained.pairs))
     return get_peft_model(bare, config, autocast_adapter_dtype=False)
 
 

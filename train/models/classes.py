@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from train.models.families import brings_code
+
 ROUTER_AND_MIXING = ("e_score_correction_bias", "attn_hc", "ffn_hc", "hc_head")
 """Small tensors that decide where tokens go (router corrections, hyper-connections) stay in fp32, on the families too
 whose classes forget to say so."""
@@ -26,7 +28,7 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     causal = transformers.AutoModelForCausalLM
-    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    if trust_remote_code and brings_code(config):
         return causal
     known = (
         *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),

@@ -9,13 +9,14 @@ softmax affinities they are this one times k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from train.ops.watch import Watch
 
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -37,7 +38,7 @@ ROUTERS = {
 """Model types whose routers are trained with such a loss, and how an affinity comes from a logit."""
 
 
-class BalanceLoss:
+class BalanceLoss(Watch):
     """Watches the routers of a model.
 
     Args:
@@ -48,22 +49,12 @@ class BalanceLoss:
     def __init__(self, module: nn.Module, text_config: Any) -> None:
         by_type = ROUTERS[text_config.model_type]
         self._affinity = SCORES[text_config.scoring_func if by_type == "sqrtsoftplus" else by_type]
-        self._listening = False
         self._logits: list[torch.Tensor] = []
         # V4's other routers, which look the experts up by the token, have nothing to balance.
         routers = [each for each in module.modules() if type(each).__name__.lower().endswith("topkrouter")]
         self._top_k = int(routers[0].top_k)  # type: ignore[arg-type]
         for router in routers:
             router.register_forward_hook(self._hear)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """During the forward pass of a micro-batch: what a later recomputation finds is not counted again."""
-        self._listening = True
-        try:
-            yield
-        finally:
-            self._listening = False
 
     def _hear(self, router: nn.Module, args: Any, output: Any) -> None:
         if self._listening and torch.is_grad_enabled():

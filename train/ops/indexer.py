@@ -22,8 +22,6 @@ target.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from train.ops.watch import Watch
 
 IMPLEMENTATION = "crosstune_indexed"
 """Name of the attention implementation. transformers hands it the indexer's selection beside the mask."""
@@ -58,7 +58,7 @@ def _is_blind(indexer: nn.Module) -> bool:
     return decorated or type(indexer).__name__ in ("DeepseekV4Indexer", "MiniMaxM3VLIndexer")
 
 
-class IndexerLoss:
+class IndexerLoss(Watch):
     """Watches the indexers of a model.
 
     Args:
@@ -68,7 +68,6 @@ class IndexerLoss:
 
     def __init__(self, module: nn.Module, *, dense: bool) -> None:
         self.dense = dense
-        self._listening = False
         self._sums: list[torch.Tensor] = []
         _register()
         own = {id(each) for each in indexers_of(module)}
@@ -76,15 +75,6 @@ class IndexerLoss:
         for layer in layers:
             _Watched(layer, self)
         self.layers = len(layers)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """During the forward pass of a micro-batch: what a later recomputation finds is not counted again."""
-        self._listening = True
-        try:
-            yield
-        finally:
-            self._listening = False
 
     def add(self, divergence: torch.Tensor) -> None:
         """Takes a layer's sum over the queries."""

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.ops.watch import Watch
+
 
 def hyper_connections_of(module: nn.Module) -> list[nn.Module]:
     """The modules that mix residual streams."""
     return [each for each in module.modules() if type(each).__name__.endswith("HyperConnection")]
 
 
-class MixingError:
+class MixingError(Watch):
     """Watches the hyper-connections of a model.
 
     Args:
@@ -28,7 +30,6 @@ class MixingError:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._listening = False
         self._worst: list[torch.Tensor] = []
         for each in hyper_connections_of(module):
             each.register_forward_hook(self._hear)
@@ -37,11 +38,8 @@ class MixingError:
     def listening(self) -> Iterator[None]:
         """During the forward pass of a micro-batch; the last one's figure stays."""
         self._worst.clear()
-        self._listening = True
-        try:
+        with super().listening():
             yield
-        finally:
-            self._listening = False
 
     @torch.no_grad()
     def _hear(self, connection: nn.Module, args: Any, output: Any) -> None:

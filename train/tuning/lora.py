@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -39,17 +40,18 @@ class LoraTuning(Tuning):
                 allowed="0 with these targets",
                 remedy="tuning.dropout=0, or targets without MLPs and experts",
             )
+        config = peft_config(self.cfg, targets.modules, targets.parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to peft's authors
             # The engine keeps fp32 masters of whatever trains: the adapters stay in the working dtype like the base.
-            adapted: nn.Module = get_peft_model(model, peft_config(self.cfg, targets), autocast_adapter_dtype=False)
+            adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
         _require_intent(adapted, targets)
         for line in targets.describe():
             note(f"lora: {line}")
         return adapted
 
 
-def peft_config(cfg: LoraConfig, targets: Targets) -> Any:
+def peft_config(cfg: LoraConfig, modules: Sequence[str], parameters: Sequence[str] = ()) -> Any:
     """The same adapters as peft describes them."""
     from peft import LoraConfig as PeftLoraConfig
 
@@ -57,8 +59,8 @@ def peft_config(cfg: LoraConfig, targets: Targets) -> Any:
         r=cfg.rank,
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
-        target_modules=targets.modules,
-        target_parameters=targets.parameters or None,
+        target_modules=list(modules),
+        target_parameters=list(parameters) or None,
         task_type="CAUSAL_LM",
     )
 

@@ -7,7 +7,12 @@ from typing import Any
 from train.models.families.facts import Family, Layers
 from train.models.families.table import FAMILIES
 
-__all__ = ["FAMILIES", "Family", "Layers", "family_of"]
+__all__ = ["FAMILIES", "Family", "Layers", "brings_code", "family_of"]
+
+
+def brings_code(config: Any) -> bool:
+    """Whether the model's folder holds the Python that computes it."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
 def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
@@ -18,7 +23,6 @@ def family_of(config: Any, *, trust_remote_code: bool = False) -> Family:
     """
     model_type = str(config.model_type)
     ours = type(config).__module__.startswith("train.models.")
-    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if trust_remote_code and brings_code and not ours:
+    if trust_remote_code and brings_code(config) and not ours:
         return Family.unlisted(model_type)
     return FAMILIES.get(model_type) or Family.unlisted(model_type)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DENSE_MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-
 
 @dataclass(frozen=True)
 class Layers:
@@ -39,8 +37,6 @@ class Family:
     None: not known, and LoRA adapts every linear module but the head."""
     attention_parameters: tuple[str, ...] = ()
     """Last names of weights of its attention whose module is no plain linear one."""
-    mlp: tuple[str, ...] = DENSE_MLP
-    """Last names of the projections of an MLP."""
     packed_mixers: tuple[str, ...] | None = ()
     """Classes of mixers that mix a row's samples unless they are wrapped (`train/ops/packed_mixers.py`); empty: softmax
     attention through transformers' attention interface only. None: not proven, so that a row holds one sample."""

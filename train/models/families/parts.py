@@ -18,6 +18,7 @@ _COMPRESSOR = re.compile(r"\.compressor\.")
 _HYPER = re.compile(r"\.(attn_hc|ffn_hc|hc_head)\.")
 _SHARED = re.compile(r"\.shared_experts?\.")
 _EXPERTS = re.compile(r"\.experts\.")
+_MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
@@ -44,8 +45,6 @@ class Weight:
     parts: frozenset[Part]
     linear: bool
     """It is that of a plain linear module, which can be wrapped; else only the weight itself can be adapted."""
-    dims: int
-    numel: int
 
     @property
     def module(self) -> str:
@@ -79,11 +78,10 @@ def weights_of(model: Any, family: Family) -> Iterator[Weight]:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and (own == "weight" or not linear):
                 name = f"{path}.{own}"
-                parts = frozenset(_parts(name, linear, parameter.dim(), family))
-                yield Weight(name, parts, linear, parameter.dim(), parameter.numel())
+                yield Weight(name, frozenset(_parts(name, linear, family)), linear)
 
 
-def _parts(name: str, linear: bool, dims: int, family: Family) -> Iterator[Part]:
+def _parts(name: str, linear: bool, family: Family) -> Iterator[Part]:
     if is_vision(name):
         if linear:
             yield Part.vision
@@ -101,7 +99,7 @@ def _parts(name: str, linear: bool, dims: int, family: Family) -> Iterator[Part]
         last = inside.rpartition(".")[2]
         if linear and last in family.attention or f"{last}.{own}" in family.attention_parameters:
             yield Part.attention
-        elif linear and last in family.mlp:
+        elif linear and last in _MLP:
             yield Part.mlp
 
 

@@ -13,11 +13,8 @@ _KIMI_DELTA = tuple(dict.fromkeys((*_SOFTMAX, "g_proj", "g_a_proj", "g_b_proj", 
 
 _LING2 = ("query_key_value", "dense")
 _INDEXER = r"\.indexer\."
-_INDEXER_REASON = (
-    "the indexer only chooses what attention looks at, so the language-model loss gives it no gradient; "
-    "objective.indexer_kl trains it"
-)
 _CHOICE_REASON = "the indexer only chooses what attention looks at, so the language-model loss gives it no gradient"
+_INDEXER_REASON = f"{_CHOICE_REASON}; objective.indexer_kl trains it"
 
 
 def _dense(name: str, prefix: str, title: str) -> Family:
