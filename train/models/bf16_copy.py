@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from configs.errors import NoRoomError, StorageError
+from train.checkpoint.files import sync
 from train.export.tensors import Planned, stored_tensors, write_model
 from train.models.quantised import Original
 from train.models.quantised_config import without_quantisation
@@ -150,7 +151,7 @@ def _make(original: Original, folder: Path, size: int, on_note: Note) -> None:
 def _flush(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+            sync(opened)
 
 
 class _Progress:
