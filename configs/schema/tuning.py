@@ -60,5 +60,7 @@ class LoraConfig(TuningConfig):
             raise ConfigError("tuning.rank", str(self.rank), allowed="1 or more")
         if not 0 <= self.dropout < 1:
             raise ConfigError("tuning.dropout", str(self.dropout), allowed="0 up to, not including, 1")
+        if not all(word.strip() for entry in self.targets for word in entry.split("+")):
+            raise ConfigError("tuning.targets", f"{self.targets} has an empty part", allowed="e.g. attention+mlp")
         if self.first_layer < 0:
             raise ConfigError("tuning.first_layer", str(self.first_layer), allowed="0 or more")

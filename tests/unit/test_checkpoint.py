@@ -144,6 +144,7 @@ def test_another_model_or_optimizer_is_refused_with_the_differences(tmp_path):
         "the optimizer is torch.optim.SGD here, torch.optim.AdamW in the checkpoint",
     ):
         assert difference in caught.value.found
+    assert f"crosstune export run_dir={tmp_path.parent}" in caught.value.remedy
 
 
 @pytest.mark.parametrize("moment", ["rank00000.safetensors", "index.json", "COMPLETE", "rename"])

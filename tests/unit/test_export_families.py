@@ -220,6 +220,20 @@ def test_a_model_that_transformers_does_not_know_is_named_as_its_files_are(tmp_p
     assert torch.equal(logits_of(plain(merged)), logits_of(module))
 
 
+def test_kimi_k2_keeps_the_name_that_its_folder_has(tmp_path: Path) -> None:
+    run, module = trained_run(tmp_path, "deepseek_v3", "tuning=lora", "tuning.targets=[attention,routed_experts]")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"deepseek_v3"', '"kimi_k2"'))
+    record = run.read_record()
+    hashes = record.model_sha256 | {config.name: sha256_of(config)}
+    run.write_record(dataclasses.replace(record, model_sha256=hashes))
+    merged = export(run, ExportConfig(shard_gib=400_000 / 2**30), on_note=lambda _: None).merged
+    assert merged is not None and require_base_layout(tmp_path / "model", merged, "deepseek_v3")
+    assert json.loads((merged / "config.json").read_text())["model_type"] == "kimi_k2"
+    opened = load_model(merged, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(opened), logits_of(module), rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5_moe", "minimax_m2"])
 def test_a_fresh_interpreter_with_plain_peft(tmp_path: Path, name: str) -> None:

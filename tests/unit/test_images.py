@@ -35,6 +35,7 @@ from train.evaluate.samples import read_samples
 from train.evaluate.with_images import measure_with_images
 from train.models.families import family_of
 from train.models.load import load_config, load_model
+from train.models.vision import settle_vision_tower
 from train.objectives.causal_lm import CausalLM
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 
@@ -239,6 +240,22 @@ def test_a_model_in_bf16_takes_the_pixels(home, name):
     exact, model = (load_model(home(name)[0], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     batch = batch_of(home, name, ((0,),), RowKind.single)
     assert loss_of(model, batch).item() == pytest.approx(loss_of(exact, batch).item(), rel=0.05)
+
+
+def test_a_tower_gets_pixels_by_keyword_in_its_dtype_and_one_of_own_code_is_left_alone(home):
+    class OwnCode(torch.nn.Linear):
+        pass
+
+    model = load_model(home("qwen3_5")[0], dtype=torch.bfloat16)
+    tower = model.model.visual
+    seen = []
+    tower.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    pixels = torch.rand(16, tower.patch_embed.in_channels * tower.patch_embed.temporal_patch_size * tower.patch_size**2)
+    tower(hidden_states=pixels, grid_thw=torch.tensor([[1, 4, 4]]))
+    assert seen == [torch.bfloat16]
+    model.model.visual = OwnCode(2, 2)
+    settle_vision_tower(model)
+    assert model.model.visual(torch.rand(1, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,7 +15,8 @@ from configs.schema.model import ModelConfig, Precision
 from tests.tiny import save_tiny_model, tiny_model
 from tests.tiny_families import CONFIGS, save
 from train.devices.cpu import CpuDevice
-from train.models.load import ensure_model, load_model, resolve_precision
+from train.models.families import family_of
+from train.models.load import ensure_model, load_config, load_model, resolve_precision
 
 note = logging.getLogger(__name__).info
 
@@ -102,3 +103,18 @@ def test_an_architecture_that_only_remote_code_has_is_opened_by_the_config(tmp_p
     config = json.loads((save("kimi_k25", tmp_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["KimiK25ForConditionalGeneration"]}))
     assert type(load_model(tmp_path, dtype=torch.float32)).__name__ == "Kimi_K25ForConditionalGeneration"
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
+    """The hub's folders say `kimi_k2` and name a class of their own code; a damaged one is told like any other."""
+    theirs = load_model(save("deepseek_v3", tmp_path), dtype=torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": code}))
+    model = load_model(tmp_path, dtype=torch.float32)
+    assert family_of(model.config) is family_of(theirs.config)
+    for (name, a), (other, b) in zip(theirs.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "hidden_size": "wide"}))
+    with pytest.raises(ModelError, match="hidden_size"):
+        load_config(tmp_path)

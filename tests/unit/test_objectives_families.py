@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from configs.compose import compose
 from configs.errors import ConfigError
@@ -258,11 +259,13 @@ def test_a_balancing_loss_that_the_config_asks_for_and_the_run_does_not_is_told(
     assert check("qwen3_5_moe", balance_loss=0.01) == [] == check("deepseek_v3") == check("llama")
 
 
-def test_every_family_whose_routers_know_a_balancing_loss_has_one():
-    from train.models.families import FAMILIES
-    from train.ops.balance import ROUTERS
-
-    assert {name for name, family in FAMILIES.items() if family.router_loss} == set(ROUTERS) & set(FAMILIES)
+def test_of_a_balancing_loss_that_is_not_known_here_nothing_false_is_said():
+    said: list[str] = []
+    mixtral = MixtralConfig(router_aux_loss_coef=0.02)
+    CausalLM(CausalLMConfig()).check(mixtral, said.append)
+    assert said == []
+    with pytest.raises(ConfigError, match="'mixtral' is none whose routers crosstune knows"):
+        CausalLM(CausalLMConfig(balance_loss=0.1)).check(mixtral, said.append)
 
 
 def test_either_key_turns_the_indexers_loss_on():

@@ -181,6 +181,18 @@ def test_a_bare_name_never_reaches_routed_experts_or_the_tower():
     assert not any("indexer" in n for n in adapted_weights(model))
 
 
+def test_spaces_around_parts_are_no_matter_and_an_empty_part_is_refused_with_the_config():
+    assert adapted(build("qwen3"), "attention + mlp") == adapted(build("qwen3"), "attention+mlp")
+    with pytest.raises(ConfigError, match=r"tuning\.targets: .*has an empty part"):
+        LoraConfig(targets=["attention+"])
+
+
+def test_a_bare_name_reaches_the_attention_of_v4_and_not_its_compressors():
+    model = build("deepseek_v4")
+    assert any(name.endswith("compressor.kv_proj.weight") for name, _ in model.named_parameters())
+    assert adapted(model, "kv_proj") == {"self_attn.kv_proj"}
+
+
 def test_dropout_is_refused_where_a_whole_weight_is_adapted():
     with pytest.raises(ConfigError, match="tuning.dropout: 0.1, but 4 targets are adapted as whole weights"):
         adapted(build("deepseek_v3"), "routed_experts", dropout=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
@@ -166,7 +167,9 @@ def _check_same_model(engine: Engine, path: Path, index: Index) -> None:
         raise CheckpointError(
             str(path),
             "belongs to another model: " + "; ".join(differences[:SHOWN]) + more,
-            remedy="resume with the model, tuning and optim settings of the run that saved it",
+            remedy="resume with the model, tuning and optim settings of the run that saved it; if an older version of "
+            "crosstune began it and these are the same, go on with that version (run.json says which), or export what "
+            f"it has: crosstune export run_dir={shlex.quote(str(path.parent.parent))}",
         )
 
 

@@ -186,6 +186,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(precision.value for precision, each in DTYPES.items() if each == dtype)
 
 
+OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
+"""Model types of the hub's folders which transformers has under another name."""
+
+
 def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's transformers config.
 
@@ -193,10 +197,14 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: config.json is damaged or of an architecture that transformers does not know.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     bailing_moe_v2.register_for(model_dir)
     try:
+        written, _ = PreTrainedConfig.get_config_dict(str(model_dir), local_files_only=True)
+        known_as = OTHER_NAMES.get(written.get("model_type"))
+        if known_as and not (trust_remote_code and "auto_map" in written):
+            return AutoConfig.for_model(**{**written, "model_type": known_as})
         return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         # A strict dataclass tells which check failed in its first line, and what it found in the cause.

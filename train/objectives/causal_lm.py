@@ -43,7 +43,7 @@ class CausalLM(Objective):
         check_indexer(self.cfg, text.model_type)
         if self.cfg.balance_loss:
             _check_balance(text)
-        elif coefficient := getattr(text, "router_aux_loss_coef", None):
+        elif text.model_type in ROUTERS and (coefficient := getattr(text, "router_aux_loss_coef", None)):
             note(
                 f"router: config.json asks for router_aux_loss_coef={coefficient}, but objective.balance_loss=0: the "
                 f"experts train without a balancing loss ({coefficient * _top_k(text):g} would be its like)"
@@ -93,8 +93,12 @@ class CausalLM(Objective):
 def _check_balance(text_config: Any) -> None:
     if text_config.model_type in ROUTERS:
         return
-    bias = hasattr(text_config, "n_routed_experts") or hasattr(text_config, "num_experts")
-    why = "balances its experts by a bias beside the scores, and has no such loss" if bias else "has no routed experts"
+    if getattr(text_config, "router_aux_loss_coef", None) is not None:
+        why = "is none whose routers crosstune knows"
+    elif hasattr(text_config, "n_routed_experts") or hasattr(text_config, "num_experts"):
+        why = "balances its experts by a bias beside the scores, and has no such loss"
+    else:
+        why = "has no routed experts"
     raise ConfigError(
         "objective.balance_loss",
         f"above 0, but family '{text_config.model_type}' {why}",

@@ -38,7 +38,7 @@ class LoraTuning(Tuning):
                 f"{self.cfg.dropout:g}, but {len(targets.parameters)} targets are adapted as whole weights, where no "
                 f"input can be dropped: {targets.parameters[0]}",
                 allowed="0 with these targets",
-                remedy="tuning.dropout=0, or targets without MLPs and experts",
+                remedy="tuning.dropout=0",
             )
         config = peft_config(self.cfg, targets.modules, targets.parameters)
         with warnings.catch_warnings():

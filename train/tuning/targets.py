@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import ConfigError, nearest
 from train.models.families import Family
-from train.models.families.parts import Part, Weight, is_indexer, is_router, is_vision, weights_of
+from train.models.families.parts import Part, Weight, chooses_or_compresses, is_router, is_vision, weights_of
 
 KEY = "tuning.targets"
 _PARTS = {part.value: part for part in Part}
@@ -67,7 +67,7 @@ def resolve(model: Any, family: Family, wanted: Sequence[str], first_layer: int)
         ConfigError: a word means nothing on this model, or something that could not train; or no layer is left.
     """
     weights = [w for w in weights_of(model, family) if not is_router(w)]
-    words = [word for entry in wanted for word in entry.split("+")]
+    words = [word.strip() for entry in wanted for word in entry.split("+")]
     chosen: dict[str, Weight] = {}
     for word in words or _default(weights, family):
         chosen |= {w.name: w for w in _meant(word, weights, family)}
@@ -131,8 +131,8 @@ def _refuse_traps(word: str, parts: Sequence[str], names: Sequence[str]) -> None
 
 
 def _plain(weights: Iterable[Weight]) -> list[Weight]:
-    """Linear modules that a bare name can mean: those of the language model, without what chooses for attention."""
-    return [w for w in weights if w.linear and not is_vision(w.name) and not is_indexer(w.name)]
+    """Linear modules that a bare name can mean: those of the language model, without what no intent reaches."""
+    return [w for w in weights if w.linear and not is_vision(w.name) and not chooses_or_compresses(w.name)]
 
 
 def _layer(name: str) -> int:

@@ -43,8 +43,6 @@ class Family:
     untrained: str | None = None
     """Pattern of parameters that no gradient of the language-model loss reaches."""
     untrained_reason: str = ""
-    router_loss: bool = False
-    """Its routers know the load-balancing loss of Switch (arXiv:2101.03961)."""
     layers: Layers | None = None
     """None: its layers run as transformers wrote them, on every device."""
 

@@ -67,6 +67,11 @@ def is_indexer(name: str) -> bool:
     return bool(_INDEXER.search(name))
 
 
+def chooses_or_compresses(name: str) -> bool:
+    """Whether it belongs to an indexer, or to what sums up windows of tokens for attention (DeepSeek V4)."""
+    return is_indexer(name) or bool(_COMPRESSOR.search(name))
+
+
 def weights_of(model: Any, family: Family) -> Iterator[Weight]:
     """The weights that an adapter could sit on, with their parts; embeddings and head are none of them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -85,7 +90,7 @@ def _parts(name: str, linear: bool, family: Family) -> Iterator[Part]:
     if is_vision(name):
         if linear:
             yield Part.vision
-    elif is_indexer(name) or _COMPRESSOR.search(name):
+    elif chooses_or_compresses(name):
         return
     elif _HYPER.search(name):
         yield Part.hyper_connections

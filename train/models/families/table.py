@@ -28,8 +28,8 @@ def _dense(name: str, prefix: str, title: str) -> Family:
     return Family(name, title, _SOFTMAX, layers=layers)
 
 
-def _qwen35(model_type: str, title: str, mixer: str, *, routed: bool = False) -> Family:
-    return Family(model_type, title, _GATED_DELTA, packed_mixers=(mixer,), router_loss=routed)
+def _qwen35(model_type: str, title: str, mixer: str) -> Family:
+    return Family(model_type, title, _GATED_DELTA, packed_mixers=(mixer,))
 
 
 _FAMILIES = (
@@ -39,9 +39,9 @@ _FAMILIES = (
     _dense("qwen3", "Qwen3", "Qwen3"),
     _qwen35("qwen3_5", "Qwen3.5", "Qwen3_5GatedDeltaNet"),
     _qwen35("qwen3_5_text", "Qwen3.5, text only", "Qwen3_5GatedDeltaNet"),
-    _qwen35("qwen3_5_moe", "Qwen3.5 MoE", "Qwen3_5MoeGatedDeltaNet", routed=True),
-    _qwen35("qwen3_5_moe_text", "Qwen3.5 MoE, text only", "Qwen3_5MoeGatedDeltaNet", routed=True),
-    _qwen35("qwen3_next", "Qwen3-Next", "Qwen3NextGatedDeltaNet", routed=True),
+    _qwen35("qwen3_5_moe", "Qwen3.5 MoE", "Qwen3_5MoeGatedDeltaNet"),
+    _qwen35("qwen3_5_moe_text", "Qwen3.5 MoE, text only", "Qwen3_5MoeGatedDeltaNet"),
+    _qwen35("qwen3_next", "Qwen3-Next", "Qwen3NextGatedDeltaNet"),
     Family("glm4_moe", "GLM-4.5, 4.6, 4.7", _SOFTMAX),
     Family(
         "glm_moe_dsa",
@@ -58,7 +58,6 @@ _FAMILIES = (
         packed_mixers=("Glm5NextTextLinearAttention", "Glm5NextTextAttention"),
         untrained=_INDEXER,
         untrained_reason=_INDEXER_REASON,
-        router_loss=True,
     ),
     Family("deepseek_v2", "DeepSeek V2", _MLA),
     Family("deepseek_v3", "DeepSeek V3, R1, Kimi K2", _MLA),
@@ -78,7 +77,6 @@ _FAMILIES = (
         packed_mixers=("DeepseekV4Attention",),
         untrained=_INDEXER,
         untrained_reason=_CHOICE_REASON,
-        router_loss=True,
     ),
     Family("kimi_k25", "Kimi K2.5", _MLA),
     Family(
@@ -107,9 +105,8 @@ _FAMILIES = (
         "MiniMax-Text-01, M1",
         (*_SOFTMAX, "qkv_proj", "out_proj", "output_gate"),
         packed_mixers=("MiniMaxLightningAttention",),
-        router_loss=True,
     ),
-    Family("minimax_m2", "MiniMax M2, M2.5", _SOFTMAX, router_loss=True),
+    Family("minimax_m2", "MiniMax M2, M2.5", _SOFTMAX),
     Family(
         "minimax_m3_vl",
         "MiniMax M3",
@@ -117,7 +114,6 @@ _FAMILIES = (
         packed_mixers=("MiniMaxM3VLAttention",),
         untrained=_INDEXER,
         untrained_reason=_CHOICE_REASON,
-        router_loss=True,
     ),
     Family("step3p7", "Step-3.7", _SOFTMAX),
 )
