@@ -165,7 +165,7 @@ def make_engine(
     device: Device,
     world: World,
     note: Note,
-    objective: Objective | None = None,
+    objective: Objective,
 ) -> Engine:
     """Model, tuning method and engine; the objective says what it trains of the model, and hooks itself in.
 
@@ -187,8 +187,7 @@ def make_engine(
     always_compress(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
-    if objective is not None:
-        objective.choose(module, note)
+    objective.choose(module, note)
     if cfg.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained, total = count_parameters(module)
@@ -199,8 +198,7 @@ def make_engine(
     given = {"optim": cfg.optim, "device": device, "world": world, "working_dtype": dtype, "needs": needs_of(module)}
     engine = build(cfg.sharding, Engine, module, **given)
     engine.kernels = own_kernels
-    if objective is not None:
-        objective.attach(module)
+    objective.attach(module)
     # Every rank draws its own dropout masks from here on.
     device.seed(cfg.seed + 1 + world.rank)
     return engine

@@ -75,7 +75,9 @@ class Bench:
     def engine(self, cfg: TrainConfig) -> Engine:
         family = family_of(load_config(self.model_dir))
         kind = row_kind(cfg, family, logger.debug)
-        return make_engine(cfg, self.model_dir, family, kind, self.device, self.world, logger.debug)
+        return make_engine(
+            cfg, self.model_dir, family, kind, self.device, self.world, logger.debug, build(cfg.objective, Objective)
+        )
 
     def loop(self, cfg: TrainConfig, engine: Engine, steps: int) -> Loop:
         split = PreparedData.open(self.prepared).split("train")

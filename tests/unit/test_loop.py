@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from configs.compose import compose
 from configs.schema.device import DeviceConfig
+from configs.schema.objective import CausalLMConfig
 from configs.schema.roots import TrainConfig
 from tests.tiny import samples_of, save_tiny_model, write_prepared
 from tests.unit.tiny_run import LENGTHS, tiny_run
@@ -18,6 +19,7 @@ from train.data.plan import RowKind
 from train.devices.cpu import CpuDevice
 from train.engine.base import World
 from train.models.families import FAMILIES
+from train.objectives.causal_lm import CausalLM
 from train.run import make_engine, train
 from train.run_folder import RunFolder
 
@@ -88,6 +90,7 @@ def test_ranks_begin_with_equal_adapters_and_go_on_with_dropout_of_their_own(hom
             CpuDevice(DeviceConfig(threads=1)),
             World(rank=rank),
             lambda _: None,
+            CausalLM(CausalLMConfig()),
         )
         adapters.append(torch.cat([p.detach().flatten() for p in engine.trained.values()]))
         draws.append(torch.rand(4))

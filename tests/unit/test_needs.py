@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tests.tiny_families import build, save
 from train.engine.needs import ModelNeeds, needs_of
 from train.models.families import family_of
 from train.models.load import load_model
-from train.models.short_rows import always_compress
+from train.models.short_rows import COMPRESSORS, always_compress
 from train.tuning.lora import LoraTuning
 
 QUICK = ("deepseek_v3", "step3p7", "qwen3_5")
@@ -74,3 +76,19 @@ def test_short_rows_use_every_weight_and_change_nothing(tokens):
             assert not gradient.any(), name
         else:
             torch.testing.assert_close(gradient, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()) + 1e-7)
+
+
+def test_a_copy_of_a_model_compresses_by_its_own_weights():
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (1, 5))
+    model = build("deepseek_v4").eval()
+    always_compress(model)
+    twin = copy.deepcopy(model)
+    parts = [part for part in twin.modules() if type(part).__name__ in COMPRESSORS]
+    assert parts and all(part.forward.__self__ is part for part in parts)
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert all(p.grad is None for p in twin.parameters())
+    twin(input_ids=ids, use_cache=False).logits.sum().backward()
+    own = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (own[name].grad is None), name

@@ -16,6 +16,7 @@ from configs.errors import ConfigError
 from configs.schema.objective import CausalLMConfig, IndexerStage
 from tests.tiny import samples_of, write_prepared
 from tests.tiny_families import build, save
+from train.checkpoint.layout import CheckpointReader
 from train.data.collate import collate
 from train.data.plan import RowKind
 from train.data.sampler import GlobalStep
@@ -25,6 +26,7 @@ from train.objectives.causal_lm import CausalLM
 from train.objectives.totals import Totals
 from train.ops.mixing import hyper_connections_of
 from train.ops.packed_attention import register
+from train.prove.reload import load_and_save
 from train.run import train
 from train.run_folder import RunFolder
 
@@ -290,6 +292,11 @@ def test_either_key_turns_the_indexers_loss_on():
 
 def run(tmp_path, name, *words):
     """Two steps of a saved model, by their metrics."""
+    return trained(tmp_path, name, *words)[1]
+
+
+def trained(tmp_path, name, *words):
+    """The config and the metrics of two steps of a saved model, in a folder of their own."""
     model = tmp_path / "model"
     if not model.exists():
         save(name, model)
@@ -300,7 +307,7 @@ def run(tmp_path, name, *words):
     folder.mkdir()
     cfg = compose("train", [*paths, *sizes, *words])
     train(cfg, model_dir=model, prepared=tmp_path / "data", run_dir=folder)
-    return [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+    return cfg, [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()], RunFolder(folder)
 
 
 def test_a_run_reports_the_balance_and_one_that_cannot_be_ends_before_the_weights_load(tmp_path):
@@ -320,3 +327,14 @@ def test_a_run_of_v4_reports_how_it_mixes(tmp_path):
     assert len(whole) == 2 and all(0 < line["mixing_error"] < 1e-3 for line in [*whole, *split])
     for key in ("loss", "balance_loss", "grad_norm"):
         assert [line[key] for line in whole] == pytest.approx([line[key] for line in split], rel=1e-4)
+
+
+def test_a_proof_loads_the_indexers_that_the_run_trained(tmp_path):
+    cfg, _, folder = trained(tmp_path, "glm_moe_dsa", "objective.indexer_stage=sparse", "checkpoint.every=2")
+    [saved] = folder.checkpoints.glob("step-*")
+    out = tmp_path / "again"
+    out.mkdir()
+    load_and_save(cfg, folder, out)
+    [again] = out.glob("step-*")
+    with CheckpointReader(saved) as before, CheckpointReader(again) as after:
+        assert before.params == after.params and any(".indexer." in name for name in before.params)

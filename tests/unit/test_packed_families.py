@@ -224,3 +224,17 @@ def test_rows_of_one_sample_run_as_transformers_wrote_them(name):
     with torch.no_grad():
         got = packable(name)(input_ids=ids, position_ids=positions, pack=Pack(((40,), (40,))), use_cache=False).logits
         assert torch.equal(got, build(name)(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4"])
+def test_the_layers_of_a_pass_share_one_mask_for_each_length(name, monkeypatch):
+    """Each would be kept for the backward pass: layers x t^2."""
+    seen = []
+    make = dict(packed_mixers._MASKS)
+    for mixer in FAMILIES[name].packed_mixers:
+        monkeypatch.setitem(
+            packed_mixers._MASKS, mixer, lambda *args, make=make[mixer]: seen.append(make(*args)) or seen[-1]
+        )
+    packed_logits(packable(name), [samples_of((30, 20, 30))])
+    assert len(seen) == 3 * build(name).config.num_hidden_layers > 6
+    assert len({mask.untyped_storage().data_ptr() for mask in seen}) == 2

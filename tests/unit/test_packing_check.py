@@ -70,9 +70,8 @@ def test_one_layer_that_leaks_is_enough(name, dtype):
 
 def whole_row(self, hidden_states, *, pack, **kwargs):
     """A layer that takes the row for one sample."""
-    kwargs["attention_mask"] = packed_mixers._MASKS.get(type(self).__name__, packed_mixers._no_mask)(
-        self, hidden_states
-    )
+    make_mask = packed_mixers._MASKS.get(type(self).__name__, packed_mixers._no_mask)
+    kwargs["attention_mask"] = make_mask(self, hidden_states, pack)
     return type(self).forward(self, hidden_states, **kwargs)
 
 
@@ -80,7 +79,7 @@ def compressed_over_the_row(self, hidden_states, *, pack, **kwargs):
     """Softmax attention keeps to its own sample; what is compressed or chosen is the row's."""
     sample = torch.repeat_interleave(torch.arange(len(pack.lengths[0])), torch.tensor(pack.lengths[0]))
     other = sample[:, None] != sample[None, :]
-    mask = packed_mixers._sliding(self, hidden_states)
+    mask = packed_mixers._sliding(self, hidden_states, pack)
     kwargs["attention_mask"] = mask.masked_fill(other, torch.finfo(mask.dtype).min)
     return type(self).forward(self, hidden_states, **kwargs)
 

@@ -10,7 +10,7 @@ Not covered: mixers that are not softmax attention, or that choose what they loo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ class Pack:
     """Where the samples of each row lie."""
 
     lengths: Lengths
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What the layers of one pass share, so that not each keeps its own for the backward pass."""
 
 
 class Attend(Protocol):

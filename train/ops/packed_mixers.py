@@ -97,7 +97,7 @@ def _forward(self: Any, hidden_states: torch.Tensor, *, pack: Pack | None = None
     make_mask = _MASKS.get(type(self).__name__, _no_mask)
     kwargs.pop("attention_mask", None)
     if all(len(row) == 1 for row in pack.lengths):
-        return own(self, hidden_states, attention_mask=make_mask(self, hidden_states), **kwargs)
+        return own(self, hidden_states, attention_mask=make_mask(self, hidden_states, pack), **kwargs)
     plan = _plan(pack.lengths, hidden_states.device, make_mask is _no_mask)
     chosen_before = kwargs.pop("prev_topk_indices", None)
     outs, chosen = [], []
@@ -106,7 +106,7 @@ def _forward(self: Any, hidden_states: torch.Tensor, *, pack: Pack | None = None
         if chosen_before is not None:
             mine["prev_topk_indices"] = chosen_before[group]
         part = plan.cut(hidden_states, places)
-        out = own(self, part, attention_mask=make_mask(self, part), **mine)
+        out = own(self, part, attention_mask=make_mask(self, part, pack), **mine)
         several = isinstance(out, tuple)
         outs.append(out[0] if several else out)
         chosen.append(out[2] if several and len(out) == 3 else None)
@@ -178,30 +178,35 @@ def _plan(lengths: Lengths, device: torch.device, together: bool) -> _Plan:
         return _Plan(len(lengths), tokens, tuple(made), back.to(device))
 
 
-def _causal(layer: Any, part: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def _causal(layer: Any, part: torch.Tensor, pack: Pack, window: int | None = None) -> torch.Tensor:
     """As transformers makes it for one length, ``[n x 1 x t x t]``: additive for eager attention, else boolean."""
-    at = torch.arange(part.shape[1], device=part.device)
-    back = at[:, None] - at[None, :]
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    if layer.config._attn_implementation != "eager":
-        return seen.expand(len(part), 1, -1, -1)
-    zeros = torch.zeros(seen.shape, dtype=part.dtype, device=part.device)
-    return zeros.masked_fill(~seen, torch.finfo(part.dtype).min).expand(len(part), 1, -1, -1)
+    additive = layer.config._attn_implementation == "eager"
+    made = part.shape[1], window, part.dtype if additive else torch.bool, part.device
+    if made not in pack.masks:
+        with torch.inference_mode(False):  # the same pack may come again in a pass with gradients
+            at = torch.arange(part.shape[1], device=part.device)
+            back = at[:, None] - at[None, :]
+            mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+            if additive:
+                zeros = torch.zeros(mask.shape, dtype=part.dtype, device=part.device)
+                mask = zeros.masked_fill(~mask, torch.finfo(part.dtype).min)
+        pack.masks[made] = mask
+    return pack.masks[made].expand(len(part), 1, -1, -1)
 
 
-def _sliding(layer: Any, part: torch.Tensor) -> torch.Tensor:
-    return _causal(layer, part, layer.sliding_window)
+def _sliding(layer: Any, part: torch.Tensor, pack: Pack) -> torch.Tensor:
+    return _causal(layer, part, pack, layer.sliding_window)
 
 
-def _no_mask(layer: Any, part: torch.Tensor) -> None:
+def _no_mask(layer: Any, part: torch.Tensor, pack: Pack) -> None:
     """For linear mixers: they are causal, and what is padded is not read back."""
 
 
-def _no_padding(layer: Any, part: torch.Tensor) -> torch.Tensor:
+def _no_padding(layer: Any, part: torch.Tensor, pack: Pack) -> torch.Tensor:
     return torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
 
 
-_MASKS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor | None]] = {
+_MASKS: dict[str, Callable[[Any, torch.Tensor, Pack], torch.Tensor | None]] = {
     "DeepseekV32Attention": _causal,
     "DeepseekV4Attention": _sliding,
     "GlmMoeDsaAttention": _causal,
