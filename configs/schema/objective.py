@@ -35,6 +35,11 @@ class CausalLMConfig(ObjectiveConfig):
     """Next-token cross-entropy over the supervised tokens."""
 
     _target_: str = "train.objectives.causal_lm.CausalLM"
+    label_smoothing: float = 0.0
+    """Share of each target that all words have in common (arXiv:1512.00567). The loss in metrics.jsonl is with it."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator (PaLM, arXiv:2204.02311, took 1e-4). metrics.jsonl has the
+    mean square as z_loss; the loss is with its weighted part."""
     indexer_stage: IndexerStage = IndexerStage.none
     """Trains the indexer of a model with sparse attention. none, with an `indexer_kl` above 0: sparse."""
     indexer_kl: float = 0.0
@@ -47,7 +52,9 @@ class CausalLMConfig(ObjectiveConfig):
     """
 
     def __post_init__(self) -> None:
-        for key in ("indexer_kl", "balance_loss"):
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError("objective.label_smoothing", str(self.label_smoothing), allowed="0 up to, not with, 1")
+        for key in ("indexer_kl", "balance_loss", "z_loss"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(f"objective.{key}", str(getattr(self, key)), allowed="0 (off) or more")
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from configs.errors import ConfigError
@@ -18,6 +17,7 @@ from train.objectives.base import Note, Objective, Term, Unit
 from train.objectives.indexer import check_indexer, choose_indexer
 from train.ops.balance import ROUTERS, BalanceLoss
 from train.ops.indexer import IndexerLoss
+from train.ops.loss_head import LossHead, Scoring, score
 from train.ops.mixing import MixingError, hyper_connections_of
 
 
@@ -33,6 +33,10 @@ class CausalLM(Objective):
 
     def __init__(self, cfg: CausalLMConfig) -> None:
         self.cfg = cfg
+        self._scoring = Scoring(label_smoothing=cfg.label_smoothing, z_weight=cfg.z_loss)
+        self._head: LossHead | None = None
+        self._squares = torch.zeros(())
+        """Of the last micro-batch, see `score`."""
         self._indexer: IndexerLoss | None = None
         self._balance: BalanceLoss | None = None
         self._mixing: MixingError | None = None
@@ -50,8 +54,11 @@ class CausalLM(Objective):
             )
 
     def choose(self, module: nn.Module, note: Note) -> None:
-        """Indexers train where they have a loss, and in their warm-up nothing else does."""
+        """Indexers train where they have a loss, and in their warm-up nothing else does; the head gets its loss."""
         choose_indexer(self.cfg.stage, module, note)
+        self._head, why = LossHead.of(_model_of(module), self._scoring)
+        if self._head is None:
+            note(f"head: logits of all supervised tokens of a micro-batch are made at once, since {why}")
 
     def attach(self, module: nn.Module) -> None:
         """Hooks on what has a term or a gauge."""
@@ -64,19 +71,26 @@ class CausalLM(Objective):
 
     def loss_sum(self, forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """The head runs at the positions that predict a supervised token only; see `Batch.predicts_BT`."""
-        logits_NV: torch.Tensor = forward(**batch.model_inputs()).logits.flatten(0, -2)
+        if self._head is not None:
+            loss, squares = self._head.loss(forward, batch.model_inputs(), batch.targets_N)
+        else:
+            logits_NV: torch.Tensor = forward(**batch.model_inputs()).logits.flatten(0, -2)
+            loss, squares = score(logits_NV, batch.targets_N, self._scoring)
         if batch.num_targets == 0:
             # A filler so that every rank runs the same passes: nothing to learn, but a graph to go back through.
-            return logits_NV.float().sum() * 0.0
-        return F.cross_entropy(logits_NV.float(), batch.targets_N, reduction="sum")
+            loss, squares = loss * 0.0, squares * 0.0
+        self._squares = squares
+        return loss
 
     def terms(self, forward: Callable[..., Any], batch: Batch) -> list[Term]:
-        """The loss, then ``indexer_kl`` and ``balance_loss`` where they are on."""
+        """The loss, then ``z_loss``, ``indexer_kl`` and ``balance_loss`` where they are on."""
         with ExitStack() as stack:
             for watch in (self._indexer, self._balance, self._mixing):
                 if watch is not None:
                     stack.enter_context(watch.listening())
             terms = [Term("loss", self.loss_sum(forward, batch), Unit.targets)]
+        if self.cfg.z_loss:
+            terms.append(Term("z_loss", self._squares, Unit.targets, weight=0.0))  # its gradient is in the loss
         counts = float(batch.num_tokens > 0)  # a filler's tokens are no data
         if self._indexer is not None:
             terms.append(Term("indexer_kl", self._indexer.total() * counts, Unit.tokens, self.cfg.indexer_weight))
@@ -112,6 +126,11 @@ def _top_k(text_config: Any) -> int:
 
 
 def _text_config(module: nn.Module) -> Any:
+    return _model_of(module).config.get_text_config()
+
+
+def _model_of(module: nn.Module) -> Any:
+    """The model of transformers' in what a tuning method made of it."""
     from transformers import PreTrainedModel
 
-    return next(each for each in module.modules() if isinstance(each, PreTrainedModel)).config.get_text_config()
+    return next((each for each in module.modules() if isinstance(each, PreTrainedModel)), module)

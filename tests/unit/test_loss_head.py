@@ -1,0 +1,235 @@
+"""Loss and gradients of the chunked head are those of whole logits, on every family, and no logits are ever whole."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configs.errors import ConfigError
+from configs.schema.objective import CausalLMConfig
+from tests.tiny_families import CONFIGS, build
+from train.objectives.causal_lm import CausalLM
+from train.ops.loss_head import LossHead, Scoring, _Score, score
+
+WORDS, WIDTH = 53, 8
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+FORMULAS = [
+    Scoring(),
+    Scoring(label_smoothing=0.1, z_weight=0.01),
+    Scoring(factor=0.5, cap=3.0),
+    Scoring(label_smoothing=0.2, z_weight=0.1, factor=2.0, cap=4.0),
+]
+
+
+def problem(positions: int, dtype: torch.dtype, bias: bool):
+    draw = torch.Generator().manual_seed(positions)
+
+    def tensor(*shape):
+        return (torch.randn(shape, generator=draw) * 2).to(dtype).requires_grad_()
+
+    targets = torch.randint(WORDS, (positions,), generator=draw)
+    return tensor(positions, WIDTH), tensor(WORDS, WIDTH), tensor(WORDS) if bias else None, targets
+
+
+@pytest.mark.parametrize("scoring", FORMULAS)
+@pytest.mark.parametrize(("positions", "rows", "bias"), [(1, 4, False), (12, 4, True), (13, 4, False), (3, 1000, True)])
+def test_loss_and_gradients_are_those_of_whole_logits(scoring, positions, rows, bias):
+    inputs = problem(positions, torch.float32, bias)
+    twins = [None if each is None else each.detach().double().requires_grad_() for each in inputs[:3]]
+    wanted, wanted_squares = score(F.linear(*twins).double(), inputs[3], scoring)
+    loss, squares = _Score.apply(*inputs, scoring, rows * 4 * WORDS, True)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    if scoring.z_weight:
+        assert squares.item() == pytest.approx(wanted_squares.item(), rel=1e-5)
+    (wanted * 0.37).backward()
+    (loss * 0.37).backward()
+    for mine, theirs in zip(inputs[:3], twins, strict=True):
+        if mine is not None:
+            assert theirs.grad.any()
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", FORMULAS[1:3])
+def test_in_bf16_it_rounds_no_worse_than_whole_logits_do(scoring):
+    inputs = problem(300, torch.bfloat16, False)
+    exact, whole = (
+        [x if x is None else x.detach().to(d).requires_grad_() for x in inputs[:3]]
+        for d in (torch.float64, torch.bfloat16)
+    )
+    score(F.linear(*exact), inputs[3], scoring)[0].backward()
+    score(F.linear(*whole), inputs[3], scoring)[0].backward()
+    _Score.apply(*inputs, scoring, 16 * 4 * WORDS, True)[0].backward()
+    for mine, theirs, true in zip(inputs[:2], whole[:2], exact[:2], strict=True):
+        mine_off, theirs_off = ((x.grad.double() - true.grad).norm() / true.grad.norm() for x in (mine, theirs))
+        assert mine_off < 1.1 * theirs_off + 1e-4
+
+
+def test_smoothing_is_that_of_torch_and_z_that_of_palm():
+    logits, targets = torch.randn(5, WORDS) * 3, torch.arange(5)
+    loss, squares = score(logits, targets, Scoring(label_smoothing=0.1, z_weight=0.5))
+    log_sum = logits.exp().sum(-1).log()
+    by_hand = -(0.9 * (logits.log_softmax(-1))[range(5), targets] + 0.1 * logits.log_softmax(-1).mean(-1)).sum()
+    assert loss.item() == pytest.approx((by_hand + 0.5 * log_sum.square().sum()).item(), rel=1e-5)
+    assert squares.item() == pytest.approx(log_sum.square().sum().item(), rel=1e-5)
+
+
+def inputs_of(tokens=14, supervised=9):
+    draw = torch.Generator().manual_seed(1)
+    keep = torch.zeros(1, tokens, dtype=torch.bool)
+    keep[0, 2 : 2 + supervised] = True
+    ids = torch.randint(3, 300, (1, tokens), generator=draw)
+    targets = torch.randint(3, 300, (supervised,), generator=draw)
+    return {"input_ids": ids, "logits_to_keep": keep, "use_cache": False}, targets
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_family_has_the_loss_and_the_gradients_of_its_own_logits(name):
+    model = build(name).train()
+    inputs, targets = inputs_of()
+    wanted = F.cross_entropy(model(**inputs).logits.flatten(0, -2), targets, reduction="sum")
+    expected = gradients_of(model, wanted)
+    logits = model(**inputs).logits.detach()
+    head, why = LossHead.of(model, Scoring(), chunk_bytes=4 * 4 * len(model.get_output_embeddings().weight))
+    assert head is not None, why
+    loss, _ = head.loss(model, inputs, targets)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    found = gradients_of(model, loss)
+    assert found.keys() == expected.keys()
+    whole = max(float(gradient.norm()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6 * whole, msg=lambda m, k=key: f"{k}: {m}")
+    assert torch.equal(model(**inputs).logits, logits), "without targets it gives logits"
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ("Gemma2Config", {"head_dim": 16, "final_logit_softcapping": 2.0}),
+        ("GraniteConfig", {"logits_scaling": 3.0}),
+        ("CohereConfig", {"logit_scale": 0.3}),
+        ("PhiConfig", {}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_done_to_each_chunk(config, values):
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(vocab_size=300, num_key_value_heads=2, **SMALL, **values)
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # else every logit is near 0, where a cap does nothing
+    inputs, targets = inputs_of()
+    wanted = F.cross_entropy(model(**inputs).logits.flatten(0, -2), targets, reduction="sum")
+    expected = gradients_of(model, wanted)
+    head, why = LossHead.of(model, Scoring(), chunk_bytes=4 * 4 * 300)
+    assert head is not None, why
+    loss, _ = head.loss(model, inputs, targets)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = gradients_of(model, loss)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
+
+
+class OwnWay(transformers.LlamaForCausalLM):
+    """Its logits of one word are lowered by the model itself."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits[..., 1] -= 3
+        return out
+
+
+def test_a_model_with_a_way_of_its_own_keeps_its_logits_and_it_is_told():
+    torch.manual_seed(0)
+    model = OwnWay(transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL))
+    inputs, targets = inputs_of()
+    said: list[str] = []
+    objective = CausalLM(CausalLMConfig(label_smoothing=0.1, z_loss=0.1))
+    objective.choose(model, said.append)
+    assert len(said) == 1 and "OwnWay changes its logits in a way of its own" in said[0]
+    batch = Batch(inputs, targets)
+    expected = score(model(**inputs).logits.flatten(0, -2), targets, Scoring(label_smoothing=0.1, z_weight=0.1))
+    assert objective.loss_sum(model, batch).item() == pytest.approx(expected[0].item(), rel=1e-6)
+    # A config that names a scale which the model does not apply is not believed either.
+    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL)
+    config.logit_scale = 0.5
+    assert LossHead.of(transformers.LlamaForCausalLM(config), Scoring())[0] is None
+
+
+class Batch:
+    def __init__(self, inputs, targets) -> None:
+        self._inputs, self.targets_N, self.num_targets, self.num_tokens = inputs, targets, len(targets), 14
+
+    def model_inputs(self):
+        return self._inputs
+
+
+def test_smoothing_and_z_are_settings_and_their_figures_are_those_of_the_formula():
+    torch.manual_seed(0)
+    model = build("llama").train()
+    inputs, targets = inputs_of()
+    expected, squares = score(model(**inputs).logits.flatten(0, -2), targets, Scoring(0.1, 0.01))
+    objective = CausalLM(CausalLMConfig(label_smoothing=0.1, z_loss=0.01))
+    objective.choose(model, lambda _: None)
+    terms = objective.terms(model, Batch(inputs, targets))
+    assert [(term.name, term.weight) for term in terms] == [("loss", 1.0), ("z_loss", 0.0)]
+    assert terms[0].total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert terms[1].total.item() == pytest.approx(squares.item(), rel=1e-6)
+    for wrong in ({"label_smoothing": 1.0}, {"z_loss": -1.0}):
+        with pytest.raises(ConfigError, match=f"objective.{next(iter(wrong))}"):
+            CausalLMConfig(**wrong)
+
+
+class Widest(TorchDispatchMode):
+    """The most positions of a tensor whose last dimension is the vocabulary, but for the head's weight turned over."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.words, self.width, self.most = words, width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.dim() > 1 and each.shape[-1] == self.words:
+                positions = each.shape[:-1].numel()
+                self.most = max(self.most, 0 if positions == self.width else positions)
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logits_are_never_whole_forward_or_backward(frozen):
+    model = build("qwen3").train()
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    words, width = model.get_output_embeddings().weight.shape
+    assert width > 32
+    inputs, targets = inputs_of(40, 32)
+    head, _ = LossHead.of(model, Scoring(label_smoothing=0.1, z_weight=0.1), chunk_bytes=5 * 4 * words)
+    assert head is not None
+    with Widest(words, width) as widest:
+        head.loss(model, inputs, targets)[0].backward()
+    assert widest.most == 5
+    with Widest(words, width) as widest, torch.no_grad():
+        head.loss(model, inputs, targets)
+    assert widest.most == 5
+
+
+def test_a_copy_of_a_model_has_a_head_of_its_own():
+    model = build("llama")
+    head, _ = LossHead.of(model, Scoring())
+    assert head is not None
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.mul_(2)
+        inputs, _ = inputs_of()
+        assert torch.allclose(twin(**inputs).logits, 2 * model(**inputs).logits)
