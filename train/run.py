@@ -87,7 +87,7 @@ def train(
         model_config = load_config(model_dir, trust_remote_code=trusted)
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
-        kind = row_kind(cfg, family, note)
+        kind = row_kind(cfg, family, world.size, note)
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
@@ -204,7 +204,7 @@ def make_engine(
     return engine
 
 
-def row_kind(cfg: TrainConfig, family: Family, note: Note) -> RowKind:
+def row_kind(cfg: TrainConfig, family: Family, ranks: int, note: Note) -> RowKind:
     """What rows hold.
 
     Under ZeRO-3 the ranks gather a layer's weights together, and a wrapped mixer runs once for each group of samples,
@@ -215,10 +215,11 @@ def row_kind(cfg: TrainConfig, family: Family, note: Note) -> RowKind:
     """
     if cfg.packing is Packing.off:
         return RowKind.padded
-    in_pieces = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and bool(family.packed_mixers)
-    if family.packing_exact and not in_pieces:
+    in_pieces = ranks > 1 and isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3
+    out_of_step = in_pieces and bool(family.packed_mixers)
+    if family.packing_exact and not out_of_step:
         return RowKind.packed
-    if in_pieces:
+    if out_of_step:
         why = "runs its mixers sample by sample, which ranks of ZeRO-3 cannot do in step"
     elif family.listed:
         why = "is not proven to keep packed samples apart"

@@ -52,7 +52,7 @@ class Plan:
             self.model,
             dtype=dtype,
             on_cpu=self.on_cpu,
-            kind=row_kind(cfg, self.model.family, lambda text: None),
+            kind=row_kind(cfg, self.model.family, world, lambda text: None),
             world=world,
             data=self.data,
             base_bytes=lambda: process_bytes(cfg, dtype),
@@ -149,9 +149,10 @@ def _made(cfg: PlanConfig) -> Plan:
     # What a run imports, so that this process's own resident set tells that of one.
     import peft  # noqa: F401
 
-    import train.run  # noqa: F401
     from train.devices.base import Device
+    from train.objectives.base import Objective
     from train.plan.model import Model
+    from train.run import row_kind
 
     notes: list[str] = []
     device = build(cfg.device, Device)
@@ -162,9 +163,9 @@ def _made(cfg: PlanConfig) -> Plan:
     if not on_cpu and cfg.model.precision is Precision.auto:
         notes.append("model.precision=auto is taken for bf16; model.precision=fp32 plans for a device without it")
     model = Model(cfg, _model_folder(cfg, notes))
-    if not model.family.packing_exact:
-        notes.append(f"family '{model.family.model_type}' is not packed: one sample a row")
+    build(cfg.objective, Objective).check(model.config, notes.append)
     made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
+    row_kind(cfg, model.family, made.world, notes.append)
     if (each := made.on_a_machine) > cfg.nproc:
         where = "one machine" if cfg.plan.nodes == 1 else f"{cfg.plan.nodes} machines, {each} on each"
         notes.append(

@@ -57,3 +57,20 @@ def test_ranks_with_other_samples_stay_in_step_and_check_together(tmp_path, name
     metrics = run / "metrics.jsonl"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
     assert steps == ([] if leaks else [1, 2])
+
+
+def test_a_rank_alone_packs_under_zero3_too(tmp_path):
+    """Nobody can fall out of step with it, and its steps are those of a run without pieces."""
+    save("qwen3_next", tmp_path / "model")
+    write_prepared(tmp_path / "data", {"train": samples_of(LENGTHS, vocab_size=12)})
+    losses = []
+    for sharding in ("plain", "zero3"):
+        run = tmp_path / sharding
+        run.mkdir()
+        words = (f"sharding={sharding}", "model.precision=fp32", "tuning=full", "packing=on")
+        in_ranks(rank, 1, tmp_path, run, False, words, seconds=240)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(line["loss"], line["grad_norm"]) for line in lines])
+    assert len(losses[0]) == 2
+    for plain, pieces in zip(*losses, strict=True):
+        assert pieces == pytest.approx(plain, rel=1e-4)

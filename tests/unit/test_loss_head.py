@@ -164,7 +164,7 @@ def test_a_model_with_a_way_of_its_own_keeps_its_logits_and_it_is_told():
     # A config that names a scale which the model does not apply is not believed either.
     config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL)
     config.logit_scale = 0.5
-    assert LossHead.of(transformers.LlamaForCausalLM(config), Scoring())[0] is None
+    assert LossHead.of(transformers.LlamaForCausalLM(config), Scoring(), 1)[0] is None
 
 
 class Batch:
@@ -226,7 +226,7 @@ def test_logits_are_never_whole_forward_or_backward(frozen):
 
 def test_a_copy_of_a_model_has_a_head_of_its_own():
     model = build("llama")
-    head, _ = LossHead.of(model, Scoring())
+    head, _ = LossHead.of(model, Scoring(), 1)
     assert head is not None
     twin = copy.deepcopy(model)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,15 @@ from configs.schema.dataset import FilesDatasetConfig
 from configs.schema.plan import PlanOptions, room
 from launchers.command_line import parse
 from launchers.doctor.page import Page
-from launchers.plan.command import Plan, _data
+from launchers.plan.command import Plan, _data, _made
 from launchers.plan.fit import _reason
 from launchers.plan.page import _fits
 from tests.tiny import save_tiny_model
+from tests.tiny_families import save
 from train.data.plan import RowKind
-from train.models.load import load_config
+from train.engine.needs import needs_of
+from train.models.load import load_config, load_model
+from train.ops.loss_head import CHUNK_BYTES
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
@@ -97,6 +101,64 @@ def test_zero3_gathers_fused_experts_whole():
     )
 
 
+def test_zero3_gathers_the_experts_of_a_layer_as_one(tmp_path):
+    """With adapters that peft lays around them, too, as it reads a weight before the module around it is called."""
+    words = ("tuning=lora", "tuning.targets=[routed_experts]", "sharding=zero3")
+    made = predictor(save("deepseek_v3", tmp_path), *words, world=2)
+    experts = [weight for weight in made.weights if ".experts." in weight.name]
+    layers = {f"{weight.name.partition('.experts.')[0]}.experts" for weight in experts}
+    assert len(layers) > 1 and {weight.module for weight in experts} == layers
+    shared = sum(w.numel for w in experts if w.module == min(layers))
+    assert {"gate_up_proj", "lora_A"} <= {part for w in experts for part in w.name.split(".")}
+    bare = made._setting()
+    bare.zero = Zero(3, prefetch=0, reuse=0, persistent=0)
+    assert script_of(bare).gathered_numel()[0] >= shared
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "glm5_next", "kimi_linear", "minimax_m2", "qwen3_5_moe"])
+def test_parts_in_fp32_are_those_that_loading_keeps_so(tmp_path, name):
+    made = predictor(save(name, tmp_path), "tuning=full")
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {weight.name for weight in made.weights if weight.fp32} == needs_of(loaded).fp32
+    buffers = {n: b.dtype for n, b in loaded.named_buffers()}
+    assert all(b.dtype == buffers[n] for n, b in made.module.named_buffers())
+
+
+def test_parts_in_fp32_are_whole_on_every_rank_beside_zero(tmp_path):
+    """Four bytes of weight and four of gradient each, and AdamW's two values; however many ranks there are."""
+    made = predictor(save("deepseek_v4", tmp_path), "tuning=full", "sharding=zero2", world=4)
+    kept = [weight for weight in made.weights if weight.fp32]
+    numel = sum(weight.numel for weight in kept if weight.trained)
+    assert numel > 0
+    mine, without = made._setting(), made._setting()
+    without.replicas = []
+    for each in (mine, without):
+        script_of(each).write(passes=1, steps=2)
+    last, other = (dict(each.device.parts_after(len(each.device.events) - 1)) for each in (mine, without))
+    more = {key: last[key] - other.get(key, 0) for key in last}
+    assert more[part.WEIGHTS] == 4 * sum(weight.numel for weight in kept)
+    steps = 4 * sum(weight.trained for weight in kept)  # each has a counter of its own
+    assert (more[part.GRADIENTS], more[part.STATE]) == (4 * numel, 8 * numel + steps)
+    assert not {weight.name for weight in mine.weights} & {weight.name for weight in kept}
+    plain = predictor(tmp_path, "tuning=full")._setting()
+    assert held(plain)[part.MASTERS] == round(4 * sum(w.numel for w in plain.trained if not w.fp32) / 1e6)
+
+
+def test_a_plan_says_what_a_run_would_say_or_refuse(tmp_path):
+    save("qwen3_next", tmp_path)
+
+    def notes(*words):
+        cfg = compose("plan", [f"model.path={tmp_path}", "dataset.path=x", "device=cpu", *words])
+        return " ".join(_made(cfg).notes)
+
+    assert "each row holds one sample" in notes("sharding=zero3", "nproc=2")
+    assert "each row" not in notes("sharding=zero3", "nproc=1") + notes("sharding=zero2", "nproc=2")
+    with pytest.raises(ConfigError, match=r"objective\.indexer_kl: .*'qwen3_next' cannot have it"):
+        notes("objective.indexer_kl=1", "tuning=full")
+    with pytest.raises(ConfigError, match="packing: on"):
+        notes("packing=on", "sharding=zero3", "nproc=2")
+
+
 def test_a_save_keeps_its_copy_on_the_host():
     made = setting(copy=12_000_000)
     script_of(made).write(passes=1, steps=3)
@@ -148,13 +210,33 @@ def parts_of(folder, *words, **more):
 
 
 def test_logits_are_counted_as_the_loss_makes_them(folder):
-    """In fp32: logits, log-softmax and two gradients; nothing else is as wide as the vocabulary."""
+    """In fp32: logits and their log-softmax, which becomes the gradient; never more than a chunk of them."""
     one = predictor(folder, "tuning=full", "model.precision=fp32")
     found = one.model.traced(torch.float32, one.shape, recompute=False)
     sizes = {size for number, size in found.events if number in found.wide and size > 0}
     assert one.shape.supervised * one.model.vocabulary * 4 in sizes
     _, parts = parts_of(folder)
-    assert parts[part.LOGITS] >= 3 * one.shape.supervised * one.model.vocabulary * 4
+    assert 2 * one.shape.supervised * one.model.vocabulary * 4 <= parts[part.LOGITS] < 3 * CHUNK_BYTES
+
+
+def test_logits_are_those_of_a_chunk(folder, monkeypatch):
+    monkeypatch.setattr("train.objectives.causal_lm.CHUNK_BYTES", 2**16)
+    most = []
+    for tokens in (1024, 4096):
+        one = predictor(folder, "tuning=full", "model.precision=fp32", f"micro_batch_tokens={tokens}")
+        found = one.model.traced(torch.float32, one.shape, recompute=False)
+        held = itertools.accumulate(size for number, size in wide_events(found))
+        most.append(max(held))
+    assert most[0] == most[1] < 5 * 2**16
+
+
+def wide_events(found):
+    """Those of logits and their like, a release as a negative size."""
+    sizes: dict[int, int] = {}
+    for number, size in found.events:
+        if number in found.wide:
+            yield number, size if size >= 0 else -sizes[number]
+            sizes[number] = size
 
 
 def test_autograds_graph_lies_in_a_hosts_memory_until_the_pass_ends(folder):

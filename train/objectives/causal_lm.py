@@ -17,7 +17,7 @@ from train.objectives.base import Note, Objective, Term, Unit
 from train.objectives.indexer import check_indexer, choose_indexer
 from train.ops.balance import ROUTERS, BalanceLoss
 from train.ops.indexer import IndexerLoss
-from train.ops.loss_head import LossHead, Scoring, score
+from train.ops.loss_head import CHUNK_BYTES, LossHead, Scoring, score
 from train.ops.mixing import MixingError, hyper_connections_of
 
 
@@ -56,7 +56,7 @@ class CausalLM(Objective):
     def choose(self, module: nn.Module, note: Note) -> None:
         """Indexers train where they have a loss, and in their warm-up nothing else does; the head gets its loss."""
         choose_indexer(self.cfg.stage, module, note)
-        self._head, why = LossHead.of(_model_of(module), self._scoring)
+        self._head, why = LossHead.of(_model_of(module), self._scoring, CHUNK_BYTES)
         if self._head is None:
             note(f"head: logits of all supervised tokens of a micro-batch are made at once, since {why}")
 

@@ -155,7 +155,7 @@ class LossHead:
         chunk_bytes: see `CHUNK_BYTES`.
     """
 
-    def __init__(self, model: Any, head: nn.Linear, scoring: Scoring, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: Any, head: nn.Linear, scoring: Scoring, chunk_bytes: int) -> None:
         config = model.config.get_text_config()
         self._changed = [
             (place, key, value)
@@ -170,7 +170,7 @@ class LossHead:
         head.forward = self._forward  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, model: Any, scoring: Scoring, chunk_bytes: int = CHUNK_BYTES) -> tuple[LossHead | None, str]:
+    def of(cls, model: Any, scoring: Scoring, chunk_bytes: int) -> tuple[LossHead | None, str]:
         """One for the model, or None and why it cannot have one. Before an engine cuts or hooks the weights."""
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if type(head) is not nn.Linear:
@@ -229,11 +229,7 @@ class LossHead:
         """
         device, given = self._head.weight.device, torch.linspace(-9, 9, 7).view(1, 1, -1)
         hidden = torch.zeros(1, 2, self._head.in_features, dtype=self._head.weight.dtype, device=device)
-        inputs = {
-            "input_ids": torch.zeros(1, 2, dtype=torch.long, device=device),
-            "logits_to_keep": torch.ones(1, 2, dtype=torch.bool, device=device),
-            "use_cache": False,
-        }
+        inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
         # A model may lie in another, whose output then is that of the inner one.
         owner = next((each for each in model.modules() if self._head in each.children()), model)
         decoder = getattr(owner, "base_model", owner)

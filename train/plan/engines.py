@@ -29,6 +29,8 @@ class Weight:
     trained: bool
     module: str
     """Whose it is; what ZeRO-3 gathers together."""
+    fp32: bool = False
+    """It is so whatever the working dtype; DeepSpeed does not see it, and every rank has all of it."""
 
     @property
     def numel(self) -> int:
@@ -79,9 +81,12 @@ class Setting:
     device: Tape = field(default_factory=Tape)
     host: Tape = field(default_factory=Tape)
 
+    replicas: Sequence[Weight] = ()
+    """Beside a ZeRO engine: fp32 weights that are whole on every rank (`train.engine.replicas`)."""
+
     @property
     def trained(self) -> list[Weight]:
-        """Those that train."""
+        """Those that train, and are the engine's own."""
         return [weight for weight in self.weights if weight.trained]
 
     @property
@@ -103,6 +108,7 @@ class Script:
     def write(self, passes: int, steps: int) -> None:
         """So many steps of so many micro-batches each."""
         self.build()
+        self._replicate()
         for taken in range(steps):
             if taken == steps - 1 and self.set.copy_stays:
                 self._copy()
@@ -112,6 +118,7 @@ class Script:
                 self.end_pass(last=number == passes - 1)
                 self.device.give(*graph)
             self.step()
+            self._optimize([weight.shape for weight in self.set.replicas if weight.trained], self.device)
             self._stepped = True
         if not self.set.copy_stays:
             self._copy()
@@ -119,6 +126,13 @@ class Script:
     def build(self) -> None:
         """Model and engine."""
         raise NotImplementedError
+
+    def _replicate(self) -> None:
+        """What stands beside the engine: weights, and their gradients, which stay."""
+        for weight in self.set.replicas:
+            self.device.take(part.WEIGHTS, FP32 * weight.numel)
+        for bucket in chunks([w.numel for w in reversed(self.set.replicas) if w.trained], BUCKET_NUMEL):
+            self.device.take(part.GRADIENTS, FP32 * bucket)
 
     def begin_pass(self) -> None:
         """Before a forward pass."""
@@ -154,6 +168,8 @@ class Script:
 
     def _optimize(self, shapes: Sequence[torch.Size], tape: Tape) -> None:
         """A step over tensors of these shapes; state stays from the first one on."""
+        if not shapes:
+            return
         events = self.set.step(shapes)[1 if self._stepped else 0]
         stay = {number for number, _ in events} - {number for number, size in events if size < 0}
         parts = {number: part.STATE if number in stay else part.STEP for number, _ in events}
@@ -170,9 +186,9 @@ class Plain(Script):
     def build(self) -> None:
         """Weights, masters, buckets."""
         size = self.set.size
-        self._weights(lambda weight: size * weight.numel)
-        if size < FP32:
-            for weight in self.set.trained:
+        self._weights(lambda weight: (FP32 if weight.fp32 else size) * weight.numel)
+        for weight in self.set.trained:
+            if size < FP32 and not weight.fp32:
                 self.device.take(part.MASTERS, FP32 * weight.numel)
         for bucket in chunks([weight.numel for weight in reversed(self.set.trained)], BUCKET_NUMEL):
             self.device.take(part.GRADIENTS, FP32 * bucket)

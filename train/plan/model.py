@@ -13,9 +13,10 @@ from configs.compose import build
 from configs.errors import ModelError, first_line
 from configs.schema.roots import TrainConfig
 from train.data.plan import RowKind
-from train.models.classes import from_config
+from train.models.classes import from_config, raise_small_parts_to_fp32
 from train.models.families import Family, family_of
 from train.models.load import load_config
+from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.plan.trace import Event, Pass, Shape, trace
@@ -43,6 +44,7 @@ class Model:
         self.optimizers: dict[tuple[Any, ...], tuple[list[Event], list[Event]]] = {}
         """Steps of the run's optimizer, by what it steps."""
         self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
+        self._objectives: dict[nn.Module, Objective] = {}
         self.shapes: dict[str, torch.Size] = {}
         """Of the base model's weights, by name."""
 
@@ -59,6 +61,7 @@ class Model:
         try:
             with torch.device("meta"):
                 model = from_config(self.config, dtype=dtype, attention=attention, trust_remote_code=trusted)
+                raise_small_parts_to_fp32(model)
         except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ModelError(
                 str(self.model_dir / "config.json"),
@@ -69,7 +72,9 @@ class Model:
         if packed:
             wrap_mixers(model, self.family)
         module = build(self.cfg.tuning, Tuning).apply(model, self.family)
-        build(self.cfg.objective, Objective).choose(module, quiet)
+        always_compress(model)
+        objective = self._objectives[module] = build(self.cfg.objective, Objective)
+        objective.choose(module, quiet)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return module.train()
@@ -88,7 +93,7 @@ class Model:
         key = (dtype, shape, recompute)
         if key not in self._passes:
             module = self.module(dtype, packed=shape.kind is RowKind.packed, recompute=recompute)
-            objective = build(self.cfg.objective, Objective)
+            objective = self._objectives[module]
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its authors
             self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
         return self._passes[key]

@@ -20,6 +20,7 @@ from configs.schema.outputs import SaveMode
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
+from train.engine.needs import needs_of
 from train.engine.optimizer import build_optimizer
 from train.engine.zero_config import deepspeed_config
 from train.observe.flops import flops_per_token
@@ -152,8 +153,14 @@ class Predictor:
     @cached_property
     def weights(self) -> list[Weight]:
         """The module's parameters."""
+        needs = needs_of(self.module)
+        as_one = [path for path, part in self.module.named_modules() if isinstance(part, needs.as_one)]
+
+        def gathered_with(name: str) -> str:
+            return next((path for path in as_one if name.startswith(f"{path}.")), name.rpartition(".")[0])
+
         return [
-            Weight(name, parameter.shape, parameter.requires_grad, name.rpartition(".")[0])
+            Weight(name, parameter.shape, parameter.requires_grad, gathered_with(name), name in needs.fp32)
             for name, parameter in self.module.named_parameters()
         ]
 
@@ -202,7 +209,8 @@ class Predictor:
         # With every=0 a run waits for its one save (`train.checkpoint.checkpointer`).
         copies = keep.mode is SaveMode.asynchronous or (keep.mode is SaveMode.auto and keep.every > 0)
         return Setting(
-            weights=self.weights,
+            weights=[weight for weight in self.weights if not (self.zero and weight.fp32)],
+            replicas=[weight for weight in self.weights if self.zero and weight.fp32],
             size=self.dtype.itemsize,
             world=self.world,
             zero=self.zero,
