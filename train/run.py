@@ -46,6 +46,9 @@ from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
 
 logger = logging.getLogger(__name__)
+
+ROW_LENGTHS = 16
+"""Of packed rows, where a device is better off with few of them."""
 Note = Callable[[str], None]
 
 
@@ -89,7 +92,7 @@ def train(
         family = family_of(model_config, trust_remote_code=trusted)
         kind = row_kind(cfg, family, world.size, note)
         images = ImageInputs.of(data, model_dir, model_config)
-        sampler = make_sampler(cfg, data, kind, device, world, note, images)
+        sampler = make_sampler(cfg, data, kind, family, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         if world.rank == 0:
             foretell(cfg, run, model_dir, device, world, kind, sampler.split, images=images is not None)
@@ -137,6 +140,7 @@ def make_sampler(
     cfg: TrainConfig,
     data: PreparedData,
     kind: RowKind,
+    family: Family,
     device: Device,
     world: World,
     note: Note,
@@ -153,7 +157,12 @@ def make_sampler(
     for share in mix:
         note(f"mixture: an epoch shows {share.name} {share.epochs:g} times")
     plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
-    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device, images)
+    dtype = resolve_precision(cfg.model.precision, device, on_note=lambda text: None)
+    # Mixers of some families take a row sample by sample, and would take what fills it up for one.
+    step = 1 if family.packed_mixers else device.row_step(dtype)
+    # At most ROW_LENGTHS lengths of rows, of which a longer row wastes a small part.
+    step *= max(1, cfg.micro_batch_tokens // (ROW_LENGTHS * step)) if step > 1 else 1
+    rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device, images, step)
     return StepSampler(split, plan, rows)
 
 
@@ -176,7 +185,7 @@ def make_engine(
     """
     dtype = resolve_precision(cfg.model.precision, device, on_note=note)
     packed = kind is RowKind.packed
-    kernels = KernelSelection(device, family, packed=packed)
+    kernels = KernelSelection(device, family, dtype, packed=packed)
     device.seed(cfg.seed)
     attention = attention_for_packing(family) if packed else "sdpa"
     model = load_model(model_dir, dtype=dtype, attention=attention, trust_remote_code=cfg.model.trust_remote_code)
@@ -194,7 +203,7 @@ def make_engine(
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)
     # Before the engine, which may cut the weights into pieces; after the adapters, which wrap only projections.
-    own_kernels = kernels.use(model, dtype, note)
+    own_kernels = kernels.use(model, note)
     given = {"optim": cfg.optim, "device": device, "world": world, "working_dtype": dtype, "needs": needs_of(module)}
     engine = build(cfg.sharding, Engine, module, **given)
     engine.kernels = own_kernels

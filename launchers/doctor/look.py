@@ -145,7 +145,7 @@ def kernels(device: Device, dtype: torch.dtype) -> dict[str, str]:
     # Sizes of a small model; a run compares again, with those of its own.
     sizes = {"heads": 4, "kv_heads": 2, "head_dim": 64, "hidden": 256, "intermediate": 512}
     needs = Needs(**sizes, epsilon=1e-6, sliding_window=None, dropout=0.0, rotary_factor=1.0)
-    own = device.kernels()
+    own = device.kernels(dtype)
     found = {}
     for field in fields(DeviceConfig):
         op = field.name.removesuffix("_kernel")

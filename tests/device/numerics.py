@@ -43,7 +43,7 @@ def numerics(device: Device) -> Iterator[Result]:
         yield checked(f"matmul {name}", lambda dtype=dtype: _matmul(device, dtype))
         for op in REFERENCES:
             yield checked(f"{op} {name}", lambda op=op, dtype=dtype: _reference(device, op, dtype))
-            if op in device.kernels():
+            if op in device.kernels(dtype):
                 yield checked(f"{op} {name}, own kernel", lambda op=op, dtype=dtype: _kernel(device, op, dtype))
     yield checked("generator", lambda: _generator(device))
 
@@ -66,7 +66,7 @@ def _reference(device: Device, op: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def _kernel(device: Device, op: str, dtype: torch.dtype) -> tuple[bool, str]:
-    kernel = device.kernels()[op]
+    kernel = device.kernels(dtype)[op]
     if unmet := kernel.unmet(NEEDS):
         return True, f"not used: {unmet}"
     found = disagreement(op, kernel, NEEDS, dtype, device.torch_device)

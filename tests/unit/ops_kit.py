@@ -54,7 +54,7 @@ class DeviceWithKernels(CpuDevice):
         super().__init__(cfg)
         self.own = kernels
 
-    def kernels(self) -> Mapping[str, Kernel]:
+    def kernels(self, dtype: torch.dtype) -> Mapping[str, Kernel]:
         return self.own
 
     @property

@@ -56,18 +56,21 @@ def test_loss_and_gradients_are_those_of_whole_logits(scoring, positions, rows, 
 
 
 @pytest.mark.parametrize("scoring", FORMULAS[1:3])
-def test_in_bf16_it_rounds_no_worse_than_whole_logits_do(scoring):
-    inputs = problem(300, torch.bfloat16, False)
+@pytest.mark.parametrize(("positions", "rows"), [(300, 16), (300, 70), (201, 128), (64, 64), (1, 1000)])
+def test_in_bf16_it_rounds_no_worse_than_whole_logits_do(scoring, positions, rows):
+    inputs = problem(positions, torch.bfloat16, positions % 2 == 0)
     exact, whole = (
         [x if x is None else x.detach().to(d).requires_grad_() for x in inputs[:3]]
         for d in (torch.float64, torch.bfloat16)
     )
     score(F.linear(*exact), inputs[3], scoring)[0].backward()
     score(F.linear(*whole), inputs[3], scoring)[0].backward()
-    _Score.apply(*inputs, scoring, 16 * 4 * WORDS, True)[0].backward()
-    for mine, theirs, true in zip(inputs[:2], whole[:2], exact[:2], strict=True):
+    _Score.apply(*inputs, scoring, rows * 4 * WORDS, True)[0].backward()
+    for mine, theirs, true in zip(inputs[:3], whole[:3], exact[:3], strict=True):
+        if mine is None:
+            continue
         mine_off, theirs_off = ((x.grad.double() - true.grad).norm() / true.grad.norm() for x in (mine, theirs))
-        assert mine_off < 1.1 * theirs_off + 1e-4
+        assert mine_off < 1.2 * theirs_off + 1e-3
 
 
 def test_smoothing_is_that_of_torch_and_z_that_of_palm():

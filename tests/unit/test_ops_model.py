@@ -38,7 +38,7 @@ def made(family="llama", *, kernels, lora=False, checkpointing=False, packed=Tru
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     module.to(DEVICE.torch_device)
     if kernels:
-        used = KernelSelection(DEVICE, FAMILIES[family], packed=packed).use(model, torch.float32)
+        used = KernelSelection(DEVICE, FAMILIES[family], torch.float32, packed=packed).use(model)
         assert used == tuple(op for op in REFERENCES if packed or op != "attention")
     return module
 

@@ -26,8 +26,8 @@ OWN = {op: kernel(version) for op, version in REFERENCES.items()}
 def choose(model, kernels=OWN, *, family=FAMILIES["llama"], packed=True, **choices):
     """What runs by the device, and the line that says so."""
     lines = []
-    selection = KernelSelection(device_with(kernels, **choices), family, packed=packed)
-    used = selection.use(model, next(model.parameters()).dtype, lines.append)
+    selection = KernelSelection(device_with(kernels, **choices), family, next(model.parameters()).dtype, packed=packed)
+    used = selection.use(model, lines.append)
     return used, " ".join(lines)
 
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_is_said_at_once_and_the_model_is_as_it_was():
     """Before there is a model; what shows only in the model, before anything in it is changed."""
     with pytest.raises(ErrorGroup) as raised:
         device = device_with({"attention": OWN["attention"]}, attention="device", swiglu="device")
-        KernelSelection(device, FAMILIES["llama"], packed=False)
+        KernelSelection(device, FAMILIES["llama"], torch.float32, packed=False)
     assert [e.where for e in raised.value.errors] == ["device.attention_kernel", "device.swiglu_kernel"]
     model = tiny_model(hidden_act="gelu")
     with pytest.raises(DeviceError, match="LlamaMLP computes another formula"):

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from configs.compose import compose
+from configs.schema.device import DeviceConfig
 from configs.schema.objective import CausalLMConfig
-from tests.tiny import TINY_CONFIGS, samples_of, tiny_model
+from tests.tiny import TINY_CONFIGS, samples_of, tiny_model, write_prepared
 from train.data.collate import collate
 from train.data.plan import RowKind
+from train.data.prepared import PreparedData
+from train.data.sampler import RowLayout
+from train.devices.cpu import CpuDevice
+from train.engine.base import World
 from train.models.families import FAMILIES, family_of
 from train.objectives.causal_lm import CausalLM
 from train.ops.packed_attention import PACKED_ATTENTION, Pack, packed_attention, register
+from train.run import make_sampler
 
 register()
 CPU = torch.device("cpu")
@@ -131,3 +138,60 @@ def test_the_loss_is_summed_in_fp32_whatever_the_working_weights():
     loss = CausalLM(CausalLMConfig()).loss_sum(lambda **_: SimpleNamespace(logits=logits), batch)
     expected = torch.nn.functional.cross_entropy(logits[0].double(), batch.targets_N, reduction="sum")
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def rows_of(step: int, most: int) -> RowLayout:
+    return RowLayout(0, 1, most, RowKind.packed, CPU, step=step)
+
+
+def test_a_row_is_filled_up_to_a_multiple_and_never_beyond_a_micro_batch():
+    assert [rows_of(64, 200).fill_to(tokens) for tokens in (1, 64, 65, 130, 199, 200)] == [64, 64, 128, 192, 200, 200]
+    assert [rows_of(1, 200).fill_to(tokens) for tokens in (1, 65)] == [1, 65]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+def test_what_fills_a_row_up_changes_nothing_and_counts_for_nothing(family):
+    model = tiny_model(family).train()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    samples = samples_of(LENGTHS, vocab_size=model.config.vocab_size)
+    found = []
+    for step in (1, 64):
+        micro_batch = (tuple(range(4)),)
+        batch = collate(
+            micro_batch, samples.__getitem__, kind=RowKind.packed, device=CPU, fill_to=rows_of(step, 999).fill_to
+        )
+        assert batch.input_ids_BT.shape[1] == {1: 134, 64: 192}[step]
+        assert batch.lengths() == (LENGTHS,) and batch.num_tokens == 134
+        loss = CausalLM(CausalLMConfig()).loss_sum(model, batch)
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_in_bf16_rows_of_a_cpu_have_few_lengths(tmp_path):
+    """Each new length of a row costs a host's library new code for every product."""
+    write_prepared(tmp_path, {"train": samples_of(range(20, 120), vocab_size=50)})
+    widths = {}
+    for precision in ("bf16", "fp32"):
+        words = [f"dataset.path={tmp_path}", "model.path=m", f"model.precision={precision}", "device=cpu"]
+        cfg = compose("train", [*words, "batch_tokens=1500", "micro_batch_tokens=1024", "max_length=120"])
+        device = FastInBf16(DeviceConfig())
+        data = PreparedData.open(tmp_path)
+        sampler = make_sampler(cfg, data, RowKind.packed, FAMILIES["llama"], device, World(), print)
+        steps = [sampler.step(step) for step in range(8)]
+        batches = [batch for step in steps for batch in sampler.batches(step)]
+        assert sum(b.num_tokens for b in batches) == sum(step.num_tokens for step in steps)
+        widths[precision] = {b.input_ids_BT.shape[1] for b in batches}
+    assert all(width % 64 == 0 for width in widths["bf16"]) and len(widths["bf16"]) < len(widths["fp32"])
+    wrapped = make_sampler(cfg, data, RowKind.packed, FAMILIES["qwen3_next"], device, World(), print)
+    assert wrapped.rows.step == 1, "its mixers would take what fills a row up for a sample"
+
+
+class FastInBf16(CpuDevice):
+    """Whatever the machine of the tests has."""
+
+    def fast_dtypes(self):
+        return (torch.bfloat16, torch.float32)

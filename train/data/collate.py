@@ -40,10 +40,14 @@ class Batch:
     """The images, in the order of their tokens; None: the data has none."""
     blank: bool = False
     """The first row ends with the token of a blank image, which belongs to no sample."""
+    filled: bool = False
+    """The packed row ends with tokens that belong to no sample, after a blank image's; they bring it to a length."""
 
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """For each row those of its samples; a blank image and padding come after them."""
         found = self._lengths()
+        if self.filled:
+            found = (found[0][:-1],)
         if not self.blank:
             return found
         first = found[0][:-1] if self.pack is not None else (found[0][0] - 1,)
@@ -85,6 +89,7 @@ def collate(
     kind: RowKind,
     device: torch.device,
     images: ImageInputs | None = None,
+    fill_to: Callable[[int], int] = lambda tokens: tokens,
 ) -> Batch:
     """Builds a micro-batch.
 
@@ -94,6 +99,7 @@ def collate(
         kind: packed rows carry boundaries, padded ones a mask.
         device: where the tensors go.
         images: makes the images' inputs; None: no sample of the data shows any.
+        fill_to: from the tokens of a packed row to those it is filled up to.
     """
     # A filler is two tokens that nothing is learnt from; its one prediction gives the loss a graph to go back through.
     rows = [[sample(index) for index in row] for row in batch] or [[_FILLER]]
@@ -102,6 +108,10 @@ def collate(
     if blank is not None:
         rows[0].append(blank)
     width = max(sum(len(s.input_ids) for s in row) for row in rows)
+    more = fill_to(width) - width if kind is RowKind.packed and batch else 0
+    if more:
+        rows[0].append(Sample("", np.zeros(more, np.int32), np.empty((0, 2), np.int32)))
+        width += more
     rotary = np.zeros((3, len(rows), width), np.int64)
     ids = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((len(rows), width), np.int64)
@@ -133,10 +143,11 @@ def collate(
         targets_N=torch.from_numpy(targets_N).to(device),
         pack=_boundaries(rows) if kind is RowKind.packed else None,
         num_targets=len(targets_N) if batch else 0,
-        num_tokens=int(filled.sum()) - (blank is not None) if batch else 0,
+        num_tokens=int(filled.sum()) - (blank is not None) - more if batch else 0,
         rotary_3BT=torch.from_numpy(rotary).to(device) if images is not None and images.rotary_3d else None,
         pixels=None if images is None else images.pixels(shown).to(device),
         blank=blank is not None,
+        filled=more > 0,
     )
 
 

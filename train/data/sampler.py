@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ class RowLayout:
     device: torch.device
     images: ImageInputs | None = None
     """None: no sample of the data shows an image."""
+    step: int = 1
+    """Packed rows are filled up to a multiple of so many tokens, and to no more than `micro_batch_tokens`."""
+
+    def fill_to(self, tokens: int) -> int:
+        """Length of a packed row whose samples have so many tokens."""
+        return max(tokens, min(-(-tokens // self.step) * self.step, self.micro_batch_tokens))
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,9 @@ def share_of(split: PreparedSplit, samples: np.ndarray, rows: RowLayout) -> Glob
 
 def batches_of(split: PreparedSplit, step: GlobalStep, rows: RowLayout) -> Iterator[Batch]:
     """Tensors of this rank's micro-batches."""
+    same: Any = {"kind": rows.kind, "device": rows.device, "images": rows.images, "fill_to": rows.fill_to}
     for micro_batch in step.micro_batches:
-        yield collate(micro_batch, split.__getitem__, kind=rows.kind, device=rows.device, images=rows.images)
+        yield collate(micro_batch, split.__getitem__, **same)
 
 
 def chunks(split: PreparedSplit, batch_tokens: int) -> Iterator[np.ndarray]:

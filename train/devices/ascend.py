@@ -90,7 +90,7 @@ class AscendDevice(AcceleratorDevice):
         """bf16 on 910B and later; 910A and 310P have none."""
         return (torch.bfloat16, torch.float32) if self.runtime.is_bf16_supported() else (torch.float32,)
 
-    def kernels(self) -> Mapping[str, Kernel]:
+    def kernels(self, dtype: torch.dtype) -> Mapping[str, Kernel]:
         """torch_npu's fused operators."""
         from train.devices.ascend_kernels import KERNELS
 

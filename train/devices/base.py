@@ -97,6 +97,10 @@ class Device(ABC):
     def fast_dtypes(self) -> tuple[torch.dtype, ...]:
         """Number formats that this device multiplies at full speed, fastest first."""
 
+    def row_step(self, dtype: torch.dtype) -> int:
+        """Tokens to a multiple of which rows are best filled up, so that few shapes occur; 1: it is no matter."""
+        return 1
+
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether `dtype` works at all, fast or not."""
         return dtype in self.fast_dtypes() or dtype == torch.float32
@@ -110,7 +114,7 @@ class Device(ABC):
     def _published_peak_flops(self, dtype: torch.dtype) -> float | None:
         return None
 
-    def kernels(self) -> Mapping[str, Kernel]:
+    def kernels(self, dtype: torch.dtype) -> Mapping[str, Kernel]:
         """The device's own versions of operations, by their names in `train.ops.kernel`."""
         return {}
 

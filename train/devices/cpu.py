@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from data_prep.pool import usable_cores
 from train.devices.base import Availability, Device, Memory
+
+if TYPE_CHECKING:
+    from train.ops.kernel import Kernel
 
 
 class CpuDevice(Device):
@@ -43,6 +48,10 @@ class CpuDevice(Device):
             return (torch.bfloat16, torch.float32)
         return (torch.float32,)
 
+    def row_step(self, dtype: torch.dtype) -> int:
+        """OneDNN makes and keeps code for each new shape of a product in bf16: milliseconds, and up to some MiB."""
+        return 64 if dtype == torch.bfloat16 and dtype in self.fast_dtypes() else 1
+
     def supports(self, dtype: torch.dtype) -> bool:
         """bf16 is emulated where it is not native, slowly but correctly."""
         return dtype in (torch.float32, torch.bfloat16)
@@ -59,6 +68,12 @@ class CpuDevice(Device):
     def torch_device(self) -> torch.device:
         """The CPU has no index."""
         return torch.device("cpu")
+
+    def kernels(self, dtype: torch.dtype) -> Mapping[str, Kernel]:
+        """For bf16 where instructions multiply it."""
+        from train.devices.cpu_kernels import KERNELS
+
+        return KERNELS if dtype == torch.bfloat16 and dtype in self.fast_dtypes() else {}
 
     def environment(self) -> dict[str, str]:
         """DeepSpeed on CPU asks for the number of processes on this machine under this name."""

@@ -24,6 +24,9 @@ from torch import nn
 CHUNK_BYTES = 64 * 2**20
 """Of a chunk's logits in fp32: hundreds of positions, enough for a full-speed product, beside 100,000 words."""
 
+ROWS = 64
+"""On a host in bf16, positions of a chunk are brought to a multiple of it, so that products have few shapes."""
+
 NEUTRAL: Mapping[str, float | None] = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """What configs say of logits -> the value that leaves them as they are."""
 
@@ -75,16 +78,20 @@ class _Score(torch.autograd.Function):
         weight_grad = bias_grad = None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden_ND.device)
         step = max(1, chunk_bytes // (4 * len(weight_VD)))
+        # A host's library makes code for each new shape of a product in bf16, in milliseconds, and keeps it.
+        few = ROWS if hidden_ND.device.type == "cpu" and hidden_ND.dtype == torch.bfloat16 and step >= ROWS else 1
+        step -= step % few
         for start in range(0, len(hidden_ND), step):
-            hidden = hidden_ND[start : start + step]
-            part, grad = _score_chunk(
-                F.linear(hidden, weight_VD, bias_V), targets_N[start : start + step], scoring, learning
-            )
+            hidden, targets = hidden_ND[start : start + step], targets_N[start : start + step]
+            count, more = len(hidden), -len(hidden) % few
+            hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
+            part, grad = _score_chunk(F.linear(hidden, weight_VD, bias_V)[:count], targets, scoring, learning)
             sums += part
             if grad is None:
                 continue
+            grad = F.pad(grad, (0, 0, 0, more)) if more else grad
             if hidden_grad is not None:
-                torch.mm(grad, weight_VD, out=hidden_grad[start : start + step])
+                hidden_grad[start : start + count] = (grad @ weight_VD)[:count]
             if to_weight:
                 weight_grad = _add(weight_grad, grad.T, hidden)
             if to_bias:

@@ -27,6 +27,7 @@ class KernelSelection:
     Args:
         device: whose versions; `device.cfg` says which are wanted.
         family: of the model.
+        dtype: the working dtype.
         packed: whether rows hold several samples; attention is replaced only then.
 
     Raises:
@@ -34,18 +35,17 @@ class KernelSelection:
         ErrorGroup: several.
     """
 
-    def __init__(self, device: Device, family: Family, *, packed: bool) -> None:
-        self.device, self.family, self.packed = device, family, packed
-        self.kernels = device.kernels()
+    def __init__(self, device: Device, family: Family, dtype: torch.dtype, *, packed: bool) -> None:
+        self.device, self.family, self.dtype, self.packed = device, family, dtype, packed
+        self.kernels = device.kernels(dtype)
         self.choices = {op: KernelChoice(getattr(device.cfg, f"{op}_kernel")) for op in REFERENCES}
         self._stop({op: self._missing(op) for op in REFERENCES})
 
-    def use(self, model: Any, dtype: torch.dtype, note: Callable[[str], None] = logger.info) -> tuple[str, ...]:
+    def use(self, model: Any, note: Callable[[str], None] = logger.info) -> tuple[str, ...]:
         """Has a model compute with the versions that can be used.
 
         Args:
             model: a transformers model on the device, with or without adapters in it, its weights whole.
-            dtype: the working dtype.
             note: takes the one line that says what runs; a comparison that failed is a warning on every rank.
 
         Returns:
@@ -58,8 +58,8 @@ class KernelSelection:
         if not self.kernels:
             return ()
         wanted = [op for op in self.kernels if self.choices[op] is not KernelChoice.reference]
-        refused = {op: self._missing(op) or self._unfit(op, model, dtype) for op in wanted}
-        compared = {op: self._compare(op, model, dtype) for op in wanted if refused[op] is None}
+        refused = {op: self._missing(op) or self._unfit(op, model) for op in wanted}
+        compared = {op: self._compare(op, model) for op in wanted if refused[op] is None}
         self._stop(refused | compared)
         chosen = tuple(op for op, found in compared.items() if found is None)
         for op in chosen:
@@ -80,19 +80,19 @@ class KernelSelection:
         assert self.family.layers is not None, "see `_missing`"
         return layers_of(op, model, self.family.layers)
 
-    def _unfit(self, op: str, model: Any, dtype: torch.dtype) -> str | None:
+    def _unfit(self, op: str, model: Any) -> str | None:
         """Why the model cannot take the device's version; None: it can."""
         if op != "attention":
             found = self._layers(op, model)
             if not found:
                 return f"the model has no {getattr(self.family.layers, op)}"
-            if different := another_formula(op, found, dtype, self.device.torch_device):
+            if different := another_formula(op, found, self.dtype, self.device.torch_device):
                 return different
         return self.kernels[op].unmet(Needs.of(model))
 
-    def _compare(self, op: str, model: Any, dtype: torch.dtype) -> str | None:
-        found = disagreement(op, self.kernels[op], Needs.of(model), dtype, self.device.torch_device)
-        return found and f"comparison in {dtype_name(dtype)}: {found}"
+    def _compare(self, op: str, model: Any) -> str | None:
+        found = disagreement(op, self.kernels[op], Needs.of(model), self.dtype, self.device.torch_device)
+        return found and f"comparison in {dtype_name(self.dtype)}: {found}"
 
     def _put(self, op: str, model: Any) -> None:
         if op == "attention":

@@ -1,0 +1,73 @@
+"""The CPU's own attention: what the reference computes, by products of few shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.schema.device import DeviceConfig
+from tests.unit.ops_kit import NEEDS
+from train.devices import cpu_kernels
+from train.devices.cpu import CpuDevice
+from train.ops.agreement import disagreement
+from train.ops.packed_attention import attend_to_each_sample
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("short", [0, 2**20])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        replace(NEEDS, dropout=0.0),
+        replace(NEEDS, heads=9, kv_heads=3, head_dim=64),
+        replace(NEEDS, heads=4, kv_heads=4, head_dim=80),
+        replace(NEEDS, sliding_window=512, dropout=0.0),
+    ],
+)
+def test_short_and_long_samples_have_the_values_gradients_and_masks_of_the_reference(needs, short, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "SHORT", short)
+    kernel = cpu_kernels.KERNELS["attention"]
+    assert kernel.unmet(needs) is None
+    assert disagreement("attention", kernel, needs, torch.bfloat16, CPU) is None
+
+
+def test_a_fault_in_it_is_found(monkeypatch):
+    mask = cpu_kernels._mask
+    monkeypatch.setattr(cpu_kernels, "_mask", lambda tokens, window: mask(tokens + 1, window)[1:, :-1])
+    found = disagreement("attention", cpu_kernels.KERNELS["attention"], NEEDS, torch.bfloat16, CPU)
+    assert found is not None
+
+
+def test_dropout_is_left_to_the_reference_and_fp32_too():
+    assert "dropout 0.1" in (cpu_kernels.KERNELS["attention"].unmet(replace(NEEDS, dropout=0.1)) or "")
+    assert CpuDevice(DeviceConfig()).kernels(torch.float32) == {}
+
+
+class Shapes(TorchDispatchMode):
+    """Those of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[object, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "bmm" in str(func) or "attention" in str(func):
+            self.seen.add((str(func), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def test_samples_of_many_lengths_ask_for_few_products():
+    lengths = tuple(range(1, 500, 7))
+    row = sum(lengths)
+    counted = []
+    for version in (cpu_kernels.attention, attend_to_each_sample):
+        q = torch.randn(1, 4, row, 16, dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.randn(1, 2, row, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        with Shapes() as shapes:
+            version(q, k, v, (lengths,), scaling=0.25, dropout=0.0, sliding_window=None).sum().backward()
+        counted.append(len(shapes.seen))
+    assert counted[0] <= 16 * 6 < counted[1] <= 2 * len(lengths)

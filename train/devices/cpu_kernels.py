@@ -1,0 +1,113 @@
+"""The ops of `train/ops` on a CPU that multiplies bf16: fewer passes over memory, and products of few different shapes.
+
+There oneDNN makes new code for each new shape of a product, in 1 to 10 ms, and keeps it (up to a few MiB). torch's own
+SDPA in bf16 does so for each length of sample, and for each block in its backward pass; samples of some ten to some
+hundred tokens, of which instructions are made, then take longer than all the layer's other products. Here lengths are
+rounded up: what is behind a sample's end, a causal mask keeps out of it.
+
+Measured in docs/performance.md. In fp32 the reference is as fast, and runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from train.ops.kernel import Kernel, Needs
+from train.ops.packed_attention import Lengths, attend_to_each_sample
+
+STEP = 32
+"""Lengths of samples are rounded up to a multiple of it."""
+SHORT = 384
+"""Up to so many tokens the weights of a sample's attention are written down (2 bytes a head and pair of tokens)."""
+
+
+def attention(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    lengths: Lengths,
+    *,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """`train.ops.packed_attention.Attend`: short samples by plain products, long ones by SDPA, in rounded lengths."""
+    assert dropout == 0, "see `_attention_unmet`"
+    rows = []
+    for row, sizes in enumerate(lengths):
+        split = (torch.split(x[row], list(sizes), dim=1) for x in (query_BHTD, key_BKTD, value_BKTD))
+        outs = [_sample(q, k, v, scaling, sliding_window) for q, k, v in zip(*split, strict=True)]
+        rows.append(torch.cat(outs, dim=1))
+    return torch.stack(rows).transpose(1, 2).contiguous()
+
+
+def _sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+    """One sample: ``[h x t x d]`` and twice ``[k x t x d]``."""
+    tokens = q.shape[1]
+    more = -tokens % STEP
+    q, k, v = (F.pad(x, (0, 0, 0, more)) if more else x for x in (q, k, v))
+    if tokens <= SHORT:
+        out: torch.Tensor = _ShortAttention.apply(q, k, v, scaling, window)  # type: ignore[no-untyped-call]
+    else:
+        row = ((tokens + more,),)
+        whole = attend_to_each_sample(
+            q[None], k[None], v[None], row, scaling=scaling, dropout=0.0, sliding_window=window
+        )
+        out = whole[0].transpose(0, 1)
+    return out[:, :tokens]
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Softmax attention by four products, of the heads that share a key together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_HTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        shared, tokens, _ = k_KTD.shape
+        q = q_HTD.reshape(shared, -1, q_HTD.shape[-1])
+        scores = torch.bmm(q, k_KTD.transpose(1, 2)).float()
+        scores.view(shared, -1, tokens, tokens).mul_(scaling).add_(_mask(tokens, window))
+        weights = torch.softmax(scores, -1).to(q.dtype)
+        ctx.save_for_backward(q, k_KTD, v_KTD, weights)
+        ctx.scaling = scaling
+        return torch.bmm(weights, v_KTD).view_as(q_HTD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        grad = grad_HTD.reshape(q.shape)
+        v_grad = torch.bmm(weights.transpose(1, 2), grad)
+        of_weights = torch.bmm(grad, v.transpose(1, 2)).float()
+        of_scores = torch._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
+        of_scores = of_scores.mul_(ctx.scaling).to(q.dtype)
+        q_grad = torch.bmm(of_scores, k)
+        return q_grad.view_as(grad_HTD), torch.bmm(of_scores.transpose(1, 2), q), v_grad, None, None
+
+
+_masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+
+def _mask(tokens: int, window: int | None) -> torch.Tensor:
+    """``[t x t]``: what is added to scores; a few MiB for all lengths that come here."""
+    if (tokens, window) not in _masks:
+        at = torch.arange(tokens)
+        back = at[:, None] - at[None, :]
+        seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+        with torch.inference_mode(False):
+            _masks[tokens, window] = torch.zeros(tokens, tokens).masked_fill_(~seen, float("-inf"))
+    return _masks[tokens, window]
+
+
+def _attention_unmet(needs: Needs) -> str | None:
+    """Heads of any size and number are taken."""
+    return f"attention dropout {needs.dropout:g}, which is torch's to draw" if needs.dropout else None
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType({"attention": Kernel(attention, _attention_unmet)})
+"""By the names of `train.ops.kernel.REFERENCES`."""
