@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,10 +52,13 @@ def main() -> None:
     for name in arguments.only:
         print(f"part {name}: {(parts[name].__doc__ or '').strip()}", flush=True)
         started = time.monotonic()
-        parts[name](bench)
-        seconds = round(time.monotonic() - started)
-        print(f"  part {name} took {seconds} s", flush=True)
-        _store(stored, bench, machine, name, seconds)
+        try:
+            parts[name](bench)
+        finally:  # what is there is kept when somebody ends it
+            seconds = round(time.monotonic() - started)
+            print(f"  part {name} took {seconds} s", flush=True)
+            if name in bench.report:
+                _store(stored, bench, machine, name, seconds)
     print(f"speed: figures in {stored}", flush=True)
 
 
@@ -63,6 +67,7 @@ def _store(path: Path, bench: Bench, machine: dict[str, object], name: str, seco
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     how = {key: getattr(bench, key) for key in ("quick", "threads", "rounds", "timed", "warmup")}
     how |= {"data": str(bench.data or "made up"), "gemm_gflops": bench.report["gemm_gflops"], "seconds": seconds}
+    how["load_after"] = [round(load, 2) for load in os.getloadavg()]  # above the threads: others were at work, too
     kept[name] = {"machine": machine, "how": how, "figures": bench.report[name], "at": time.strftime("%Y-%m-%d %H:%M")}
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 

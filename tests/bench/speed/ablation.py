@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from tests.bench.speed import data, ours
-from tests.bench.speed.machine import Bench, Failed, Figures
+from tests.bench.speed.machine import Bench, Failed, Figures, calm
 from tests.bench.speed.training import window
 
 
@@ -59,8 +59,10 @@ def part_6(bench: Bench) -> None:
 
 
 def _row(entry: Entry, runs: dict[str, list[Figures]]) -> Figures:
-    speed = {name: statistics.median(one["tokens_per_second"] for one in each) for name, each in runs.items() if each}
-    memory = {name: max(one["peak_rss_gib"] for one in each) for name, each in runs.items() if each}
+    speed = {
+        name: statistics.median(one["tokens_per_second"] for one in calm(each)) for name, each in runs.items() if each
+    }
+    memory = {name: max(one["peak_rss_gib"] for one in each) for name, each in runs.items()}
     row = {
         "name": entry.name,
         "overrides": list(entry.overrides),

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -13,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "bench"
 SCRIPTS = Path(__file__).parent / "contestants"
 LIMIT_SECONDS = 900
+CALM_CORES = 0.25
+"""Other programs that take more of the cores disturb: two threads wait for the slower one."""
 
 Figures = dict[str, Any]
 
@@ -58,9 +63,9 @@ def script(bench: Bench, name: str, given: Figures, python: str = sys.executable
     path = BUILD / "spec.json"
     path.write_text(json.dumps({"threads": bench.threads} | given), encoding="utf-8")
     started_at = time.time()
-    words = [python, str(SCRIPTS / f"{name}.py"), str(path)]
+    words, others = [python, str(SCRIPTS / f"{name}.py"), str(path)], Others()
     said = run(words, bench.environment(given.get("threads", bench.threads), ours=False))
-    return dict(json.loads(said.strip().splitlines()[-1])) | {"started_at": started_at}
+    return dict(json.loads(said.strip().splitlines()[-1])) | {"started_at": started_at, "others_cores": others.cores()}
 
 
 def run(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -> str:
@@ -79,9 +84,38 @@ def run(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -> str
     return done.stdout
 
 
+class Others:
+    """How many cores other programs kept busy meanwhile: time of the machine less that of our own children."""
+
+    def __init__(self) -> None:
+        self._started, self._machine, self._own = time.perf_counter(), _busy_seconds(), _children_seconds()
+
+    def cores(self) -> float:
+        """On average since this was made; the children must have ended."""
+        theirs = (_busy_seconds() - self._machine) - (_children_seconds() - self._own)
+        return round(max(0.0, theirs / (time.perf_counter() - self._started)), 2)
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _children_seconds() -> float:
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def calm(runs: list[Figures]) -> list[Figures]:
+    """The runs that other programs left alone, if there are any; else all of them."""
+    return [each for each in runs if each["others_cores"] <= CALM_CORES] or runs
+
+
 def gemm_peak(bench: Bench) -> Figures:
-    """GFLOP/s of `torch.mm` in fp32 and bf16, the best of the whole run so far."""
-    found, known = script(bench, "gemm", {}), bench.report.setdefault("gemm_gflops", {})
+    """GFLOP/s of `torch.mm` in fp32 and bf16, the best of the whole run so far; quick: measured once."""
+    known: Figures = bench.report.setdefault("gemm_gflops", {})
+    if known and bench.quick:
+        return dict(known)
+    found = script(bench, "gemm", {})
     for name in ("fp32", "bf16"):
         known[name] = round(max(known.get(name, 0.0), found[name]), 1)
     return dict(known)

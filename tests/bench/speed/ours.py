@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.speed.data import CACHE, DataSet
-from tests.bench.speed.machine import BUILD, LIMIT_SECONDS, Bench, Failed, Figures
+from tests.bench.speed.machine import BUILD, LIMIT_SECONDS, Bench, Failed, Figures, Others
 
 RANK, ALPHA, LR = 8, 16, 1e-4
 COMMON = ["device=cpu", "schedule=constant", f"optim.lr={LR}", "checkpoint.every=0", f"cache_dir={CACHE}"]
@@ -32,7 +32,7 @@ def train(
     shutil.rmtree(run_dir, ignore_errors=True)
     asked = [f"model.path={model}", *data.words(), *COMMON, *TUNINGS[tuning], f"max_steps={steps}", *words]
     command = [sys.executable, "-P", "-m", "launchers.cli", "train", *asked, f"run_dir={run_dir}"]
-    started_at = time.time()
+    started_at, others = time.time(), Others()
     ends = _watched(command, bench.environment(threads or bench.threads, ours=True), run_dir)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(ends) != len(records):
@@ -46,6 +46,7 @@ def train(
         "peak_rss_gib": records[-1]["peak_gib"],
         "started_at": started_at,
         "first_step_at": ends[0],
+        "others_cores": others.cores(),
     }
 
 

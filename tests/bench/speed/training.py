@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from tests.bench.speed import data, ours, rivals
-from tests.bench.speed.machine import Bench, Failed, Figures, Shape, gemm_peak, script, shape_of
+from tests.bench.speed.machine import CALM_CORES, Bench, Failed, Figures, Shape, calm, gemm_peak, script, shape_of
 from tests.bench.speed.rivals import CONTESTANTS, Contestant
 
 ONE_BY_ONE = ("padded", "padding_free")
@@ -20,7 +21,8 @@ def part_1(bench: Bench) -> None:
     """LoRA and full fine-tuning on samples of up to 512 tokens."""
     chosen = [each for each in CONTESTANTS if each.in_quick or not bench.quick]
     tunings = ("lora",) if bench.quick else ("lora", "full")
-    bench.report["1"] = [compare(bench, "short", tuning, chosen) for tuning in tunings]
+    for tuning in tunings:
+        compare(bench, "1", "short", tuning, chosen)
 
 
 def part_2(bench: Bench) -> None:
@@ -29,21 +31,51 @@ def part_2(bench: Bench) -> None:
     if bench.quick:
         chosen = [each for each in chosen if each.in_quick and each.script != "trl_sft"]
     names = ("prompts",) if bench.quick else ("prompts", "long")
-    bench.report["2"] = [compare(bench, name, "lora", chosen) for name in names]
+    for name in names:
+        compare(bench, "2", name, "lora", chosen)
 
 
-def compare(bench: Bench, name: str, tuning: str, chosen: Sequence[Contestant]) -> Figures:
-    """Rounds of all contestants on one data set; prints and returns the table."""
-    model, warmup = data.model_of(bench), bench.warmup
-    found = data.data_set(bench, name)
-    steps = found.steps(warmup + bench.timed)
-    about = data.facts(steps[warmup:])
-    shape, python = shape_of(model, ours.RANK), rivals.trl_python()
-    chosen = [c for c in chosen if tuning in c.tunings and (python or c.script != "trl_sft")]
-    print(f"{tuning}, {name}: {about}", flush=True)
+@dataclass
+class Contest:
+    """What stays the same for all contestants of a table."""
+
+    bench: Bench
+    tuning: str
+    found: data.DataSet
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of each contestant's first step."""
+
+    def __post_init__(self) -> None:
+        self.model, self.python = data.model_of(self.bench), rivals.trl_python()
+        self.steps = self.found.steps(self.bench.warmup + self.bench.timed)
+        self.about = data.facts(self.steps[self.bench.warmup :])
+
+    def run(self, contestant: Contestant) -> Figures:
+        """One run of one of them.
+
+        Raises:
+            Failed: it did not end well, or did not train on what the others train on.
+        """
+        if contestant.script:
+            given = spec_of(self.bench, contestant, self.tuning, self.model, self.found.batch_tokens, self.steps)
+            python = {"python": self.python} if contestant.script == "trl_sft" and self.python else {}
+            figures = script(self.bench, contestant.script, given, **python)
+        else:
+            figures = ours.train(self.bench, self.model, self.found, self.tuning, len(self.steps))
+            _same_steps(figures, self.steps)
+        if contestant.mode in ONE_BY_ONE:
+            self.losses[contestant.name] = figures["losses"][0]
+            _same_loss(self.losses)
+        return window(figures, self.bench.warmup, self.about)
+
+
+def compare(bench: Bench, part: str, name: str, tuning: str, chosen: Sequence[Contestant]) -> None:
+    """Rounds of all contestants on one data set; prints the table and adds it to the part's."""
+    contest = Contest(bench, tuning, data.data_set(bench, name))
+    chosen = [c for c in chosen if tuning in c.tunings and (contest.python or c.script != "trl_sft")]
+    print(f"{tuning}, {name}: {contest.about}", flush=True)
     runs: dict[str, list[Figures]] = defaultdict(list)
     faults: dict[str, str] = {}
-    losses: dict[str, float] = {}
     for number in range(bench.rounds):
         gemm_peak(bench)
         # Every second round the other way about, so that none always runs after the same one.
@@ -51,25 +83,19 @@ def compare(bench: Bench, name: str, tuning: str, chosen: Sequence[Contestant]) 
             if contestant.name in faults or (contestant.once and number):
                 continue
             try:
-                given = spec_of(bench, contestant, tuning, model, found.batch_tokens, steps)
-                if contestant.script:
-                    interpreter = {"python": python} if contestant.script == "trl_sft" and python else {}
-                    figures = script(bench, contestant.script, given, **interpreter)
-                else:
-                    figures = ours.train(bench, model, found, tuning, len(steps))
-                    _same_steps(figures, steps)
-                if contestant.mode in ONE_BY_ONE:
-                    losses[contestant.name] = figures["losses"][0]
-                    _same_loss(losses)
-                runs[contestant.name].append(window(figures, warmup, about))
+                runs[contestant.name].append(figures := contest.run(contestant))
+                print(
+                    f"  round {number + 1}: {contestant.name} {figures['tokens_per_second']:.0f} tokens/s", flush=True
+                )
             except Failed as fault:
                 faults[contestant.name] = str(fault)
                 print(f"  {contestant.name}: left out: {fault}", flush=True)
-    peak = gemm_peak(bench)
-    table = {name: _figures(each, about, shape, tuning, peak["bf16"]) for name, each in runs.items()}
+    peak, shape = gemm_peak(bench)["bf16"], shape_of(contest.model, ours.RANK)
+    table = {name: _figures(each, contest.about, shape, tuning, peak) for name, each in runs.items() if each}
     _ratios(table)
     show(table)
-    return {"data": name, "tuning": tuning, "steps": about, "contestants": table, "left_out": faults}
+    found = {"data": name, "tuning": tuning, "steps": contest.about, "contestants": table, "left_out": faults}
+    bench.report.setdefault(part, []).append(found)
 
 
 def window(figures: Figures, warmup: int, about: Figures) -> Figures:
@@ -117,8 +143,8 @@ def _same_loss(losses: dict[str, float]) -> None:
 
 
 def _figures(runs: list[Figures], about: Figures, shape: Shape, tuning: str, peak: float) -> Figures:
-    """Medians over the rounds."""
-    speeds = [each["tokens_per_second"] for each in runs]
+    """Medians over the calm rounds."""
+    speeds = [each["tokens_per_second"] for each in calm(runs)]
     speed, length, share = statistics.median(speeds), about["mean_length"], about["supervised_share"]
     gflops = speed / 1e9
     found = {
@@ -127,8 +153,9 @@ def _figures(runs: list[Figures], about: Figures, shape: Shape, tuning: str, pea
         "supervised_tokens_per_second": round(speed * share, 1),
         "utilisation": round(gflops * shape.flops(tuning, length) / peak, 3),
         "utilisation_head_where_supervised": round(gflops * shape.flops(tuning, length, share) / peak, 3),
+        "others_cores": [each["others_cores"] for each in runs],
         "peak_rss_gib": round(max(each["peak_rss_gib"] for each in runs), 2),
-        "seconds_to_first_step": round(statistics.median(each["to_first"] for each in runs), 1),
+        "seconds_to_first_step": round(statistics.median(each["to_first"] for each in calm(runs)), 1),
         "first_loss": round(runs[0]["losses"][0], 4),
         "last_loss": round(runs[0]["losses"][-1], 4),
         "step_seconds": [[round(seconds, 2) for seconds in each["step_seconds"]] for each in runs],
@@ -139,7 +166,7 @@ def _figures(runs: list[Figures], about: Figures, shape: Shape, tuning: str, pea
 
 
 def _ratios(table: Figures) -> None:
-    """What crosstune is to each, and to the best that keeps samples apart."""
+    """What crosstune is to each of the others."""
     if "crosstune" not in table:
         return
     mine = table["crosstune"]
@@ -154,7 +181,9 @@ def show(table: Figures) -> None:
     head = f"  {'':34} {'tokens/s':>9} {'superv./s':>9} {'of peak':>8} {'GiB':>6} {'first step':>10} {'ours is':>8}"
     print(head, flush=True)
     for name, each in table.items():
-        note = f"  leaks: logits move by {each['leak']}" if each.get("leak", 0.0) > LEAK else ""
+        disturbed = min(each["others_cores"])
+        note = f"  disturbed: others took {disturbed} cores" if disturbed > CALM_CORES else ""
+        note += f"  leaks: logits move by {each['leak']}" if each.get("leak", 0.0) > LEAK else ""
         print(
             f"  {name:34} {each['tokens_per_second']:9.0f} {each['supervised_tokens_per_second']:9.0f} "
             f"{each['utilisation']:8.1%} {each['peak_rss_gib']:6.2f} {each['seconds_to_first_step']:8.1f} s "
