@@ -83,7 +83,6 @@ def build(given: dict[str, Any], folder: str, clock: Clock) -> Ordered:
     if mode in PACKED:  # packing mixes the samples of all steps, so the warm-up repeats some of the timed ones
         samples = [sample for step in given["steps"][given["warmup"] :] for sample in step]
     rows = {"input_ids": [sample["ids"] for sample in samples], "labels": [common.labels(s) for s in samples]}
-    # bfd drops labels of a row's first token only, which never is supervised.
     length = given["batch_tokens"] if mode in PACKED else None
     args = SFTConfig(
         output_dir=folder,
