@@ -1,0 +1,1 @@
+"""What crosstune is measured against: scripts, each run by an interpreter of its own; JSON is the last line."""

@@ -1,0 +1,81 @@
+"""Part 5: `crosstune eval` against the obvious library calls, on the same held-out samples and in the same format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from configs.schema.device import DeviceConfig
+from tests.bench.speed import data
+from tests.bench.speed.machine import BUILD, Bench, Figures, run, script
+from train.data.prepared import PreparedData
+from train.devices.cpu import CpuDevice
+
+BATCH = 8
+"""Samples of a padded batch of the library's."""
+
+
+def part_5(bench: Bench) -> None:
+    """Seconds of a whole measurement, the loading of the model included, for perplexity alone and with answers."""
+    cases = [(64, 4)] if bench.quick else [(0, 95), (64, 24)]
+    bench.report["5"] = [compare(bench, longest, limit) for longest, limit in cases]
+
+
+def compare(bench: Bench, max_new_tokens: int, limit: int) -> Figures:
+    """Rounds of both; `max_new_tokens` of 0: perplexity only."""
+    model, found = data.model_of(bench), data.data_set(bench, "short")
+    split = PreparedData.open(found.folder).split("test")
+    limit = min(limit, len(split))
+    samples = [data.sample_of(split, i) for i in range(limit)]
+    fast = CpuDevice(DeviceConfig()).fast_dtypes()[0]  # what `crosstune eval` takes
+    weights = "bf16" if fast is torch.bfloat16 else "fp32"
+    spec = {"model": str(model), "weights": weights, "samples": samples, "batch": BATCH}
+    runs: dict[str, list[Figures]] = defaultdict(list)
+    for _ in range(bench.rounds):
+        runs["crosstune eval"].append(_ours(bench, model, found.folder, max_new_tokens, limit))
+        theirs = script(bench, "library_eval", spec | {"max_new_tokens": max_new_tokens})
+        seconds = sum(theirs[f"{name}_seconds"] for name in ("load", "perplexity", "generate"))
+        runs["transformers"].append(theirs | {"seconds": seconds})
+    table = {
+        name: {
+            "seconds": round(statistics.median(one["seconds"] for one in each), 1),
+            "perplexity": round(each[0]["perplexity"], 4),
+            "generated_tokens": each[0]["generated_tokens"],
+            "peak_rss_gib": round(max(one["peak_rss_gib"] for one in each), 2),
+        }
+        for name, each in runs.items()
+    }
+    ratio = table["transformers"]["seconds"] / table["crosstune eval"]["seconds"]
+    what = f"perplexity and {max_new_tokens} new tokens" if max_new_tokens else "perplexity"
+    for name, each in table.items():
+        print(f"  {what} of {limit} samples, {name}: {each}", flush=True)
+    print(f"  {what}: crosstune is {ratio:.2f} times as fast", flush=True)
+    return {"what": what, "samples": limit, "table": table, "crosstune_speed_ratio": round(ratio, 2)}
+
+
+def _ours(bench: Bench, model: Path, prepared: Path, max_new_tokens: int, limit: int) -> Figures:
+    """Figures of summary.json; tokens generated are counted in the answers' text, end tokens left out."""
+    out = BUILD / "runs" / "speed-eval"
+    shutil.rmtree(out, ignore_errors=True)
+    asked = ["eval", f"model.path={model}", f"data={prepared}", "device=cpu", f"out={out}", f"eval.limit={limit}"]
+    answers = [f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens else ["eval.generate=false"]
+    run([sys.executable, "-P", "-m", "launchers.cli", *asked, *answers], bench.environment(bench.threads, ours=True))
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = (out / "eval" / "model.jsonl").read_text(encoding="utf-8").splitlines()
+    given = [json.loads(line)["answer"] for line in lines]
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in given if text)
+    return {
+        "seconds": summary["seconds"],
+        "perplexity": summary["model"]["perplexity"],
+        "generated_tokens": tokens,
+        "peak_rss_gib": summary["peak_gib"],
+    }
