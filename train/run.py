@@ -36,6 +36,7 @@ from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
 from train.observe.progress import Progress
+from train.ops.lora_linear import fuse_adapters
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.ops.packing_check import check_packing
 from train.ops.select import KernelSelection
@@ -197,6 +198,8 @@ def make_engine(
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
     objective.choose(module, note)
+    if not (isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3):
+        fuse_adapters(module)
     if cfg.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trained, total = count_parameters(module)

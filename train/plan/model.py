@@ -12,12 +12,14 @@ from torch import nn
 from configs.compose import build
 from configs.errors import ModelError, first_line
 from configs.schema.roots import TrainConfig
+from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
 from train.models.classes import from_config, raise_small_parts_to_fp32
 from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.models.short_rows import always_compress
 from train.objectives.base import Objective
+from train.ops.lora_linear import fuse_adapters
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.plan.trace import Event, Pass, Shape, trace
 from train.tuning.base import Tuning, quiet
@@ -75,6 +77,8 @@ class Model:
         always_compress(model)
         objective = self._objectives[module] = build(self.cfg.objective, Objective)
         objective.choose(module, quiet)
+        if not (isinstance(self.cfg.sharding, ZeroConfig) and self.cfg.sharding.stage == 3):
+            fuse_adapters(module)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return module.train()

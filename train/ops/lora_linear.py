@@ -1,0 +1,88 @@
+"""A linear layer and its low-rank adapter in one piece: fewer passes over activations than layer by layer.
+
+peft adds ``scaling * B(A(x))`` to the layer's output by four more operators, and autograd adds up three gradients of
+x, each over all of a layer's activations. Here both sums are made by the products that write them
+(``addmm``), in fp32 inside and rounded once. Not covered: dropout, DoRA and its like, several adapters, and ZeRO-3,
+which gathers weights when the modules that hold them are called; those run as peft has them.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _Adapted(torch.autograd.Function):
+    """``x W' + bias + scaling x A' B'``, of a frozen W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        down_RI: torch.Tensor,
+        up_OR: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        low_NR = x_NI @ down_RI.t()
+        out_NO = F.linear(x_NI, weight_OI, bias_O)
+        out_NO.addmm_(low_NR, up_OR.t(), alpha=scaling)
+        ctx.save_for_backward(x_NI, low_NR, weight_OI, down_RI, up_OR)
+        ctx.scaling = scaling
+        return out_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NI, low_NR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        low_grad_NR = grad_NO @ (up_OR * ctx.scaling)
+        to_x = None
+        if ctx.needs_input_grad[0]:  # nothing below the lowest adapter is gone through
+            to_x = grad_NO @ weight_OI
+            to_x = to_x.addmm_(low_grad_NR, down_RI).view(*grad.shape[:-1], -1)
+        to_down = low_grad_NR.t() @ x_NI if ctx.needs_input_grad[3] else None
+        to_up = (grad_NO.t() @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        return to_x, None, None, to_down, to_up, None
+
+
+def fuse_adapters(module: nn.Module) -> int:
+    """Has each layer that peft adapted compute as one; only these objects are touched, and copies of them copied.
+
+    Returns:
+        how many layers do.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    found = [layer for layer in module.modules() if type(layer) is Linear and _is_plain(layer)]
+    for layer in found:
+        layer.forward = MethodType(_forward, layer)
+    return len(found)
+
+
+def _is_plain(layer: Any) -> bool:
+    """One adapter of the simplest kind on a frozen matrix, all in one dtype."""
+    if len(layer.active_adapters) != 1 or layer.lora_variant or layer.fan_in_fan_out:
+        return False
+    [name] = layer.active_adapters
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear or name not in layer.lora_A or not isinstance(layer.lora_dropout[name], nn.Identity):
+        return False
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    parts = (base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    return frozen and layer.lora_B[name].bias is None and len({part.dtype for part in parts}) == 1
+
+
+def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    [name] = self.active_adapters
+    base, down = self.base_layer, self.lora_A[name].weight
+    if args or kwargs or self.disable_adapters or self.merged or x.dtype != down.dtype:
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    return _Adapted.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, base.weight, base.bias, down, self.lora_B[name].weight, self.scaling[name]
+    )
