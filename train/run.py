@@ -87,7 +87,7 @@ def train(
         model_config = load_config(model_dir, trust_remote_code=trusted)
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
-        kind = row_kind(cfg, family, note)
+        kind = row_kind(cfg, family, note, world.size)
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
@@ -206,18 +206,20 @@ def make_engine(
     return engine
 
 
-def row_kind(cfg: TrainConfig, family: Family, note: Note) -> RowKind:
+def row_kind(cfg: TrainConfig, family: Family, note: Note, world_size: int) -> RowKind:
     """What rows hold.
 
     Under ZeRO-3 the ranks gather a layer's weights together, and a wrapped mixer runs once for each group of samples,
-    of which ranks have different numbers: there a row of such a family holds one sample.
+    of which ranks have different numbers: there a row of such a family holds one sample. A rank that is alone has
+    nobody to fall out of step with.
 
     Raises:
         ConfigError: packing was asked for by name where it is not proven exact, or cannot be had.
     """
     if cfg.packing is Packing.off:
         return RowKind.padded
-    in_pieces = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and bool(family.packed_mixers)
+    spread = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and world_size > 1
+    in_pieces = spread and bool(family.packed_mixers)
     if family.packing_exact and not in_pieces:
         return RowKind.packed
     if in_pieces:
