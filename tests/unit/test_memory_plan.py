@@ -29,6 +29,7 @@ from train.models.load import load_config
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
+from train.plan.gathering import Gathered, Part
 from train.plan.model import Model
 from train.plan.predict import BASE, Data, Predictor
 from train.plan.process import Files
@@ -45,7 +46,7 @@ def adamw(shapes, foreach=False):
 
 
 def setting(zero=None, world=1, size=4, weights=None, **more):
-    weights = weights or [Weight("w", torch.Size((1000, 1000)), True, "m")]
+    weights = weights or [Weight("w", torch.Size((1000, 1000)), True)]
     more = {"micro_batch": NOTHING, "reserve_buckets": False} | more
     return Setting(weights=weights, size=size, world=world, zero=zero, step=adamw, **more)
 
@@ -85,12 +86,12 @@ def test_offload_moves_masters_gradients_and_state_to_the_host():
 
 def test_zero3_gathers_fused_experts_whole():
     """Two tensors of one module come together, however little is prefetched; small ones are always there."""
-    experts = [
-        Weight(f"l.{i}.experts.{n}", torch.Size((8, 1000, 100)), True, f"l.{i}.experts") for i in (0, 1) for n in "ab"
-    ]
-    norm = Weight("norm", torch.Size((64,)), True, "norm")
-    made = setting(Zero(3, prefetch=0, reuse=0), world=8, weights=[*experts, norm])
-    assert script_of(made).gathered_numel() == (2 * 800_000, 64)
+    weights = [Weight(f"l.{i}.experts.{n}", torch.Size((8, 1000, 100)), True) for i in (0, 1) for n in "ab"]
+    layers = [Part(tuple((weight.name, weight.numel) for weight in weights[i : i + 2])) for i in (0, 2)]
+    norm = Weight("norm", torch.Size((64,)), True)
+    modules = Part((("norm", 64),), tuple(layers))
+    made = setting(Zero(3, prefetch=0, reuse=0), world=8, weights=[*weights, norm], modules=modules)
+    assert script_of(made).gathered() == Gathered(2 * 800_000, 64, 2 * 800_000)
     script_of(made).write(passes=1, steps=1)
     assert any(
         made.device.parts[n] == part.GATHERED and size == 4 * (2 * 1_600_000 + 64) for n, size in made.device.events
