@@ -91,7 +91,7 @@ def train(
         model_config = load_config(model_dir, trust_remote_code=trusted)
         objective.check(model_config, note)
         family = family_of(model_config, trust_remote_code=trusted)
-        kind = row_kind(cfg, family, world.size, note)
+        kind = row_kind(cfg, family, note, world.size)
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, family, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
@@ -216,22 +216,23 @@ def make_engine(
     return engine
 
 
-def row_kind(cfg: TrainConfig, family: Family, ranks: int, note: Note) -> RowKind:
+def row_kind(cfg: TrainConfig, family: Family, note: Note, world_size: int) -> RowKind:
     """What rows hold.
 
     Under ZeRO-3 the ranks gather a layer's weights together, and a wrapped mixer runs once for each group of samples,
-    of which ranks have different numbers: there a row of such a family holds one sample.
+    of which ranks have different numbers: there a row of such a family holds one sample. A rank that is alone has
+    nobody to fall out of step with.
 
     Raises:
         ConfigError: packing was asked for by name where it is not proven exact, or cannot be had.
     """
     if cfg.packing is Packing.off:
         return RowKind.padded
-    in_pieces = ranks > 1 and isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3
-    out_of_step = in_pieces and bool(family.packed_mixers)
-    if family.packing_exact and not out_of_step:
+    spread = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and world_size > 1
+    in_pieces = spread and bool(family.packed_mixers)
+    if family.packing_exact and not in_pieces:
         return RowKind.packed
-    if out_of_step:
+    if in_pieces:
         why = "runs its mixers sample by sample, which ranks of ZeRO-3 cannot do in step"
     elif family.listed:
         why = "is not proven to keep packed samples apart"

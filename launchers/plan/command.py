@@ -42,7 +42,11 @@ class Plan:
     notes: list[str]
 
     def predictor(self, cfg: PlanConfig, dtype: torch.dtype, world: int) -> Predictor:
-        """For this config, which differs from the call's own in how it computes only."""
+        """For this config, which differs from the call's own in how it computes only. What a run notes is noted.
+
+        Raises:
+            ConfigError: a run would refuse the config.
+        """
         from train.plan.predict import Predictor
         from train.plan.process import process_bytes
         from train.run import row_kind
@@ -52,11 +56,16 @@ class Plan:
             self.model,
             dtype=dtype,
             on_cpu=self.on_cpu,
-            kind=row_kind(cfg, self.model.family, world, lambda text: None),
+            kind=row_kind(cfg, self.model.family, self.note, world),
             world=world,
             data=self.data,
             base_bytes=lambda: process_bytes(cfg, dtype),
         )
+
+    def note(self, text: str) -> None:
+        """For the user, told once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def world(self) -> int:
@@ -107,7 +116,7 @@ def plan(cfg: PlanConfig) -> Result:
 
     Raises:
         ModelError: there is no config.json, or transformers cannot build the model.
-        ConfigError: the tuning method does not fit the model.
+        ConfigError: the tuning method, the objective or the packing does not fit the model.
         DataError: the data were prepared by another version.
     """
     from rich.console import Console
@@ -149,10 +158,10 @@ def _made(cfg: PlanConfig) -> Plan:
     # What a run imports, so that this process's own resident set tells that of one.
     import peft  # noqa: F401
 
+    import train.run  # noqa: F401
     from train.devices.base import Device
     from train.objectives.base import Objective
     from train.plan.model import Model
-    from train.run import row_kind
 
     notes: list[str] = []
     device = build(cfg.device, Device)
@@ -165,7 +174,6 @@ def _made(cfg: PlanConfig) -> Plan:
     model = Model(cfg, _model_folder(cfg, notes))
     build(cfg.objective, Objective).check(model.config, notes.append)
     made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
-    row_kind(cfg, model.family, made.world, notes.append)
     if (each := made.on_a_machine) > cfg.nproc:
         where = "one machine" if cfg.plan.nodes == 1 else f"{cfg.plan.nodes} machines, {each} on each"
         notes.append(

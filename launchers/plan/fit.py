@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import ConfigError
 from configs.schema.model import Precision
 from configs.schema.plan import PlanConfig, room
 from configs.schema.sharding import PlainConfig, ShardingConfig, ZeroConfig
@@ -23,8 +24,8 @@ def settings_that_fit(made: Plan) -> list[dict[str, Any]]:
     The largest `micro_batch_tokens` is looked for by halving it: it changes memory and speed, not the gradients.
 
     Returns:
-        Those that fit before those that do not; each with ``fits``, its settings, ``needs_bytes`` and, where it does
-        not fit, ``reason``.
+        Those that fit before those that do not; each with ``fits``, its settings, ``needs_bytes`` (None where a run
+        would refuse the setting) and, where it does not fit, ``reason``.
     """
     assert made.cfg.fit is not None
     limit, _ = room(made.cfg.fit)
@@ -56,15 +57,21 @@ def _line(made: Plan, sharding: str, recompute: bool, precision: Precision, limi
             micro_batch_tokens=tokens,
             fit=None,
         )
-        forecast = made.predictor(cfg, DTYPES[precision], made.world).forecast()
-        parts = {**forecast.parts, **made.beside(cfg)}
-        needs = forecast.device_bytes + sum(made.beside(cfg).values())
-        tried = {
-            "fits": needs <= limit,
+        settings = {
             "sharding": sharding,
             "activation_checkpointing": recompute,
             "precision": precision.value,
             "micro_batch_tokens": tokens,
+        }
+        try:
+            forecast = made.predictor(cfg, DTYPES[precision], made.world).forecast()
+        except ConfigError as error:
+            return {"fits": False, **settings, "needs_bytes": None, "reason": f"{error.where}: {error.found}"}
+        parts = {**forecast.parts, **made.beside(cfg)}
+        needs = forecast.device_bytes + sum(made.beside(cfg).values())
+        tried = {
+            "fits": needs <= limit,
+            **settings,
             "needs_bytes": needs,
             "host_bytes": forecast.host_bytes,
             "machine_host_bytes": made.on_host(forecast),

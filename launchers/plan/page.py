@@ -88,6 +88,9 @@ def _fits(page: Page, result: Mapping[str, Any], fit: str) -> None:
             f"micro_batch_tokens={line['micro_batch_tokens']}"
             f"{' activation_checkpointing=true' if line['activation_checkpointing'] else ''}"
         )
+        if line["needs_bytes"] is None:
+            page.row("refused", f"{words}  {line['reason']}", label_style=BAD)
+            continue
         size = f"{line['needs_bytes'] / 2**30:.1f} GiB"
         if line["fits"] and line["sharding"].endswith("offload") and not result["on_cpu"]:
             size += f", and {in_gib(line['machine_host_bytes'])} of a machine's host memory"

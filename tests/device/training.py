@@ -74,14 +74,14 @@ class Bench:
 
     def engine(self, cfg: TrainConfig) -> Engine:
         family = family_of(load_config(self.model_dir))
-        kind = row_kind(cfg, family, self.world.size, logger.debug)
+        kind = row_kind(cfg, family, logger.debug, self.world.size)
         return make_engine(
             cfg, self.model_dir, family, kind, self.device, self.world, logger.debug, build(cfg.objective, Objective)
         )
 
     def loop(self, cfg: TrainConfig, engine: Engine, steps: int) -> Loop:
         split = PreparedData.open(self.prepared).split("train")
-        kind = row_kind(cfg, family_of(load_config(self.model_dir)), self.world.size, logger.debug)
+        kind = row_kind(cfg, family_of(load_config(self.model_dir)), logger.debug, self.world.size)
         rows = RowLayout(self.world.rank, self.world.size, cfg.micro_batch_tokens, kind, self.device.torch_device)
         plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens)
         return Loop(

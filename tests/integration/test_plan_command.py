@@ -11,6 +11,7 @@ from configs.errors import EXIT_USER_FAULT
 from launchers.cli import main
 from tests.command import crosstune, write_uneven_records
 from tests.tiny import save_tiny_model
+from tests.tiny_families import save
 
 WITHIN = 0.10
 """Of the whole process: the goal of the table, where the worst of all cases is closer."""
@@ -124,3 +125,45 @@ def test_a_plan_of_a_run_that_was_with_flops_measured_here(place, tmp_path, plan
 def test_faults_name_the_remedy(place, capfd, words, said):
     assert main(["plan", *words_of(place), *words]) == EXIT_USER_FAULT
     assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective.balance_loss=0.01"], "objective.balance_loss: above 0, but family 'llama' has no routed experts"),
+        (
+            ["objective.indexer_stage=sparse"],
+            "objective.indexer_stage: asks for the indexer's loss, and family 'llama'",
+        ),
+        (["objective.indexer_kl=1"], "objective.indexer_kl: asks for the indexer's loss, and family 'llama'"),
+    ],
+)
+def test_what_training_would_refuse_of_the_objective_is_refused(place, capfd, monkeypatch, words, said):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert main(["plan", *words_of(place, "tuning=full"), *words]) == EXIT_USER_FAULT
+    assert said in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory):
+    """A model whose mixers are wrapped for packing, with a router that asks for a balancing loss."""
+    return save("qwen3_next", tmp_path_factory.mktemp("leaky"), router_aux_loss_coef=0.001)
+
+
+def test_what_a_run_notes_is_noted(place, leaky, planned):
+    words = [*words_of(place, "tuning=full", f"model.path={leaky}"), "sharding=zero3"]
+    said = "runs its mixers sample by sample, which ranks of ZeRO-3 cannot do in step, so each row holds one sample"
+    two, one = planned(*words, "nproc=2"), planned(*words, "nproc=1")
+    assert [said in " ".join(result["notes"]) for result in (two, one)] == [True, False]
+    assert two["micro_batch"]["tokens"] == 256 < one["micro_batch"]["tokens"], "and counted with"
+    assert any("router_aux_loss_coef=0.001" in note for note in one["notes"])
+
+
+def test_a_setting_that_a_run_would_refuse_does_not_fit(place, leaky, planned, capfd):
+    words = [*words_of(place, "tuning=full", f"model.path={leaky}"), "micro_batch_tokens=256", "packing=on"]
+    lines = planned(*words, "model.precision=fp32", "--fit", "64GiB", "x2")["fits"]
+    assert {line["sharding"] for line in lines if not line["fits"]} == {"zero3", "zero3_offload"}
+    refused = [line for line in lines if line["needs_bytes"] is None]
+    assert len(refused) == 8 and all("cannot do in step" in line["reason"] for line in refused)
+    assert main(["plan", *words, "sharding=zero3", "nproc=2"]) == EXIT_USER_FAULT
+    assert "packing: on, but family 'qwen3_next'" in capfd.readouterr().err

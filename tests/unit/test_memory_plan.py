@@ -21,18 +21,17 @@ from configs.schema.dataset import FilesDatasetConfig
 from configs.schema.plan import PlanOptions, room
 from launchers.command_line import parse
 from launchers.doctor.page import Page
-from launchers.plan.command import Plan, _data, _made
+from launchers.plan.command import Plan, _data
 from launchers.plan.fit import _reason
 from launchers.plan.page import _fits
 from tests.tiny import save_tiny_model
-from tests.tiny_families import save
 from train.data.plan import RowKind
-from train.engine.needs import needs_of
-from train.models.load import load_config, load_model
+from train.models.load import load_config
 from train.ops.loss_head import CHUNK_BYTES
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
 from train.plan.engines import Setting, Weight, Zero
+from train.plan.gathering import Gathered, Part
 from train.plan.model import Model
 from train.plan.predict import BASE, Data, Predictor
 from train.plan.process import Files
@@ -49,7 +48,7 @@ def adamw(shapes, foreach=False):
 
 
 def setting(zero=None, world=1, size=4, weights=None, **more):
-    weights = weights or [Weight("w", torch.Size((1000, 1000)), True, "m")]
+    weights = weights or [Weight("w", torch.Size((1000, 1000)), True)]
     more = {"micro_batch": NOTHING, "reserve_buckets": False} | more
     return Setting(weights=weights, size=size, world=world, zero=zero, step=adamw, **more)
 
@@ -89,74 +88,16 @@ def test_offload_moves_masters_gradients_and_state_to_the_host():
 
 def test_zero3_gathers_fused_experts_whole():
     """Two tensors of one module come together, however little is prefetched; small ones are always there."""
-    experts = [
-        Weight(f"l.{i}.experts.{n}", torch.Size((8, 1000, 100)), True, f"l.{i}.experts") for i in (0, 1) for n in "ab"
-    ]
-    norm = Weight("norm", torch.Size((64,)), True, "norm")
-    made = setting(Zero(3, prefetch=0, reuse=0), world=8, weights=[*experts, norm])
-    assert script_of(made).gathered_numel() == (2 * 800_000, 64)
+    weights = [Weight(f"l.{i}.experts.{n}", torch.Size((8, 1000, 100)), True) for i in (0, 1) for n in "ab"]
+    layers = [Part(tuple((weight.name, weight.numel) for weight in weights[i : i + 2])) for i in (0, 2)]
+    norm = Weight("norm", torch.Size((64,)), True)
+    modules = Part((("norm", 64),), tuple(layers))
+    made = setting(Zero(3, prefetch=0, reuse=0), world=8, weights=[*weights, norm], modules=modules)
+    assert script_of(made).gathered() == Gathered(2 * 800_000, 64, 2 * 800_000)
     script_of(made).write(passes=1, steps=1)
     assert any(
         made.device.parts[n] == part.GATHERED and size == 4 * (2 * 1_600_000 + 64) for n, size in made.device.events
     )
-
-
-def test_zero3_gathers_the_experts_of_a_layer_as_one(tmp_path):
-    """With adapters that peft lays around them, too, as it reads a weight before the module around it is called."""
-    words = ("tuning=lora", "tuning.targets=[routed_experts]", "sharding=zero3")
-    made = predictor(save("deepseek_v3", tmp_path), *words, world=2)
-    experts = [weight for weight in made.weights if ".experts." in weight.name]
-    layers = {f"{weight.name.partition('.experts.')[0]}.experts" for weight in experts}
-    assert len(layers) > 1 and {weight.module for weight in experts} == layers
-    shared = sum(w.numel for w in experts if w.module == min(layers))
-    assert {"gate_up_proj", "lora_A"} <= {part for w in experts for part in w.name.split(".")}
-    bare = made._setting()
-    bare.zero = Zero(3, prefetch=0, reuse=0, persistent=0)
-    assert script_of(bare).gathered_numel()[0] >= shared
-
-
-@pytest.mark.parametrize("name", ["deepseek_v4", "glm5_next", "kimi_linear", "minimax_m2", "qwen3_5_moe"])
-def test_parts_in_fp32_are_those_that_loading_keeps_so(tmp_path, name):
-    made = predictor(save(name, tmp_path), "tuning=full")
-    loaded = load_model(tmp_path, dtype=torch.bfloat16)
-    assert {weight.name for weight in made.weights if weight.fp32} == needs_of(loaded).fp32
-    buffers = {n: b.dtype for n, b in loaded.named_buffers()}
-    assert all(b.dtype == buffers[n] for n, b in made.module.named_buffers())
-
-
-def test_parts_in_fp32_are_whole_on_every_rank_beside_zero(tmp_path):
-    """Four bytes of weight and four of gradient each, and AdamW's two values; however many ranks there are."""
-    made = predictor(save("deepseek_v4", tmp_path), "tuning=full", "sharding=zero2", world=4)
-    kept = [weight for weight in made.weights if weight.fp32]
-    numel = sum(weight.numel for weight in kept if weight.trained)
-    assert numel > 0
-    mine, without = made._setting(), made._setting()
-    without.replicas = []
-    for each in (mine, without):
-        script_of(each).write(passes=1, steps=2)
-    last, other = (dict(each.device.parts_after(len(each.device.events) - 1)) for each in (mine, without))
-    more = {key: last[key] - other.get(key, 0) for key in last}
-    assert more[part.WEIGHTS] == 4 * sum(weight.numel for weight in kept)
-    steps = 4 * sum(weight.trained for weight in kept)  # each has a counter of its own
-    assert (more[part.GRADIENTS], more[part.STATE]) == (4 * numel, 8 * numel + steps)
-    assert not {weight.name for weight in mine.weights} & {weight.name for weight in kept}
-    plain = predictor(tmp_path, "tuning=full")._setting()
-    assert held(plain)[part.MASTERS] == round(4 * sum(w.numel for w in plain.trained if not w.fp32) / 1e6)
-
-
-def test_a_plan_says_what_a_run_would_say_or_refuse(tmp_path):
-    save("qwen3_next", tmp_path)
-
-    def notes(*words):
-        cfg = compose("plan", [f"model.path={tmp_path}", "dataset.path=x", "device=cpu", *words])
-        return " ".join(_made(cfg).notes)
-
-    assert "each row holds one sample" in notes("sharding=zero3", "nproc=2")
-    assert "each row" not in notes("sharding=zero3", "nproc=1") + notes("sharding=zero2", "nproc=2")
-    with pytest.raises(ConfigError, match=r"objective\.indexer_kl: .*'qwen3_next' cannot have it"):
-        notes("objective.indexer_kl=1", "tuning=full")
-    with pytest.raises(ConfigError, match="packing: on"):
-        notes("packing=on", "sharding=zero3", "nproc=2")
 
 
 def test_a_save_keeps_its_copy_on_the_host():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -56,15 +55,6 @@ def keeping_small_parts_in_fp32(chosen: Any) -> Any:
     kept = {*(chosen._keep_in_fp32_modules_strict or ()), *ROUTER_AND_MIXING}
     # Of the same name, by which transformers finds the family's table of weight conversions.
     return type(chosen.__name__, (chosen,), {"_keep_in_fp32_modules_strict": kept, "__module__": chosen.__module__})
-
-
-def raise_small_parts_to_fp32(model: Any) -> None:
-    """Casts what `keeping_small_parts_in_fp32` would have loaded so, by the rules of transformers' loading."""
-    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *ROUTER_AND_MIXING}
-    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept)))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if pattern.search(name) and tensor.is_floating_point():
-            tensor.data = tensor.data.float()
 
 
 def from_config(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:

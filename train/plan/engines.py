@@ -14,6 +14,7 @@ import torch
 from train.checkpoint.snapshot import CHUNK
 from train.engine.reduce import BUCKET_NUMEL
 from train.plan import tape as part
+from train.plan.gathering import Part
 from train.plan.tape import Tape
 from train.plan.trace import Event, Pass
 
@@ -27,10 +28,8 @@ class Weight:
     name: str
     shape: torch.Size
     trained: bool
-    module: str
-    """Whose it is; what ZeRO-3 gathers together."""
     fp32: bool = False
-    """It is so whatever the working dtype; DeepSpeed does not see it, and every rank has all of it."""
+    """Kept in fp32 among weights that are not: a master of its own, and under ZeRO whole on every rank."""
 
     @property
     def numel(self) -> int:
@@ -74,6 +73,8 @@ class Setting:
     gather_buffers: int = 1
     """Buffers as large as what ZeRO-3 gathers: that of the all-gather, and over gloo a copy of it (seen: 123 MiB
     more than the 122 MiB that were gathered)."""
+    modules: Part = Part()
+    """In which ZeRO-3 gathers the weights."""
     copy: int = 0
     """Bytes of the copy that an asynchronous save keeps on the host; 0: none."""
     copy_stays: bool = False
@@ -81,19 +82,25 @@ class Setting:
     device: Tape = field(default_factory=Tape)
     host: Tape = field(default_factory=Tape)
 
-    replicas: Sequence[Weight] = ()
-    """Beside a ZeRO engine: fp32 weights that are whole on every rank (`train.engine.replicas`)."""
-
     @property
     def trained(self) -> list[Weight]:
-        """Those that train, and are the engine's own."""
+        """Those that train."""
         return [weight for weight in self.weights if weight.trained]
+
+    def bytes_of(self, weight: Weight) -> int:
+        """Of the whole weight, as the model computes with it."""
+        return (FP32 if weight.fp32 else self.size) * weight.numel
+
+    @property
+    def spread(self) -> list[Weight]:
+        """Those of them that ZeRO spreads."""
+        return [weight for weight in self.trained if not weight.fp32]
 
     @property
     def groups(self) -> list[list[Weight]]:
-        """As `train.engine.optimizer` groups them: matrices and the rest."""
-        matrices = [weight for weight in self.trained if len(weight.shape) >= 2]
-        others = [weight for weight in self.trained if len(weight.shape) < 2]
+        """Of these, as `train.engine.optimizer` groups them: matrices and the rest."""
+        matrices = [weight for weight in self.spread if len(weight.shape) >= 2]
+        others = [weight for weight in self.spread if len(weight.shape) < 2]
         return [group for group in (matrices, others) if group]
 
 
@@ -108,7 +115,6 @@ class Script:
     def write(self, passes: int, steps: int) -> None:
         """So many steps of so many micro-batches each."""
         self.build()
-        self._replicate()
         for taken in range(steps):
             if taken == steps - 1 and self.set.copy_stays:
                 self._copy()
@@ -118,7 +124,6 @@ class Script:
                 self.end_pass(last=number == passes - 1)
                 self.device.give(*graph)
             self.step()
-            self._optimize([weight.shape for weight in self.set.replicas if weight.trained], self.device)
             self._stepped = True
         if not self.set.copy_stays:
             self._copy()
@@ -126,13 +131,6 @@ class Script:
     def build(self) -> None:
         """Model and engine."""
         raise NotImplementedError
-
-    def _replicate(self) -> None:
-        """What stands beside the engine: weights, and their gradients, which stay."""
-        for weight in self.set.replicas:
-            self.device.take(part.WEIGHTS, FP32 * weight.numel)
-        for bucket in chunks([w.numel for w in reversed(self.set.replicas) if w.trained], BUCKET_NUMEL):
-            self.device.take(part.GRADIENTS, FP32 * bucket)
 
     def begin_pass(self) -> None:
         """Before a forward pass."""
@@ -149,7 +147,7 @@ class Script:
             self.host.take(part.COPY, min(CHUNK, self.set.copy - at))
 
     def learned(self, numel: int) -> None:
-        """The gradient of so many elements is there, and gone where the engine keeps nothing of it."""
+        """A gradient in the working dtype is there, and gone where the engine keeps nothing of it."""
 
     def _pass(self) -> list[int]:
         """Forward and backward; returns the numbers of what goes with the loss."""
@@ -158,26 +156,29 @@ class Script:
         for number in each.graph:
             parts[number] = part.GRAPH
         at, left = 0, dict[int, int]()
-        for place, numel in [*each.gradients, (len(each.events), 0)]:
+        for place, numel, itemsize in [*each.gradients, (len(each.events), 0, 0)]:
             events = each.events[at:place]
             self.device.play([e for e in events if on_host or e[0] not in each.graph], parts, left)
             at = place
-            if numel:
+            if itemsize == self.set.size:  # those of parts in fp32 are added up where they are
                 self.learned(numel)
         return list(left.values())
 
     def _optimize(self, shapes: Sequence[torch.Size], tape: Tape) -> None:
         """A step over tensors of these shapes; state stays from the first one on."""
-        if not shapes:
-            return
         events = self.set.step(shapes)[1 if self._stepped else 0]
         stay = {number for number, _ in events} - {number for number, size in events if size < 0}
         parts = {number: part.STATE if number in stay else part.STEP for number, _ in events}
         tape.play(events, [parts.get(number, "") for number in range(1 + max(parts, default=0))], {})
 
-    def _weights(self, bytes_each: Callable[[Weight], int]) -> None:
-        for weight in self.set.weights:
-            self.device.take(part.WEIGHTS, bytes_each(weight))
+    def _weights(self, weights: Sequence[Weight]) -> None:
+        for weight in weights:
+            self.device.take(part.WEIGHTS, self.set.bytes_of(weight))
+
+    def _buckets(self, weights: Sequence[Weight]) -> None:
+        """Gradients as `train.engine.reduce` holds them."""
+        for bucket in chunks([weight.numel for weight in reversed(weights)], BUCKET_NUMEL):
+            self.device.take(part.GRADIENTS, FP32 * bucket)
 
 
 class Plain(Script):
@@ -185,13 +186,11 @@ class Plain(Script):
 
     def build(self) -> None:
         """Weights, masters, buckets."""
-        size = self.set.size
-        self._weights(lambda weight: (FP32 if weight.fp32 else size) * weight.numel)
-        for weight in self.set.trained:
-            if size < FP32 and not weight.fp32:
+        self._weights(self.set.weights)
+        if self.set.size < FP32:
+            for weight in self.set.spread:
                 self.device.take(part.MASTERS, FP32 * weight.numel)
-        for bucket in chunks([weight.numel for weight in reversed(self.set.trained)], BUCKET_NUMEL):
-            self.device.take(part.GRADIENTS, FP32 * bucket)
+        self._buckets(self.set.trained)
 
     def step(self) -> None:
         """Over each parameter's master."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from configs.errors import ModelError, first_line
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
-from train.models.classes import from_config, raise_small_parts_to_fp32
+from train.models.classes import from_config, keeping_small_parts_in_fp32, model_class
 from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.models.short_rows import always_compress
@@ -63,12 +64,13 @@ class Model:
         try:
             with torch.device("meta"):
                 model = from_config(self.config, dtype=dtype, attention=attention, trust_remote_code=trusted)
-                raise_small_parts_to_fp32(model)
         except (ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise ModelError(
                 str(self.model_dir / "config.json"),
                 f"no model can be built from it: {first_line(error) or type(error).__name__}",
             ) from None
+        if dtype != torch.float32:
+            _keep_in_fp32(model, model_class(self.config, trust_remote_code=trusted))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.config.use_cache = False
         if packed:
@@ -101,3 +103,14 @@ class Model:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # notes to its authors
             self._passes[key] = trace(module, objective.loss_sum, shape, self.vocabulary)
         return self._passes[key]
+
+
+def _keep_in_fp32(model: nn.Module, chosen: Any) -> None:
+    """What loading keeps in fp32, which building from a config does not: names that a pattern is found in."""
+    patterns: set[str] = set()
+    for owner in (model, keeping_small_parts_in_fp32(chosen)):
+        patterns |= set(getattr(owner, "_keep_in_fp32_modules_strict", None) or ())
+    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    for name, parameter in model.named_parameters():
+        if patterns and found.search(name):
+            parameter.data = parameter.data.float()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from configs.errors import first_line
+from configs.errors import ConfigError, first_line
 from configs.schema.outputs import SaveMode
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
@@ -26,10 +26,12 @@ from train.engine.zero_config import deepspeed_config
 from train.observe.flops import flops_per_token
 from train.plan.allocators import caching_peak, host_peak
 from train.plan.engines import FP32, Setting, Weight, Zero
+from train.plan.gathering import part_of
 from train.plan.model import Model
 from train.plan.process import Files
 from train.plan.tape import Tape
 from train.plan.trace import Event, Pass, Shape, fullest, trace_optimizer
+from train.plan.traffic import sent_bytes
 from train.plan.zero_engines import script_of
 
 STEPS = 3
@@ -100,6 +102,7 @@ class Predictor:
         self.cfg, self.model, self.dtype, self.on_cpu = cfg, model, dtype, on_cpu
         self.kind, self.world, self.data, self._base = kind, world, data, base_bytes
         self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.activation_checkpointing)
+        self.needs = needs_of(self.module)
         self.unknown: list[str] = []
 
     def forecast(self) -> Forecast:
@@ -126,7 +129,7 @@ class Predictor:
         """Peak, its parts, and the host's parts."""
         live, parts = setting.device.peak()
         files = Files(self.model.model_dir, self.model.shapes, self.dtype)
-        whole = sum(weight.numel for weight in self.weights) * self.dtype.itemsize
+        whole = sum(setting.bytes_of(weight) for weight in self.weights)
         loading = whole + files.bytes - files.mapped
         if not self.on_cpu:
             held = caching_peak(setting.device.events)
@@ -153,14 +156,8 @@ class Predictor:
     @cached_property
     def weights(self) -> list[Weight]:
         """The module's parameters."""
-        needs = needs_of(self.module)
-        as_one = [path for path, part in self.module.named_modules() if isinstance(part, needs.as_one)]
-
-        def gathered_with(name: str) -> str:
-            return next((path for path in as_one if name.startswith(f"{path}.")), name.rpartition(".")[0])
-
         return [
-            Weight(name, parameter.shape, parameter.requires_grad, gathered_with(name), name in needs.fp32)
+            Weight(name, parameter.shape, parameter.requires_grad, name in self.needs.fp32)
             for name, parameter in self.module.named_parameters()
         ]
 
@@ -168,6 +165,11 @@ class Predictor:
     def trained_numel(self) -> int:
         """Elements that train."""
         return sum(weight.numel for weight in self.weights if weight.trained)
+
+    @property
+    def spread_numel(self) -> int:
+        """Elements that train and are spread where ZeRO spreads."""
+        return sum(weight.numel for weight in self.weights if weight.trained and not weight.fp32)
 
     @property
     def longest(self) -> int:
@@ -208,9 +210,15 @@ class Predictor:
         device, keep = Tape(), self.cfg.checkpoint
         # With every=0 a run waits for its one save (`train.checkpoint.checkpointer`).
         copies = keep.mode is SaveMode.asynchronous or (keep.mode is SaveMode.auto and keep.every > 0)
+        if self.zero is not None and not self.spread_numel:
+            raise ConfigError(
+                "sharding",
+                f"stage {self.zero.stage}, but all that trains is kept in fp32 on every rank: nothing is left to shard",
+                remedy="sharding=plain, or train more parts",
+            )
         return Setting(
-            weights=[weight for weight in self.weights if not (self.zero and weight.fp32)],
-            replicas=[weight for weight in self.weights if self.zero and weight.fp32],
+            weights=self.weights,
+            modules=part_of(self.module, self.needs.as_one, self.needs.fp32),
             size=self.dtype.itemsize,
             world=self.world,
             zero=self.zero,
@@ -277,25 +285,6 @@ class Predictor:
         )
 
     def sent(self) -> dict[str, int]:
-        """Bytes that a rank sends in a step, as a ring does it: each collective moves (n - 1) / n of its data."""
-        if self.world == 1:
-            return {}
-        ring = (self.world - 1) / self.world
-        gradients = FP32 * self.trained_numel * ring
-        weights = self.dtype.itemsize * self.trained_numel * ring
+        """Bytes that a rank sends in a step."""
         stage = self.zero.stage if self.zero else 0
-        if stage == 0:
-            return {"gradients, all-reduce": int(2 * gradients)}
-        if stage in (1, 2):
-            times = self.passes if stage == 2 else 1
-            return {"gradients, all-reduce": int(2 * gradients * times), "weights, all-gather": int(weights)}
-        whole = self.dtype.itemsize * sum(weight.numel for weight in self.weights) * ring
-        return {
-            "weights, gathered forward and backward": int(2 * whole * self.passes),
-            "gradients, reduce-scatter": int(gradients * self.passes),
-        }
-
-
-def parts_in_order(parts: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Those that take something, the largest first."""
-    yield from sorted(((name, size) for name, size in parts.items() if size > 0), key=lambda each: -each[1])
+        return sent_bytes(self.weights, self.dtype.itemsize, stage=stage, world=self.world, passes=self.passes)

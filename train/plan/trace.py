@@ -45,8 +45,9 @@ class Pass:
     events: list[Event]
     forward_ends: int
     """Events before the loss is there."""
-    gradients: list[tuple[int, int]]
-    """Event after which the gradient of so many trained weights is there, in the order of the backward pass."""
+    gradients: list[tuple[int, int, int]]
+    """Event after which the gradient of so many trained weights, of so many bytes each, is there, in the order of the
+    backward pass."""
     wide: set[int]
     """Numbers of the tensors with one entry per word of the vocabulary: logits, their copies and gradients."""
     graph: set[int] = field(default_factory=set)
@@ -234,7 +235,7 @@ def trace(module: nn.Module, loss_sum: Callable[..., torch.Tensor], shape: Shape
 
     def on_gradient(parameter: torch.Tensor) -> None:
         parameter.grad = None  # where it goes is the engine's to say
-        gradients.append((len(ledger.events), parameter.numel()))
+        gradients.append((len(ledger.events), parameter.numel(), parameter.dtype.itemsize))
 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(on_gradient) for parameter in trained]  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import torch
 
 from train.plan import tape as part
 from train.plan.engines import FP32, Plain, Script, Setting, chunks
+from train.plan.gathering import Gathered, gathered
 
 
 class ZeroScript(Script):
@@ -17,7 +18,8 @@ class ZeroScript(Script):
         super().__init__(setting)
         assert setting.zero is not None
         self.zero = setting.zero
-        self.numel = sum(weight.numel for weight in setting.trained)
+        self.numel = sum(weight.numel for weight in setting.spread)
+        self.replicas = [weight for weight in setting.trained if weight.fp32]
         self.shares = [math.ceil(sum(w.numel for w in group) / setting.world) for group in setting.groups]
         """Elements of each group on one rank."""
         self.home = self.host if self.zero.offload else self.device
@@ -28,6 +30,26 @@ class ZeroScript(Script):
         """Trained elements on one rank."""
         return sum(self.shares)
 
+    def build(self) -> None:
+        """First what DeepSpeed does not see (`train.engine.replicas`); the rest by the stage."""
+        self._weights([weight for weight in self.set.weights if weight.fp32])
+        self._buckets(self.replicas)
+        self.build_spread()
+
+    def build_spread(self) -> None:
+        """What DeepSpeed makes of the rest."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """What is spread first."""
+        self.step_spread()
+        if self.replicas:
+            self._optimize([weight.shape for weight in self.replicas], self.device)
+
+    def step_spread(self) -> None:
+        """The step of DeepSpeed's optimizer."""
+        raise NotImplementedError
+
     def _bucket(self) -> int:
         """Elements of a reduce bucket that are really used."""
         fill = max(self.numel if self.numel <= self.zero.bucket else self.zero.bucket, 1)
@@ -37,10 +59,10 @@ class ZeroScript(Script):
 class Stage12(ZeroScript):
     """`DeepSpeedZeroOptimizer`: stage 2, and stage 1 in fp32."""
 
-    def build(self) -> None:
+    def build_spread(self) -> None:
         """Trained weights move into one flat buffer a group; each rank clones its share as masters."""
         size, device = self.set.size, self.device
-        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
+        self._weights([weight for weight in self.set.weights if not weight.trained and not weight.fp32])
         first = []
         for group, share in zip(self.set.groups, self.shares, strict=True):
             before = device.take(part.BUILD, size * sum(weight.numel for weight in group))
@@ -51,7 +73,7 @@ class Stage12(ZeroScript):
                 self.host.take(part.WEIGHTS, size * share)
             first.append((self.home, self.home.take(part.GRADIENTS, FP32 * share)))
         if self.zero.offload:
-            largest = max(weight.numel for weight in self.set.trained)
+            largest = max(weight.numel for weight in self.set.spread)
             self.host.take(part.BUCKETS, size * largest)
             device.take(part.BUCKETS, size * largest)
         else:
@@ -75,7 +97,7 @@ class Stage12(ZeroScript):
             device.give(device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
         device.give(*self._ipg)
 
-    def step(self) -> None:
+    def step_spread(self) -> None:
         """One group after the other; the gradients of all of them wait."""
         for share in self.shares:
             flat = None if self.zero.offload else self.device.take(part.GRADIENTS, FP32 * share)
@@ -89,10 +111,10 @@ class Stage12(ZeroScript):
 class Bf16Stage1(ZeroScript):
     """`BF16_Optimizer`: stage 1 with bf16 weights; every rank holds all gradients in fp32."""
 
-    def build(self) -> None:
+    def build_spread(self) -> None:
         """Flat bf16 weights, fp32 gradients of all of them, masters of the rank's share."""
         size, device = self.set.size, self.device
-        self._weights(lambda weight: 0 if weight.trained else size * weight.numel)
+        self._weights([weight for weight in self.set.weights if not weight.trained and not weight.fp32])
         for group, share in zip(self.set.groups, self.shares, strict=True):
             numel = sum(weight.numel for weight in group)
             before = device.take(part.BUILD, size * numel)
@@ -113,10 +135,10 @@ class Bf16Stage1(ZeroScript):
 
     def end_pass(self, last: bool) -> None:
         """Each is cast to fp32 to be added."""
-        for weight in reversed(self.set.trained):
+        for weight in reversed(self.set.spread):
             self.device.give(self.device.take(part.GRADIENTS, FP32 * weight.numel))
 
-    def step(self) -> None:
+    def step_spread(self) -> None:
         """Over the flat masters."""
         self._optimize([torch.Size((share,)) for share in self.shares], self.device)
         self.device.give(*self._low)
@@ -126,12 +148,16 @@ class Bf16Stage1(ZeroScript):
 class Stage3(ZeroScript):
     """`DeepSpeedZeroOptimizer_Stage3`: weights too are spread, and gathered where they are used."""
 
-    def build(self) -> None:
+    def build_spread(self) -> None:
         """Each rank's pieces of all weights; buckets and gradients stay for the whole run."""
         size, world, device = self.set.size, self.set.world, self.device
-        pieces = {weight.name: math.ceil(weight.numel / world) for weight in self.set.weights}
-        numbers = [(weight, device.take(part.WEIGHTS, size * pieces[weight.name])) for weight in self.set.weights]
-        device.take(part.WEIGHTS, size * sum(pieces[weight.name] for weight in self.set.trained))
+        pieces = {weight.name: math.ceil(weight.numel / world) for weight in self.set.weights if not weight.fp32}
+        numbers = [
+            (weight, device.take(part.WEIGHTS, size * pieces[weight.name]))
+            for weight in self.set.weights
+            if not weight.fp32
+        ]
+        device.take(part.WEIGHTS, size * sum(pieces[weight.name] for weight in self.set.spread))
         device.give(*[number for weight, number in numbers if weight.trained])  # now views of the buffer
         # In fp32, too: it compares a torch.device with its name, finds them unlike, and clones.
         self.home.take(part.MASTERS, FP32 * self.share)
@@ -147,28 +173,28 @@ class Stage3(ZeroScript):
         # A rank alone has all of them and copies nothing.
         if self.set.world == 1:
             return
-        # Of the large ones also the flat buffer that the all-gather fills, and what the library copies on its way.
-        large, always = self.gathered_numel()
-        numel = always + large * (1 + self.set.gather_buffers)
+        # Of what comes by one collective also the flat buffer that it fills, and what the library copies on its way.
+        found = self.gathered()
+        numel = found.small + found.large + self.set.gather_buffers * found.fetched
         self._gathered = [self.device.take(part.GATHERED, self.set.size * numel)]
 
-    def gathered_numel(self) -> tuple[int, int]:
-        """Elements gathered at once: large ones (a module, what is prefetched, what is used again soon), and small."""
-        modules: dict[str, int] = {}
-        for weight in self.set.weights:
-            if weight.numel > self.zero.persistent:
-                modules[weight.module] = modules.get(weight.module, 0) + weight.numel
-        most = max(modules.values(), default=0)
-        at_once = min(most + self.zero.prefetch + self.zero.reuse, max(self.zero.max_live, most))
-        small = sum(weight.numel for weight in self.set.weights if weight.numel <= self.zero.persistent)
-        return min(sum(modules.values()), at_once), small
+    def gathered(self) -> Gathered:
+        """The most that is there at once."""
+        zero = self.zero
+        return gathered(
+            self.set.modules,
+            prefetch=zero.prefetch,
+            persistent=zero.persistent,
+            max_live=zero.max_live,
+            reuse=zero.reuse,
+        )
 
     def end_pass(self, last: bool) -> None:
         """Gradients of a bucket are laid out anew for the reduce-scatter."""
         self.device.give(self.device.take(part.BUCKETS, FP32 * min(self.zero.bucket, self.numel)))
         self.device.give(*self._gathered)
 
-    def step(self) -> None:
+    def step_spread(self) -> None:
         """One sub-group after the other."""
         for share in self.shares:
             for piece in chunks([share], self.zero.sub_group):

@@ -55,7 +55,7 @@ def load_and_save(cfg: TrainConfig, run: RunFolder, out: Path) -> None:
     with closing(init_world(device)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
         note = logger.info if world.rank == 0 else logger.debug
         family = family_of(load_config(model_dir, trust_remote_code=trusted), trust_remote_code=trusted)
-        kind, objective = row_kind(cfg, family, world.size, note), build(cfg.objective, Objective)
+        kind, objective = row_kind(cfg, family, note, world.size), build(cfg.objective, Objective)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             with HostMemory() as memory:
