@@ -19,7 +19,7 @@ from tests.command import crosstune, final_weights, metrics_of, write_uneven_rec
 from tests.tiny import save_tiny_model
 from train.run_folder import RunFolder
 
-STEPS = 80
+STEPS = 160
 
 
 def words(folder: Path) -> list[str]:
@@ -70,7 +70,6 @@ def test_a_job_outlives_a_killed_rank_and_a_cancel(home):
     wait_for(lambda: (run / "launch" / "attempts" / "001" / "node-0.json").is_file())
     assert "the job has not ended" in crosstune("resume", str(run), code=2)
     wait_for(lambda: steps_of(run) >= 12)
-    assert state(run)["state"] == "running"
     crosstune("cancel", str(run))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "attempt 0 ended with exit code 3: starting again from step" in out, out
