@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.compose import compose
+from configs.compose import build, compose
 from tests.distributed.forks import in_ranks
 from tests.tiny_families import VOCABULARY, save
 from train.data.plan import RowKind
@@ -64,12 +64,14 @@ def rank(home: Path, *words) -> None:
     from tests.distributed.layouts import DEVICE, start
     from train.models.families import family_of
     from train.models.load import load_config
+    from train.objectives.base import Objective
     from train.run import make_engine
 
     world, cfg = start(), config(home, *words)
     family = family_of(load_config(home / "model"))
     before = tensors_alive()
-    engine = make_engine(cfg, home / "model", family, RowKind.padded, DEVICE, world, lambda text: None)
+    objective = build(cfg.objective, Objective)
+    engine = make_engine(cfg, home / "model", family, RowKind.padded, DEVICE, world, lambda text: None, objective)
     gathered, large = [0], [p for p in engine.module.parameters() if not getattr(p, "ds_persist", True)]
     fetch = PartitionedParameterCoordinator._fetch_sub_module_impl
 

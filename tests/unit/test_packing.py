@@ -178,7 +178,7 @@ def test_in_bf16_rows_of_a_cpu_have_few_lengths(tmp_path):
     for precision in ("bf16", "fp32"):
         words = [f"dataset.path={tmp_path}", "model.path=m", f"model.precision={precision}", "device=cpu"]
         cfg = compose("train", [*words, "batch_tokens=1500", "micro_batch_tokens=1024", "max_length=120"])
-        device = FastInBf16(DeviceConfig())
+        device = CpuDevice(DeviceConfig())
         data = PreparedData.open(tmp_path)
         sampler = make_sampler(cfg, data, RowKind.packed, FAMILIES["llama"], device, World(), print)
         steps = [sampler.step(step) for step in range(8)]
@@ -188,10 +188,3 @@ def test_in_bf16_rows_of_a_cpu_have_few_lengths(tmp_path):
     assert all(width % 64 == 0 for width in widths["bf16"]) and len(widths["bf16"]) < len(widths["fp32"])
     wrapped = make_sampler(cfg, data, RowKind.packed, FAMILIES["qwen3_next"], device, World(), print)
     assert wrapped.rows.step == 1, "its mixers would take what fills a row up for a sample"
-
-
-class FastInBf16(CpuDevice):
-    """Whatever the machine of the tests has."""
-
-    def fast_dtypes(self):
-        return (torch.bfloat16, torch.float32)
