@@ -537,6 +537,18 @@ def test_a_blank_image_is_no_sample_and_no_part_of_one(home, kind):
     assert batch.blank and batch.lengths() == ((len(split[text].input_ids),),)
 
 
+def test_a_row_with_a_blank_image_is_filled_up_behind_it(home):
+    split, images = inputs_of(home, "kimi_k25")
+    text = next(n for n in range(len(split)) if not split[n].images)
+    plain, filled = (
+        collate(((text,),), split.__getitem__, kind=RowKind.packed, device=CPU, images=images, fill_to=fill_to)
+        for fill_to in (lambda tokens: tokens, lambda tokens: tokens + 9)
+    )
+    assert filled.blank and filled.lengths() == plain.lengths() and filled.num_tokens == plain.num_tokens
+    assert filled.pack.lengths == ((*plain.pack.lengths[0], 9),)
+    assert torch.equal(filled.input_ids_BT[:, :-9], plain.input_ids_BT)
+
+
 def test_positions_have_three_dimensions_though_the_config_says_no_sections(home):
     model, path = home("qwen3_5")
     config = load_config(model)
