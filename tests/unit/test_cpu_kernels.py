@@ -1,4 +1,4 @@
-"""The CPU's own attention: what the reference computes, by products of few shapes."""
+"""The CPU's own ops: what the references compute, by products of few shapes and with less kept."""
 
 from __future__ import annotations
 
@@ -40,6 +40,27 @@ def test_a_fault_in_it_is_found(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_mask", lambda tokens, window: mask(tokens + 1, window)[1:, :-1])
     found = disagreement("attention", cpu_kernels.KERNELS["attention"], NEEDS, torch.bfloat16, CPU)
     assert found is not None
+
+
+@pytest.mark.parametrize("piece", [1, 2**17])
+@pytest.mark.parametrize("op", ["rms_norm", "rotary"])
+def test_norms_and_turns_have_the_values_and_gradients_of_the_reference(op, piece, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "PIECE", piece)
+    kernel = cpu_kernels.KERNELS[op]
+    assert kernel.unmet(NEEDS) is None
+    assert disagreement(op, kernel, NEEDS, torch.bfloat16, CPU) is None
+
+
+def test_a_norm_leaves_its_input_alone_and_keeps_no_wide_copy():
+    x = torch.randn(300, 64, dtype=torch.bfloat16)
+    before, weight = x.clone(), torch.rand(64, dtype=torch.bfloat16)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = cpu_kernels.rms_norm(x.requires_grad_(), weight, 1e-5)
+    y.sum().backward()
+    assert torch.equal(x.detach(), before)
+    assert sum(t.nbytes for t in kept) == x.nbytes + 300 * 4 + weight.nbytes
+    assert weight.grad is None
 
 
 def test_dropout_is_left_to_the_reference_and_fp32_too():

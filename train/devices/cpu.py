@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Mapping
@@ -83,7 +84,27 @@ class CpuDevice(Device):
         return {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
 
     def _activate(self, index: int) -> None:
-        """Nothing to choose."""
+        """There is nothing to choose."""
+        _keep_freed_memory()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(3)."""
+KEPT_BYTES = 2**30
+OLD_MOST_BYTES = 2**25
+"""The largest M_MMAP_THRESHOLD that glibc before 2.35 takes."""
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory of tensors that are gone for those that come.
+
+    Left alone it gives some MiB back to the kernel as soon as they are free, which then clears them anew, page by
+    page, for the next tensor: tens of thousands of page faults a step. Other C libraries do otherwise, and are let be.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, OLD_MOST_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _peak_resident_bytes() -> int:

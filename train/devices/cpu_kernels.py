@@ -3,7 +3,8 @@
 There oneDNN makes new code for each new shape of a product, in 1 to 10 ms, and keeps it (up to a few MiB). torch's own
 SDPA in bf16 does so for each length of sample, and for each block in its backward pass; samples of some ten to some
 hundred tokens, of which instructions are made, then take longer than all the layer's other products. Here lengths are
-rounded up: what is behind a sample's end, a causal mask keeps out of it.
+rounded up: what is behind a sample's end, a causal mask keeps out of it. Norms and rotary embeddings wait for memory:
+they pass over it in pieces that a core's cache holds, and keep less for the backward pass.
 
 Measured in docs/performance.md. In fp32 the reference is as fast, and runs.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from train.ops.kernel import Kernel, Needs
 from train.ops.packed_attention import Lengths, attend_to_each_sample
@@ -24,6 +26,8 @@ STEP = 32
 """Lengths of samples are rounded up to a multiple of it."""
 SHORT = 384
 """Up to so many tokens the weights of a sample's attention are written down (2 bytes a head and pair of tokens)."""
+PIECE = 2**17
+"""Elements of a piece of a norm: in fp32 half a MiB, of which a few fit into a core's own cache."""
 
 
 def attention(
@@ -79,6 +83,7 @@ class _ShortAttention(torch.autograd.Function):
         return torch.bmm(weights, v_KTD).view_as(q_HTD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         grad = grad_HTD.reshape(q.shape)
@@ -109,5 +114,91 @@ def _attention_unmet(needs: Needs) -> str | None:
     return f"attention dropout {needs.dropout:g}, which is torch's to draw" if needs.dropout else None
 
 
-KERNELS: Mapping[str, Kernel] = MappingProxyType({"attention": Kernel(attention, _attention_unmet)})
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`train.ops.rms_norm.rms_norm`, of which only x and its inverse root mean squares are kept."""
+    out: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Piece by piece, a row of x in one of them; sums in fp32, rounded where the reference rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        width = x.shape[-1]
+        x_NC = x.reshape(-1, width)
+        out_NC, inverse_N1 = torch.empty_like(x_NC), x_NC.new_empty(len(x_NC), 1, dtype=torch.float32)
+        for piece in _pieces(x_NC):
+            wide = x_NC[piece].float()
+            squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+            inverse_N1[piece] = squares.div_(width).add_(epsilon).rsqrt_()
+            out_NC[piece] = wide.mul_(inverse_N1[piece])
+            out_NC[piece].mul_(weight)
+        ctx.save_for_backward(x_NC, inverse_N1, weight)
+        return out_NC.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NC, inverse_N1, weight = ctx.saved_tensors
+        grad_NC, width = grad.reshape(x_NC.shape), x_NC.shape[-1]
+        x_grad, wide_weight = torch.empty_like(x_NC), weight.float()
+        weight_grad = torch.zeros_like(wide_weight) if ctx.needs_input_grad[1] else None
+        for piece in _pieces(x_NC):
+            inverse = inverse_N1[piece]
+            normal, of_normal = x_NC[piece].float().mul_(inverse), grad_NC[piece].float()
+            if weight_grad is not None:
+                weight_grad += (of_normal * normal).sum(0)
+            of_normal.mul_(wide_weight)
+            along = torch.linalg.vecdot(of_normal, normal).div_(-width)
+            x_grad[piece] = of_normal.addcmul_(normal, along[:, None]).mul_(inverse)
+        return x_grad.view(grad.shape), None if weight_grad is None else weight_grad.to(weight.dtype), None
+
+
+def _pieces(x_NC: torch.Tensor) -> list[slice]:
+    """Of the rows of a matrix, some `PIECE` elements each."""
+    rows = max(1, PIECE // x_NC.shape[1])
+    return [slice(first, first + rows) for first in range(0, len(x_NC), rows)]
+
+
+def rotary(x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`train.ops.rotary.rotary` without the rotated copy; it rounds twice where the reference rounds three times."""
+    out: torch.Tensor = _Rotary.apply(x_BHTD, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    """A turn, and for gradients the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BHTD, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_BHTD, cos, sin, -1), None, None
+
+
+def _turned(x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sense: int) -> torch.Tensor:
+    half = x_BHTD.shape[-1] // 2
+    out = x_BHTD * cos
+    out[..., :half].addcmul_(x_BHTD[..., half:], sin[..., :half], value=-sense)
+    out[..., half:].addcmul_(x_BHTD[..., :half], sin[..., half:], value=sense)
+    return out
+
+
+def _all_met(needs: Needs) -> None:
+    """Any sizes are taken."""
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "attention": Kernel(attention, _attention_unmet),
+        "rms_norm": Kernel(rms_norm, _all_met),
+        "rotary": Kernel(rotary, _all_met),
+    }
+)
 """By the names of `train.ops.kernel.REFERENCES`."""
