@@ -39,6 +39,10 @@ class DeviceConfig:
     peak_tflops: float = 0.0
     """Dense bf16 peak of one card in TFLOP/s, for the model FLOP/s utilisation. 0: as known for the card."""
 
+    def kernel_choice(self, op: str) -> KernelChoice:
+        """Of an op, by its name in `train/ops/kernel.py`."""
+        return KernelChoice(getattr(self, f"{op}_kernel"))
+
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ConfigError("device.threads", str(self.threads), allowed="0 (automatic) or more")

@@ -171,7 +171,8 @@ def _made(cfg: PlanConfig) -> Plan:
         notes.append("device=auto found no accelerator here; planned for one, as fit=... names its memory")
     if not on_cpu and cfg.model.precision is Precision.auto:
         notes.append("model.precision=auto is taken for bf16; model.precision=fp32 plans for a device without it")
-    model = Model(cfg, _model_folder(cfg, notes))
+    folder = _model_folder(cfg, notes)
+    model = Model(cfg, folder, device.kernels) if on_cpu else Model(cfg, folder)
     build(cfg.objective, Objective).check(model.config, notes.append)
     made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
     if (each := made.on_a_machine) > cfg.nproc:

@@ -122,13 +122,13 @@ def test_the_caching_allocator_keeps_segments():
 
 
 def test_the_host_is_asked():
-    """Large pieces go back to the system, small holes do not always: never less than what lives."""
+    """What is freed is there for what comes, as far as a hole fits: never less than what lives."""
     tape = Tape()
     for _ in range(3):
         numbers = [tape.take("x", MIB) for _ in range(8)]
         tape.give(*numbers)
     found = host_peak(tape.events)
-    assert found is not None and 8 * MIB <= found < 16 * MIB
+    assert found is not None and 8 * MIB <= found < 20 * MIB
 
 
 @pytest.fixture(scope="module")

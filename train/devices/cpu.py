@@ -89,10 +89,8 @@ class CpuDevice(Device):
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's mallopt(3)."""
-KEPT_BYTES = 2**30
-OLD_MOST_BYTES = 2**25
-"""The largest M_MMAP_THRESHOLD that glibc before 2.35 takes."""
+MALLOC = ((M_MMAP_THRESHOLD, 2**25), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**30))
+"""Calls of glibc's mallopt(3). Before 2.35 it refuses a M_MMAP_THRESHOLD above the first one."""
 
 
 def _keep_freed_memory() -> None:
@@ -103,8 +101,8 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, OLD_MOST_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        for parameter, value in MALLOC:
+            mallopt(parameter, value)
 
 
 def _peak_resident_bytes() -> int:

@@ -38,7 +38,7 @@ class KernelSelection:
     def __init__(self, device: Device, family: Family, dtype: torch.dtype, *, packed: bool) -> None:
         self.device, self.family, self.dtype, self.packed = device, family, dtype, packed
         self.kernels = device.kernels(dtype)
-        self.choices = {op: KernelChoice(getattr(device.cfg, f"{op}_kernel")) for op in REFERENCES}
+        self.choices = {op: device.cfg.kernel_choice(op) for op in REFERENCES}
         self._stop({op: self._missing(op) for op in REFERENCES})
 
     def use(self, model: Any, note: Callable[[str], None] = logger.info) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 On the host the tape is played to this machine's own malloc (`replay`). Of glibc's malloc three things matter: a tensor
 is aligned to 64 bytes, so that a hole of its own size does not take the next one of that size; small objects that
-belong to a tensor lie between the holes and keep them apart; and blocks below a threshold, which grows to 32 MiB by
-itself, go back to the system only from the heap's end.
+belong to a tensor lie between the holes and keep them apart; and a run has it keep what is freed
+(`train.devices.cpu.MALLOC`).
 
 On an accelerator torch's caching allocator rounds sizes up and keeps its segments; the figures are those of torch 2.13
 (``c10/core/AllocatorConfig.h`` and the allocators beside it), which vendors' plugins took over.
@@ -18,6 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence, Set
 from pathlib import Path
 
+from train.devices.cpu import MALLOC
 from train.plan.trace import FREED, Event
 
 SECONDS = 120
@@ -48,7 +49,7 @@ def host_peak(events: Sequence[Event], objects: Set[int] = frozenset()) -> int |
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(script)],
-            input=json.dumps([list(events), sorted(objects)]),
+            input=json.dumps([list(events), sorted(objects), MALLOC]),
             capture_output=True,
             text=True,
             timeout=SECONDS,

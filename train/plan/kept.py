@@ -43,11 +43,12 @@ def foretell(
     try:
         run.plan.unlink(missing_ok=True)  # of a run that is resumed, maybe on other devices
         dtype = resolve_precision(cfg.model.precision, device, on_note=lambda text: None)
+        on_cpu = device.torch_type == "cpu"
         forecast = Predictor(
             cfg,
-            Model(cfg, model_dir),
+            Model(cfg, model_dir, device.kernels) if on_cpu else Model(cfg, model_dir),
             dtype=dtype,
-            on_cpu=device.torch_type == "cpu",
+            on_cpu=on_cpu,
             kind=kind,
             world=world.size,
             data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),

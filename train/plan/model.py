@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from configs.compose import build
 from configs.errors import ModelError, first_line
+from configs.schema.device import KernelChoice
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
@@ -20,10 +22,14 @@ from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.models.short_rows import always_compress
 from train.objectives.base import Objective
+from train.ops.kernel import Kernel, Needs
 from train.ops.lora_linear import fuse_adapters
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
+from train.ops.replace import another_formula, layers_of, replace
 from train.plan.trace import Event, Pass, Shape, trace
 from train.tuning.base import Tuning, quiet
+
+CPU = torch.device("cpu")
 
 
 class Model:
@@ -32,14 +38,20 @@ class Model:
     Args:
         cfg: of the run.
         model_dir: folder with config.json.
+        kernels_of: the device's versions of ops in a dtype, as far as they run without values: a host's.
 
     Raises:
         ModelError: transformers cannot build it.
         ConfigError: the tuning method does not fit it.
     """
 
-    def __init__(self, cfg: TrainConfig, model_dir: Path) -> None:
-        self.cfg, self.model_dir = cfg, model_dir
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        model_dir: Path,
+        kernels_of: Callable[[torch.dtype], Mapping[str, Kernel]] = lambda dtype: {},
+    ) -> None:
+        self.cfg, self.model_dir, self._kernels_of = cfg, model_dir, kernels_of
         trusted = cfg.model.trust_remote_code
         self.config = load_config(model_dir, trust_remote_code=trusted)
         self.family: Family = family_of(self.config, trust_remote_code=trusted)
@@ -81,9 +93,20 @@ class Model:
         objective.choose(module, quiet)
         if not (isinstance(self.cfg.sharding, ZeroConfig) and self.cfg.sharding.stage == 3):
             fuse_adapters(module)
+        self._put_kernels(model, dtype)
         if recompute:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return module.train()
+
+    def _put_kernels(self, model: Any, dtype: torch.dtype) -> None:
+        """What a run takes of them; attention is a fused one in the trace already."""
+        if self.family.layers is None:
+            return
+        for op, kernel in self._kernels_of(dtype).items():
+            wanted = op != "attention" and self.cfg.device.kernel_choice(op) is not KernelChoice.reference
+            found = layers_of(op, model, self.family.layers) if wanted else []
+            if found and not kernel.unmet(Needs.of(model)) and not another_formula(op, found, dtype, CPU):
+                replace(op, found, kernel)
 
     @property
     def vocabulary(self) -> int:

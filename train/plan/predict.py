@@ -29,7 +29,7 @@ from train.plan.engines import FP32, Setting, Weight, Zero
 from train.plan.gathering import part_of
 from train.plan.model import Model
 from train.plan.process import Files
-from train.plan.tape import Tape
+from train.plan.tape import COPY, Tape
 from train.plan.trace import Event, Pass, Shape, fullest, trace_optimizer
 from train.plan.traffic import sent_bytes
 from train.plan.zero_engines import script_of
@@ -136,8 +136,14 @@ class Predictor:
             parts[HELD] = held - live
             copied = setting.host.peak()[1]
             return held, parts, {BASE: self.base, LOADING: loading, **copied}
-        held = host_peak(setting.device.events, setting.device.objects) or 0
-        if not held:
+        # A checkpoint's copy comes in blocks larger than any hole that some small object does not cut.
+        tape = setting.device
+        of_copy = sum(max(0, size) for number, size in tape.events if tape.parts[number] == COPY)
+        rest = [event for event in tape.events if tape.parts[event[0]] != COPY]
+        held = host_peak(rest, tape.objects) or 0
+        if held:
+            held += of_copy
+        else:
             self.unknown.append("holes in the host's memory: no glibc here to ask, so none are counted")
         parts[HELD], parts[BASE] = max(0, held - live), self.base
         parts[MAPPED] = files.beside if self._keeps_its_weights else 0

@@ -1,8 +1,8 @@
 """Plays allocations to this machine's malloc and tells how much it holds at the most. A script; needs no package.
 
-Standard input: a JSON list of [number, bytes], with -1 where the piece is freed, and one of the numbers that are no
-tensors. Only address space is taken: no page is written to. Run as a file, so that it starts in a blink and its heap
-is its own.
+Standard input: a JSON list of three. [number, bytes] for each event, with -1 where the piece is freed; the numbers that
+are no tensors; and the calls of mallopt with which a run begins. Only address space is taken: no page is written to.
+Run as a file, so that it starts in a blink and its heap is its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
         found = libc.mallinfo2()
         return int(found.arena + found.hblkhd)
 
-    events, numbers = json.load(sys.stdin)
+    events, numbers, settings = json.load(sys.stdin)
+    for parameter, value in settings:
+        libc.mallopt(parameter, value)
     objects = set(numbers)
     before, most = held(), 0
     live: dict[int, list[int | None]] = {}

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from train.data.plan import RowKind
 from train.ops.packed_attention import Pack
+from train.plan.outcomes import Outcomes
 
 FREED = -1
 """In place of a size: the event frees a tensor."""
@@ -70,13 +71,14 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._vocabulary = vocabulary
         self._numbers: dict[int, int] = {}
         self._made = 0
+        self._outcome = Outcomes()
         self.on = self.forward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default:
             out = _grouped_product(func, *args, **(kwargs or {}))
         else:
-            out = func(*args, **(kwargs or {}))
+            out = self._outcome(func, args, kwargs or {})
         if self.on:
             if self.forward:
                 self._note_down(args)
