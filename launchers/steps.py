@@ -33,6 +33,7 @@ Result = dict[str, Any]
 
 MAY_CHANGE_ON_RESUME = (
     *("nproc", "sharding", "device", "packing", "micro_batch_tokens", "activation_checkpointing"),
+    *("activation_checkpointing_every", "activation_budget"),
     *("checkpoint", "guard", "eval_every", "export", "eval", "cache_dir"),
 )
 """How a run is computed may change on the way; what it computes may not."""

@@ -230,6 +230,8 @@ def _of_activations(cfg: TrainConfig) -> list[str]:
         found.append("packing=auto (no padding)")
     if not cfg.activation_checkpointing:
         found.append("activation_checkpointing=true (a third more time)")
+    elif cfg.activation_checkpointing_every > 1:
+        found.append("activation_checkpointing_every=1")
     return found
 
 

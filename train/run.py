@@ -32,6 +32,7 @@ from train.guard.watch import HangWatch
 from train.loop import Hook, Loop
 from train.models.families import Family, family_of
 from train.models.load import load_config, load_model, resolve_precision
+from train.models.recompute import recompute_activations
 from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.observe.metrics import MetricsHook
@@ -41,7 +42,7 @@ from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.ops.packing_check import check_packing
 from train.ops.select import KernelSelection
 from train.origin import Origin, begin, go_on
-from train.plan.kept import PredictionKept, foretell
+from train.plan.kept import Foresight, PredictionKept
 from train.run_folder import STARTED, RunFolder
 from train.schedule import Schedule
 from train.tuning.base import Tuning, count_parameters
@@ -95,8 +96,10 @@ def train(
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, family, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
+        foresight = Foresight(model_dir, device, world, kind, sampler.split)
+        cfg = foresight.settle(cfg, note)
         if world.rank == 0:
-            foretell(cfg, run, model_dir, device, world, kind, sampler.split, images=images is not None)
+            foresight.foretell(cfg, run, images=images is not None)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
             if kind is RowKind.packed and cfg.check_packing:
                 place, dtype = device.torch_device, engine.working_dtype
@@ -200,8 +203,7 @@ def make_engine(
     objective.choose(module, note)
     if not (isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3):
         fuse_adapters(module)
-    if cfg.activation_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model, cfg.recompute_every)
     trained, total = count_parameters(module)
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")
     module.to(device.torch_device)

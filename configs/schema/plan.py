@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from configs.errors import ConfigError
 from configs.schema.roots import RunConfig
+from configs.sizes import AMOUNT, UNITS
 
-FIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|M)\s*(?:[x*]\s*(\d+)\s*)?", re.IGNORECASE)
-UNITS = {"g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
+FIT = re.compile(rf"\s*{AMOUNT}\s*(?:[x*]\s*(\d+)\s*)?", re.IGNORECASE)
 
 
 @dataclass

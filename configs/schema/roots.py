@@ -17,6 +17,7 @@ from configs.schema.outputs import BestBy, CheckpointConfig, EvalConfig, ExportC
 from configs.schema.sharding import ShardingConfig
 from configs.schema.template import TemplateConfig
 from configs.schema.tuning import LoraConfig, TuningConfig
+from configs.sizes import bytes_of
 
 
 class Packing(Enum):
@@ -110,6 +111,11 @@ class TrainConfig(PrepConfig):
     Costs three passes over at most some 440 tokens, more with blocks above 128."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing_every: int = 1
+    """Only every n-th layer recomputes; n = 1: all of them."""
+    activation_budget: str | None = None
+    """Memory that a process may take (of the device; on a CPU, its resident set), such as ``12GiB``, or ``auto``: 90 %
+    of what there is. As few layers recompute as the plan predicts to be enough; in place of both keys above."""
     eval_every: int = 0
     """Steps between measurements of the validation loss; 0: never."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -124,7 +130,7 @@ class TrainConfig(PrepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         not_empty("run_dir", self.run_dir)
-        for key in ("nproc", "batch_tokens", "micro_batch_tokens"):
+        for key in ("nproc", "batch_tokens", "micro_batch_tokens", "activation_checkpointing_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, str(getattr(self, key)), allowed="1 or more")
         for key in ("max_steps", "eval_every"):
@@ -132,6 +138,14 @@ class TrainConfig(PrepConfig):
                 raise ConfigError(key, str(getattr(self, key)), allowed="0 or more")
         if self.epochs <= 0:
             raise ConfigError("epochs", str(self.epochs), allowed="above 0")
+        if self.activation_budget is not None:
+            self._check_activation_budget(self.activation_budget)
+        elif self.activation_checkpointing_every > 1 and not self.activation_checkpointing:
+            raise ConfigError(
+                "activation_checkpointing_every",
+                f"{self.activation_checkpointing_every}, but activation_checkpointing=false",
+                remedy="activation_checkpointing=true",
+            )
         if self.max_length > self.micro_batch_tokens:
             raise ConfigError(
                 "max_length",
@@ -152,6 +166,21 @@ class TrainConfig(PrepConfig):
                 f"by the validation loss, which eval_every={self.eval_every} does not measure at each checkpoint",
                 allowed=f"with eval_every a divisor of checkpoint.every={self.checkpoint.every}",
                 remedy="set eval_every, or checkpoint.best_by=loss",
+            )
+
+    @property
+    def recompute_every(self) -> int:
+        """Every how many layers one recomputes its activations; 0: none does."""
+        return self.activation_checkpointing_every if self.activation_checkpointing else 0
+
+    def _check_activation_budget(self, budget: str) -> None:
+        if budget != "auto" and bytes_of(budget) is None:
+            raise ConfigError("activation_budget", f"'{budget}'", allowed="such as 12GiB, auto, null")
+        if self.activation_checkpointing or self.activation_checkpointing_every > 1:
+            raise ConfigError(
+                "activation_budget",
+                f"{budget}, which chooses what activation_checkpointing is",
+                remedy="leave one of them out",
             )
 
 

@@ -62,6 +62,21 @@ class Plan:
             base_bytes=lambda: process_bytes(cfg, dtype),
         )
 
+    def settle(self) -> PlanConfig:
+        """From here on the config has what its `activation_budget` comes to.
+
+        Raises:
+            ConfigError: it cannot be kept, or is `auto` and the device is not here.
+        """
+        from train.plan.budget import budget_bytes, within
+
+        if self.cfg.activation_budget == "auto" and not self.on_cpu and self.device.torch_type == "cpu":
+            raise ConfigError("activation_budget", "auto, but no device is here to ask", allowed="an amount: 48GiB")
+        budget = budget_bytes(self.cfg, self.device, self.on_a_machine)
+        self.cfg, _, why = within(self.cfg, budget, lambda cfg: self.predictor(cfg, self.dtype, self.world).forecast())
+        self.note(why)
+        return self.cfg
+
     def note(self, text: str) -> None:
         """For the user, told once."""
         if text not in self.notes:
@@ -127,6 +142,8 @@ def plan(cfg: PlanConfig) -> Result:
 
     started = time.monotonic()
     made = _made(cfg)
+    if cfg.activation_budget is not None:
+        cfg = made.settle()
     predictor = made.predictor(cfg, made.dtype, made.world)
     forecast = predictor.forecast()
     result: Result = {

@@ -54,6 +54,7 @@ def _line(made: Plan, sharding: str, recompute: bool, precision: Precision, limi
             made.cfg,
             sharding=_sharding(made.cfg, sharding),
             activation_checkpointing=recompute,
+            activation_checkpointing_every=1,
             micro_batch_tokens=tokens,
             fit=None,
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from configs.compose import compose
+from configs.errors import ConfigError
 from configs.schema.device import DeviceConfig
 from configs.schema.objective import CausalLMConfig
 from configs.schema.roots import TrainConfig
@@ -20,6 +22,7 @@ from train.devices.cpu import CpuDevice
 from train.engine.base import World
 from train.models.families import FAMILIES
 from train.objectives.causal_lm import CausalLM
+from train.plan.kept import Foresight
 from train.run import make_engine, train
 from train.run_folder import RunFolder
 
@@ -77,6 +80,25 @@ def test_activations_are_computed_again_where_asked_for(home, tmp_path, monkeypa
     once = len(calls)
     metrics(home, tmp_path / "again", *words, "activation_checkpointing=true")
     assert len(calls) - once == 2 * once
+    before = len(calls)
+    metrics(home, tmp_path / "selected", *words, "activation_checkpointing=true", "activation_checkpointing_every=2")
+    assert len(calls) - before == once + once * 2 // 3, "two of three layers"
+
+
+def test_ranks_do_what_rank_0_chose_of_a_budget(home):
+    """Each would measure its own libraries, and under ZeRO-3 ranks that recompute other layers wait for ever."""
+    cfg = config(home, "activation_budget=10GiB")
+
+    def of_another(told):
+        world = SimpleNamespace(rank=1, broadcast_bytes=lambda data: json.dumps(told).encode())
+        return Foresight(home / "model", CpuDevice(DeviceConfig()), world, RowKind.packed, None).settle(
+            cfg, pytest.fail
+        )
+
+    assert of_another({"every": 3, "fault": None}).recompute_every == 3
+    assert of_another({"every": 0, "fault": None}).recompute_every == 0
+    with pytest.raises(ConfigError, match=r"activation_budget: 10GiB, but[\s\S]*remedy:  less"):
+        of_another({"every": 0, "fault": {"found": "10GiB, but", "remedy": "less"}})
 
 
 def test_ranks_begin_with_equal_adapters_and_go_on_with_dropout_of_their_own(home):

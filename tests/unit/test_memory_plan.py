@@ -30,6 +30,7 @@ from train.models.load import load_config
 from train.ops.loss_head import CHUNK_BYTES
 from train.plan import tape as part
 from train.plan.allocators import MIB, caching_peak, host_peak
+from train.plan.budget import EVERY, recomputing, within
 from train.plan.engines import Setting, Weight, Zero
 from train.plan.gathering import Gathered, Part
 from train.plan.model import Model
@@ -44,7 +45,7 @@ GIB = 2**30
 
 
 def adamw(shapes, foreach=False):
-    return trace_optimizer(lambda named: torch.optim.AdamW([t for _, t in named]), shapes, foreach)
+    return trace_optimizer(lambda named: torch.optim.AdamW([t for _, t in named]), shapes, foreach=foreach)
 
 
 def setting(zero=None, world=1, size=4, weights=None, **more):
@@ -207,6 +208,29 @@ def test_recomputation_leaves_a_layers_input(folder):
         parts_of(folder, f"activation_checkpointing={word}")[1][part.ACTIVATIONS] for word in ("false", "true")
     )
     assert recomputed < kept / 2
+
+
+def test_a_budget_takes_as_few_recomputed_layers_as_fit(folder):
+    tried = {}
+
+    def forecast(one):
+        assert one.activation_budget is None
+        words = ["activation_checkpointing=true", f"activation_checkpointing_every={one.recompute_every}"]
+        tried[one.recompute_every] = found = predictor(folder, *(words if one.recompute_every else [])).forecast()
+        return found
+
+    cfg = predictor(folder, "activation_budget=1GiB").cfg
+
+    with pytest.raises(ConfigError, match="activation_budget: 1GiB, but .* GiB are predicted with all") as raised:
+        within(cfg, 2**20, forecast)
+    assert list(tried) == list(EVERY) and "plan --fit" in (raised.value.remedy or "")
+    sizes = [tried[every].device_bytes for every in EVERY]
+    assert sizes[0] > sizes[-2] > sizes[-1] and sizes == sorted(sizes, reverse=True)
+    for size in sizes:
+        chosen, found, why = within(cfg, size, forecast)
+        assert found.device_bytes == size and why.startswith("activation budget: ")
+        assert chosen.recompute_every == next(each for each, other in zip(EVERY, sizes, strict=True) if other <= size)
+        assert chosen == recomputing(cfg, chosen.recompute_every)
 
 
 def test_a_micro_batch_is_no_larger_than_a_ranks_share_of_the_step(folder):

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from configs.schema.optim import AdamWConfig
+from configs.schema.optim import AdamWConfig, OptimConfig, SGDConfig
 from train.engine.optimizer import build_optimizer
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(lr=0.01, weight_decay=0.1), SGDConfig(lr=0.01)])
+def test_a_fused_step_is_the_same_step(config):
+    shapes, draw = [(40, 30), (17,)], torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(4)]
+    ends = []
+    for fused in (False, True):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = build_optimizer(config, zip("wb", parameters, strict=True), fused=fused)
+        assert {group["fused"] for group in optimizer.param_groups} == {True if fused else None}
+        for each in gradients:
+            for parameter, gradient in zip(parameters, each, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameters)
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_without_a_fused_step_takes_its_own():
+    adagrad = OptimConfig(_target_="torch.optim.Adagrad")
+    assert not build_optimizer(adagrad, [("w", torch.ones(2, requires_grad=True))], fused=True).param_groups[0]["fused"]
 
 
 def test_weight_decay_acts_on_matrices_only():

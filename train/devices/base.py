@@ -63,6 +63,8 @@ class Device(ABC):
     """Value of DS_ACCELERATOR; None where DeepSpeed has no class for the device, so no ZeRO."""
     visible_devices_variable: str | None
     """Environment variable that hides devices from a process."""
+    fused_optimizer: bool = False
+    """Whether torch's own fused steps of optimizers work here."""
     proven: bool = False
     """Whether crosstune's makers have run it on the real thing."""
 

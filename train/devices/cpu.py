@@ -27,6 +27,7 @@ class CpuDevice(Device):
     deepspeed_accelerator = "cpu"
     proven = True
     visible_devices_variable = None
+    fused_optimizer = True
     recorded_variables = ("LOCAL_SIZE", "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "MKL_NUM_THREADS")
 
     def availability(self) -> Availability:

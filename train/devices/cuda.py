@@ -19,6 +19,7 @@ class CudaDevice(AcceleratorDevice):
     backend = "nccl"
     deepspeed_accelerator = "cuda"
     lister = "nvidia-smi"
+    fused_optimizer = True
     visible_devices_variable = "CUDA_VISIBLE_DEVICES"
     # CUDA C++ programming guide, "CUDA environment variables": ordinals, or UUIDs that may be cut short.
     visible_entry = re.compile(r"\s*(\d+|GPU-[0-9a-fA-F-]+|MIG-\S+)\s*")

@@ -19,6 +19,7 @@ class RocmDevice(AcceleratorDevice):
     torch_type = "cuda"
     backend = "nccl"
     deepspeed_accelerator = "cuda"
+    fused_optimizer = True
     lister = "rocm-smi"
     visible_devices_variable = "HIP_VISIBLE_DEVICES"
     # ROCm, "GPU isolation techniques": HIP reads CUDA's name, too; ROCR's is applied before, and HIP counts the rest.

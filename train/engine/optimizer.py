@@ -16,11 +16,18 @@ OURS = {"_target_", "lr", "max_grad_norm"}
 """Fields of the optim group that are not arguments of the optimizer."""
 
 
-def build_optimizer(optim: OptimConfig, parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    optim: OptimConfig, parameters: Iterable[tuple[str, torch.Tensor]], *, fused: bool = False
+) -> torch.optim.Optimizer:
     """Makes ``optim._target_`` with the group's further fields.
 
     Weight decay acts on parameters of two or more dimensions: shrinking norms' gains and biases towards zero
     only harms (Goyal et al. 2017, arXiv:1706.02677, section 5.3).
+
+    Args:
+        optim: the group.
+        parameters: what it steps, by name.
+        fused: the device's `fused_optimizer`: where the class can, a step is one pass over memory, not about ten.
 
     Raises:
         ConfigError: the class is not there, is no optimizer, or does not take the fields.
@@ -31,6 +38,8 @@ def build_optimizer(optim: OptimConfig, parameters: Iterable[tuple[str, torch.Te
         if field.name not in OURS:
             value = getattr(optim, field.name)
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
+    if fused and has_fused(optim):
+        arguments["fused"] = True
     decay = arguments.pop("weight_decay", 0.0)
     matrices: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
@@ -42,6 +51,11 @@ def build_optimizer(optim: OptimConfig, parameters: Iterable[tuple[str, torch.Te
     except (TypeError, ValueError) as error:
         raise ConfigError("optim", f"{optim._target_} refuses {arguments}: {error}") from error
     return optimizer
+
+
+def has_fused(optim: OptimConfig) -> bool:
+    """Whether torch has a fused step of the optimizer, on every device where it has any."""
+    return issubclass(_optimizer_class(optim._target_), (torch.optim.Adam, torch.optim.SGD))
 
 
 def _optimizer_class(target: str) -> type[Any]:

@@ -42,7 +42,7 @@ class PlainEngine(Engine):
             for parameter in self.trained.values():
                 dist.broadcast(parameter.data, src=0)
         self._masters = {name: self._master_of(parameter) for name, parameter in self.trained.items()}
-        self._optimizer = build_optimizer(optim, self._masters.items())
+        self._optimizer = build_optimizer(optim, self._masters.items(), fused=device.fused_optimizer)
         self._reducer = GradientReducer(list(self.trained.values()), list(self._masters.values()), world)
 
     def _master_of(self, parameter: torch.Tensor) -> torch.Tensor:

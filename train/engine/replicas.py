@@ -28,9 +28,12 @@ class Replicas:
         names: of the parameters, trained or frozen.
         optim: the optim group.
         world: ranks that hold the same values.
+        fused: see `build_optimizer`.
     """
 
-    def __init__(self, module: nn.Module, names: Collection[str], optim: OptimConfig, world: World) -> None:
+    def __init__(
+        self, module: nn.Module, names: Collection[str], optim: OptimConfig, world: World, *, fused: bool = False
+    ) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if name in names}
         """Trained or frozen, by name."""
         self._places = _hide(module, list(self.parameters.values()))
@@ -39,7 +42,8 @@ class Replicas:
         if world.size > 1:
             for parameter in self._trained.values():
                 dist.broadcast(parameter.data, src=0)
-        self._optimizer = build_optimizer(optim, self._trained.items()) if self._trained else None
+        trained = self._trained.items()
+        self._optimizer = build_optimizer(optim, trained, fused=fused) if trained else None
         whole = list(self._trained.values())
         self._reducer = GradientReducer(whole, whole, world)
 

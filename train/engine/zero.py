@@ -58,7 +58,7 @@ class ZeroEngine(Engine):
         )
         deepspeed = import_deepspeed()
         _ensure_group(device)
-        self._replicas = Replicas(module, needs.fp32, optim, world)
+        self._replicas = Replicas(module, needs.fp32, optim, world, fused=device.fused_optimizer)
         spread = {name: p for name, p in self.trained.items() if name not in self._replicas.parameters}
         if not spread:
             raise ConfigError(
@@ -67,7 +67,7 @@ class ZeroEngine(Engine):
                 remedy="sharding=plain, or train more parts",
             )
         self._hooks = _gather_as_one(module, needs.as_one) if config.stage == 3 else []
-        optimizer = build_optimizer(optim, spread.items())
+        optimizer = build_optimizer(optim, spread.items(), fused=device.fused_optimizer)
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in spread.items()}
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory reports, asked or not
             self._deepspeed, self._zero, *_ = deepspeed.initialize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from configs.errors import StorageError, first_line
+from configs.errors import ConfigError, StorageError, first_line
 from configs.files import write_whole
 from configs.schema.roots import TrainConfig
 from train.data.plan import RowKind
@@ -19,47 +21,94 @@ from train.loop import Hook, Record
 from train.models.load import resolve_precision
 from train.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from train.plan.predict import Forecast
+
 logger = logging.getLogger(__name__)
 
 IMAGES_UNKNOWN = "the vision tower's weights are counted, its activations and the pixels of images are not"
 
 
-def foretell(
-    cfg: TrainConfig,
-    run: RunFolder,
-    model_dir: Path,
-    device: Device,
-    world: World,
-    kind: RowKind,
-    split: PreparedSplit,
-    *,
-    images: bool = False,
-) -> None:
-    """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
-    from train.plan.model import Model
-    from train.plan.predict import Data, Predictor
-    from train.plan.process import process_bytes
+@dataclass(frozen=True)
+class Foresight:
+    """Predicts a run's memory, as it starts.
 
-    try:
-        run.plan.unlink(missing_ok=True)  # of a run that is resumed, maybe on other devices
-        dtype = resolve_precision(cfg.model.precision, device, on_note=lambda text: None)
-        on_cpu = device.torch_type == "cpu"
-        forecast = Predictor(
+    Args:
+        model_dir: folder of the base model.
+        device: of this process.
+        world: the processes.
+        kind: what rows hold.
+        split: what the run trains on.
+    """
+
+    model_dir: Path
+    device: Device
+    world: World
+    kind: RowKind
+    split: PreparedSplit
+
+    def forecast(self, cfg: TrainConfig) -> Forecast:
+        """Of one process.
+
+        Raises:
+            Exception: of any kind; a model's own code is called in a way that it may not know.
+        """
+        from train.plan.model import Model
+        from train.plan.predict import Data, Predictor
+        from train.plan.process import process_bytes
+
+        on_cpu = self.device.torch_type == "cpu"
+        dtype = resolve_precision(cfg.model.precision, self.device, on_note=lambda text: None)
+        lengths = self.split.lengths
+        return Predictor(
             cfg,
-            Model(cfg, model_dir, device.kernels) if on_cpu else Model(cfg, model_dir),
+            Model(cfg, self.model_dir, self.device.kernels) if on_cpu else Model(cfg, self.model_dir),
             dtype=dtype,
             on_cpu=on_cpu,
-            kind=kind,
-            world=world.size,
-            data=Data(float(split.supervised.sum() / split.lengths.sum()), int(split.lengths.max())),
+            kind=self.kind,
+            world=self.world.size,
+            data=Data(float(self.split.supervised.sum() / lengths.sum()), int(lengths.max())),
             base_bytes=lambda: process_bytes(cfg, dtype),
         ).forecast()
-        if images:
-            forecast.unknown.append(IMAGES_UNKNOWN)
-            logger.info("plan: %s", IMAGES_UNKNOWN)
-        write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
-    except Exception as error:  # a prediction is not worth a run
-        logger.warning("plan: no prediction of memory (%s: %s)", type(error).__name__, first_line(error))
+
+    def settle(self, cfg: TrainConfig, note: Callable[[str], None]) -> TrainConfig:
+        """The config with its `activation_budget` turned into what it comes to; the same on all ranks.
+
+        Raises:
+            ConfigError: it cannot be kept.
+        """
+        from train.plan.budget import budget_bytes, recomputing, within
+
+        if cfg.activation_budget is None:
+            return cfg
+        every, fault = 0, None
+        if self.world.rank == 0:  # ranks would measure their libraries a little differently
+            try:
+                budget = budget_bytes(cfg, self.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+                chosen, _, why = within(cfg, budget, self.forecast)
+                every = chosen.recompute_every
+                note(why)
+            except ConfigError as error:
+                fault = error
+        told = {"every": every, "fault": fault and {"found": fault.found, "remedy": fault.remedy}}
+        told = json.loads(self.world.broadcast_bytes(json.dumps(told).encode()))
+        if fault is not None:
+            raise fault
+        if told["fault"]:
+            raise ConfigError("activation_budget", **told["fault"])
+        return recomputing(cfg, told["every"])
+
+    def foretell(self, cfg: TrainConfig, run: RunFolder, *, images: bool = False) -> None:
+        """Predicts the run's memory and writes plan.json. Whatever goes wrong in it is logged and stops nothing."""
+        try:
+            run.plan.unlink(missing_ok=True)  # of a run that is resumed, maybe on other devices
+            forecast = self.forecast(cfg)
+            if images:
+                forecast.unknown.append(IMAGES_UNKNOWN)
+                logger.info("plan: %s", IMAGES_UNKNOWN)
+            write_whole(run.plan, json.dumps(asdict(forecast), indent=2) + "\n")
+        except Exception as error:  # a prediction is not worth a run
+            logger.warning("plan: no prediction of memory (%s: %s)", type(error).__name__, first_line(error))
 
 
 class PredictionKept(Hook):

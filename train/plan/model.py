@@ -20,6 +20,7 @@ from train.data.plan import RowKind
 from train.models.classes import from_config, keeping_small_parts_in_fp32, model_class
 from train.models.families import Family, family_of
 from train.models.load import load_config
+from train.models.recompute import recompute_activations
 from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.ops.kernel import Kernel, Needs
@@ -58,19 +59,19 @@ class Model:
         self._passes: dict[tuple[Any, ...], Pass] = {}
         self.optimizers: dict[tuple[Any, ...], tuple[list[Event], list[Event]]] = {}
         """Steps of the run's optimizer, by what it steps."""
-        self._modules: dict[tuple[torch.dtype, bool, bool], nn.Module] = {}
+        self._modules: dict[tuple[torch.dtype, bool, int], nn.Module] = {}
         self._objectives: dict[nn.Module, Objective] = {}
         self.shapes: dict[str, torch.Size] = {}
         """Of the base model's weights, by name."""
 
-    def module(self, dtype: torch.dtype, *, packed: bool, recompute: bool) -> nn.Module:
-        """It, on the meta device, in training mode."""
+    def module(self, dtype: torch.dtype, *, packed: bool, recompute: int) -> nn.Module:
+        """It, on the meta device, in training mode; `recompute`: see `TrainConfig.recompute_every`."""
         key = (dtype, packed, recompute)
         if key not in self._modules:
             self._modules[key] = self._build(*key)
         return self._modules[key]
 
-    def _build(self, dtype: torch.dtype, packed: bool, recompute: bool) -> nn.Module:
+    def _build(self, dtype: torch.dtype, packed: bool, recompute: int) -> nn.Module:
         trusted = self.cfg.model.trust_remote_code
         attention = attention_for_packing(self.family) if packed else "sdpa"
         try:
@@ -94,8 +95,7 @@ class Model:
         if not (isinstance(self.cfg.sharding, ZeroConfig) and self.cfg.sharding.stage == 3):
             fuse_adapters(module)
         self._put_kernels(model, dtype)
-        if recompute:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model, recompute)
         return module.train()
 
     def _put_kernels(self, model: Any, dtype: torch.dtype) -> None:
@@ -113,7 +113,7 @@ class Model:
         """Words that the head scores."""
         return int(self.config.get_text_config().vocab_size)
 
-    def traced(self, dtype: torch.dtype, shape: Shape, *, recompute: bool) -> Pass:
+    def traced(self, dtype: torch.dtype, shape: Shape, *, recompute: int) -> Pass:
         """One micro-batch; kept, since engines share it.
 
         Raises:

@@ -21,7 +21,7 @@ from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
 from train.engine.needs import needs_of
-from train.engine.optimizer import build_optimizer
+from train.engine.optimizer import build_optimizer, has_fused
 from train.engine.zero_config import deepspeed_config
 from train.observe.flops import flops_per_token
 from train.plan.allocators import caching_peak, host_peak
@@ -73,6 +73,10 @@ class Forecast:
     """What is estimated, and how, or not counted."""
 
 
+ESTIMATED = "activations:"
+"""What `Forecast.unknown` says of a model that could not be traced begins so."""
+
+
 class Predictor:
     """Predicts for one config; `Model` may be shared by several that differ in how they compute only.
 
@@ -101,7 +105,7 @@ class Predictor:
     ) -> None:
         self.cfg, self.model, self.dtype, self.on_cpu = cfg, model, dtype, on_cpu
         self.kind, self.world, self.data, self._base = kind, world, data, base_bytes
-        self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.activation_checkpointing)
+        self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.recompute_every)
         self.needs = needs_of(self.module)
         self.unknown: list[str] = []
 
@@ -208,7 +212,10 @@ class Predictor:
         key = (tuple(shapes), self.on_cpu)
         if key not in self.model.optimizers:
             self.model.optimizers[key] = trace_optimizer(
-                lambda named: build_optimizer(self.cfg.optim, named), shapes, foreach=not self.on_cpu
+                lambda named: build_optimizer(self.cfg.optim, named),
+                shapes,
+                foreach=not self.on_cpu,
+                fused=self.on_cpu and has_fused(self.cfg.optim),
             )
         return self.model.optimizers[key]
 
@@ -240,13 +247,13 @@ class Predictor:
 
     def _micro_batch(self) -> Pass:
         try:
-            return self.model.traced(self.dtype, self.shape, recompute=self.cfg.activation_checkpointing)
+            return self.model.traced(self.dtype, self.shape, recompute=self.cfg.recompute_every)
         except Exception as error:  # whatever a layer raises that reads numbers where there are none
             if type(error).__name__ == "ConfigError":
                 raise
             said = first_line(error) or type(error).__name__
             self.unknown.append(
-                f"activations: a layer of '{self.model.family.model_type}' cannot be traced without numbers ({said}); "
+                f"{ESTIMATED} a layer of '{self.model.family.model_type}' cannot be traced without numbers ({said}); "
                 "estimated as 34 bytes for each token, layer and hidden unit in bf16, twice that in fp32 "
                 "(Korthikanti et al. 2022, arXiv:2205.05198, without the attention scores)"
             )
@@ -255,9 +262,10 @@ class Predictor:
     def _estimated(self) -> Pass:
         config = self.model.config.get_text_config()
         factor = 34 * self.dtype.itemsize // 2
-        recompute = self.cfg.activation_checkpointing
-        layers = 1 if recompute else config.num_hidden_layers
-        kept = self.dtype.itemsize * config.num_hidden_layers if recompute else 0
+        every = self.cfg.recompute_every
+        again = len(range(0, config.num_hidden_layers, every)) if every else 0
+        layers = config.num_hidden_layers - again + (again > 0)
+        kept = self.dtype.itemsize * again
         hidden = self.shape.tokens * config.hidden_size
         logits = self.shape.supervised * self.model.vocabulary * (self.dtype.itemsize + 3 * FP32)
         events = [(0, hidden * (factor * layers + kept)), (1, logits), (1, -1), (0, -1)]

@@ -271,7 +271,11 @@ def _without_cycles() -> Iterator[None]:
 
 
 def trace_optimizer(
-    make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer], shapes: Sequence[torch.Size], foreach: bool
+    make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],
+    shapes: Sequence[torch.Size],
+    *,
+    foreach: bool = False,
+    fused: bool = False,
 ) -> tuple[list[Event], list[Event]]:
     """What an optimizer allocates in its first step, and in a later one.
 
@@ -279,6 +283,7 @@ def trace_optimizer(
         make: the optimizer over named tensors.
         shapes: of the fp32 tensors that it steps.
         foreach: it works on all of them at once, as torch has it on accelerators: faster, and with copies of all.
+        fused: it makes nothing but its state.
     """
     tensors = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
     optimizer = make([(str(number), tensor) for number, tensor in enumerate(tensors)])
@@ -295,4 +300,11 @@ def trace_optimizer(
         first = len(ledger.events)
         optimizer.step()
         ledger.on = False
-    return ledger.events[:first], ledger.events[first:]
+    steps = ledger.events[:first], ledger.events[first:]
+    return (_lasting(steps[0]), []) if fused else steps
+
+
+def _lasting(events: list[Event]) -> list[Event]:
+    """Of tensors that are not freed again."""
+    freed = {number for number, size in events if size == FREED}
+    return [event for event in events if event[0] not in freed]

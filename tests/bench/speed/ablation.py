@@ -1,6 +1,6 @@
 """Part 6: what each technique brings: the default against a run with that one technique off, alternating.
 
-A new technique is a line in `ENTRIES`.
+A new technique is a line in `ENTRIES`: keys of the config, or, where it has none, a piece of Python that takes it out.
 """
 
 from __future__ import annotations
@@ -16,22 +16,35 @@ from tests.bench.speed.training import window
 
 @dataclass(frozen=True)
 class Entry:
-    """The default, but for some keys."""
+    """The default, but for some keys, and for what `patch` takes out."""
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    patch: str = ""
     tuning: str = "lora"
     data: str = "short"
     in_quick: bool = False
 
 
+WHOLE_LOGITS = "from train.objectives.causal_lm import LossHead; LossHead.of = lambda *_: (None, 'it is taken out')"
+MALLOC = "import train.devices.cpu as cpu; cpu.MALLOC = ()"
+CPU = "from train.devices.cpu import CpuDevice; CpuDevice"
 ENTRIES = (
     Entry("packing off", ("packing=off",), in_quick=True),
     Entry("fp32 in place of bf16", ("model.precision=fp32",)),
     Entry("activation checkpointing on", ("activation_checkpointing=true",)),
-    Entry("kernels: plain torch operators", tuple(f"device.{op}_kernel=reference" for op in ("rms_norm", "rotary"))),
+    Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS),
+    Entry("adapters beside their layers", patch="import train.run; train.run.fuse_adapters = lambda module: None"),
+    Entry("attention by SDPA in any length", ("device.attention_kernel=reference",)),
+    Entry("norms, rotary by plain operators", tuple(f"device.{op}_kernel=reference" for op in ("rms_norm", "rotary"))),
+    Entry("rows of any length", patch=f"{CPU}.row_step = lambda self, dtype: 1"),
+    Entry("malloc as it comes", patch=MALLOC),
+    Entry("optimizer not fused", patch=f"{CPU}.fused_optimizer = False"),
     Entry("no watch over hangs", ("guard.hang_timeout_seconds=0",)),
     Entry("full: packing off", ("packing=off",), tuning="full"),
+    Entry("full: logits at once", patch=WHOLE_LOGITS, tuning="full"),
+    Entry("full: malloc as it comes", patch=MALLOC, tuning="full"),
+    Entry("full: optimizer not fused", patch=f"{CPU}.fused_optimizer = False", tuning="full"),
     Entry("full: activation checkpointing on", ("activation_checkpointing=true",), tuning="full"),
     Entry("long prompts: packing off", ("packing=off",), data="prompts"),
 )
@@ -48,12 +61,12 @@ def part_6(bench: Bench) -> None:
         about = data.facts(found.steps(steps)[bench.warmup :])
         runs: dict[str, list[Figures]] = defaultdict(list)
         for _ in range(bench.rounds):
-            for name, words in [("default", ()), *((entry.name, entry.overrides) for entry in entries)]:
+            for entry in [Entry("default"), *entries]:
                 try:
-                    figures = ours.train(bench, model, found, tuning, steps, *words)
-                    runs[name].append(window(figures, bench.warmup, about))
+                    figures = ours.train(bench, model, found, tuning, steps, *entry.overrides, patch=entry.patch)
+                    runs[entry.name].append(window(figures, bench.warmup, about))
                 except Failed as fault:
-                    print(f"  {name}: {fault}", flush=True)
+                    print(f"  {entry.name}: {fault}", flush=True)
         rows += [_row(entry, runs) for entry in entries if runs[entry.name] and runs["default"]]
     bench.report["6"] = rows
 
@@ -66,6 +79,7 @@ def _row(entry: Entry, runs: dict[str, list[Figures]]) -> Figures:
     row = {
         "name": entry.name,
         "overrides": list(entry.overrides),
+        "patch": entry.patch,
         "tuning": entry.tuning,
         "data": entry.data,
         "tokens_per_second": round(speed[entry.name], 1),

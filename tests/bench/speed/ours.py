@@ -21,9 +21,16 @@ TUNINGS = {"lora": LORA, "full": ["tuning=full"]}
 
 
 def train(
-    bench: Bench, model: Path, data: DataSet, tuning: str, steps: int, *words: str, threads: int | None = None
+    bench: Bench,
+    model: Path,
+    data: DataSet,
+    tuning: str,
+    steps: int,
+    *words: str,
+    threads: int | None = None,
+    patch: str = "",
 ) -> Figures:
-    """A run of `crosstune train`.
+    """A run of `crosstune train`, with `patch`, a piece of Python, executed before the command.
 
     Raises:
         Failed: the command ended with another code than 0, or took too long.
@@ -31,7 +38,10 @@ def train(
     run_dir = BUILD / "runs" / "speed"
     shutil.rmtree(run_dir, ignore_errors=True)
     asked = [f"model.path={model}", *data.words(), *COMMON, *TUNINGS[tuning], f"max_steps={steps}", *words]
-    command = [sys.executable, "-P", "-m", "launchers.cli", "train", *asked, f"run_dir={run_dir}"]
+    begin = (
+        ["-c", f"{patch}\nimport sys, launchers.cli as it; sys.exit(it.main())"] if patch else ["-m", "launchers.cli"]
+    )
+    command = [sys.executable, "-P", *begin, "train", *asked, f"run_dir={run_dir}"]
     started_at, others = time.time(), Others()
     ends = _watched(command, bench.environment(threads or bench.threads, ours=True), run_dir)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

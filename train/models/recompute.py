@@ -1,0 +1,29 @@
+"""Layers that compute their activations again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.errors import ConfigError
+
+
+def recompute_activations(model: Any, every: int) -> None:
+    """Has one of `every` layers recompute its activations; 0: none.
+
+    Args:
+        model: of transformers'.
+        every: see `TrainConfig.recompute_every`.
+
+    Raises:
+        ConfigError: the model's own code cannot.
+    """
+    if not every:
+        return
+    try:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every
+        )
+    except (ValueError, TypeError) as error:  # a model's own, older version knows of no n
+        raise ConfigError(
+            "activation_checkpointing", f"{type(model).__name__} cannot: {error}", remedy="leave it out"
+        ) from error
