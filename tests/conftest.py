@@ -10,6 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Before torch is there. Threads of several processes on one core wait for each other, and spin while they do.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 OUTCOMES = "CROSSTUNE_CELLS"
 """Environment variable of `make families`: file that takes a line per test of a cell."""
 

@@ -41,7 +41,7 @@ from train.ops.lora_linear import fuse_adapters
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.ops.packing_check import check_packing
 from train.ops.select import KernelSelection
-from train.origin import Origin, begin, go_on
+from train.origin import BaseDigests, Origin, begin, go_on
 from train.plan.kept import Foresight, PredictionKept
 from train.run_folder import STARTED, RunFolder
 from train.schedule import Schedule
@@ -96,6 +96,7 @@ def train(
         images = ImageInputs.of(data, model_dir, model_config)
         sampler = make_sampler(cfg, data, kind, family, device, world, note, images)
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
+        digests = BaseDigests(model_dir) if world.rank == 0 and not resume else None
         foresight = Foresight(model_dir, device, world, kind, sampler.split)
         cfg = foresight.settle(cfg, note)
         if world.rank == 0:
@@ -106,7 +107,8 @@ def train(
                 check_packing(engine.forward, engine.module, family, device=place, dtype=dtype, world=world, note=note)
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             start = go_on if resume else begin
-            state, run_id = start(cfg, run, engine, storage, Origin(model_dir, prepared, total_steps), note)
+            origin = Origin(model_dir, prepared, total_steps, digests)
+            state, run_id = start(cfg, run, engine, storage, origin, note)
             heartbeat = Heartbeat()
             checkpointer = Checkpointer(
                 engine,

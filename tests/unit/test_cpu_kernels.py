@@ -14,6 +14,7 @@ from train.devices import cpu_kernels
 from train.devices.cpu import CpuDevice
 from train.ops.agreement import disagreement
 from train.ops.packed_attention import attend_to_each_sample
+from train.ops.rms_norm import rms_norm
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,40 @@ def test_a_norm_leaves_its_input_alone_and_keeps_no_wide_copy():
     assert torch.equal(x.detach(), before)
     assert sum(t.nbytes for t in kept) == x.nbytes + 300 * 4 + weight.nbytes
     assert weight.grad is None
+
+
+def test_a_norm_takes_what_the_reference_takes():
+    """A norm in fp32 in a bf16 model, rows laid out otherwise, no rows; what comes out may be written into."""
+    for x, weight in (
+        (torch.randn(2, 3, 64), torch.rand(64)),
+        (torch.randn(2, 3, 64).bfloat16(), torch.rand(64)),
+        (torch.randn(3, 2, 64).bfloat16().transpose(0, 1), torch.rand(64).bfloat16()),
+        (torch.randn(0, 64).bfloat16(), torch.rand(64).bfloat16()),
+    ):
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, expected = cpu_kernels.rms_norm(mine, weight, 1e-5), rms_norm(theirs, weight, 1e-5)
+        assert found.dtype == expected.dtype and torch.equal(mine, x)
+        torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-6)
+        found.mul_(2).sum().backward()
+        expected.mul(2).sum().backward()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=2**-5, atol=2**-6)
+
+
+def test_large_scores_keep_what_tells_their_keys_apart():
+    """In bf16 a score of 300 is one of 298 and 300: the products of queries and keys are kept in fp32."""
+    q, k, v = (torch.randn(1, 2, 48, 32, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3))
+    q, k, row = 10 * q, 10 * k, ((48,),)
+    asked = {"scaling": 32**-0.5, "dropout": 0.0, "sliding_window": None}
+    exact = attend_to_each_sample(q.double(), k.double(), v.double(), row, **asked)
+    found = cpu_kernels.attention(q, k, v, row, **asked).double()
+    assert (found - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_masks_are_made_where_they_are_used():
+    cpu_kernels._masks.clear()
+    with torch.device("meta"):
+        assert cpu_kernels._mask(32, None).device == CPU
+    cpu_kernels._masks.clear()
 
 
 def test_dropout_is_left_to_the_reference_and_fp32_too():

@@ -83,6 +83,9 @@ def test_activations_are_computed_again_where_asked_for(home, tmp_path, monkeypa
     before = len(calls)
     metrics(home, tmp_path / "selected", *words, "activation_checkpointing=true", "activation_checkpointing_every=2")
     assert len(calls) - before == once + once * 2 // 3, "two of three layers"
+    before = len(calls)
+    metrics(home, tmp_path / "upper", *words, "activation_checkpointing=true", "tuning=lora", "tuning.first_layer=2")
+    assert len(calls) - before == once + once // 3, "nothing below the lowest adapter goes back"
 
 
 def test_ranks_do_what_rank_0_chose_of_a_budget(home):

@@ -49,6 +49,25 @@ def test_values_and_gradients_are_those_of_peft(bias, shape):
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
+def test_what_changes_afterwards_is_heard_and_outputs_may_be_written_into():
+    module = adapted()
+    assert fuse_adapters(module) == 2
+    assert module(torch.randn(0, 24)).shape == (0, 16)
+    module.base_model.model[0](torch.randn(3, 24)).mul_(2.0).sum().backward()
+    module.add_adapter("other", LoraConfig(target_modules=["0", "2"], r=2, lora_dropout=0.5))
+    module.set_adapter("other")
+    layer, x = module.base_model.model[0], torch.randn(200, 24)
+    nn.init.normal_(layer.lora_B["other"].weight)
+    assert not torch.equal(layer(x), layer(x)), "an adapter with dropout"
+    module.set_adapter("default")
+    assert torch.equal(layer(x), layer(x))
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    module.zero_grad()
+    module(x).sum().backward()
+    assert layer.base_layer.weight.grad is not None, "a base that learns after all"
+
+
 def test_in_bf16_it_rounds_no_worse_than_peft_does():
     x = torch.randn(200, 24)
     exact = results(adapted(torch.float64), x.bfloat16().double())

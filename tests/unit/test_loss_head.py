@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,3 +237,26 @@ def test_a_copy_of_a_model_has_a_head_of_its_own():
         twin.get_output_embeddings().weight.mul_(2)
         inputs, _ = inputs_of()
         assert torch.allclose(twin(**inputs).logits, 2 * model(**inputs).logits)
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=WORDS, num_key_value_heads=2, **SMALL))
+
+
+def test_a_model_that_does_not_keep_to_the_positions_asked_for_has_no_such_head():
+    class Swallows(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, logits_to_keep=None, **kwargs):
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    model = Swallows(llama().config)
+    assert LossHead.of(model, Scoring(), 2**20)[0] is None
+    head, _ = LossHead.of(llama(), Scoring(), 2**20)
+    with pytest.raises(ValueError, match="18 positions reach the head, of which 8 have a target"):
+        head.loss(lambda: SimpleNamespace(logits=head._forward(torch.randn(2, 9, 32))), {}, torch.zeros(8).long())
+
+
+def test_a_scale_that_is_a_word_is_a_reason_to_leave_the_logits_alone():
+    model = llama()
+    model.config.logit_scale = "inv_sqrt_d_model"
+    head, why = LossHead.of(model, Scoring(), 2**20)
+    assert head is None and "inv_sqrt_d_model" in why

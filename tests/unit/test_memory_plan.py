@@ -34,6 +34,7 @@ from train.plan.budget import EVERY, recomputing, within
 from train.plan.engines import Setting, Weight, Zero
 from train.plan.gathering import Gathered, Part
 from train.plan.model import Model
+from train.plan.outcomes import Outcomes
 from train.plan.predict import BASE, Data, Predictor
 from train.plan.process import Files
 from train.plan.tape import Tape
@@ -210,6 +211,30 @@ def test_recomputation_leaves_a_layers_input(folder):
     assert recomputed < kept / 2
 
 
+@pytest.mark.parametrize("words", [["tuning=lora"], ["tuning=full", "activation_checkpointing=true"]])
+def test_what_is_remembered_of_operators_is_what_torch_gives(folder, words, monkeypatch):
+    def events():
+        one = predictor(folder, *words)
+        found = one.model.traced(torch.bfloat16, one.shape, recompute=one.cfg.recompute_every)
+        return found, adamw([(3, 4), (5,), (3, 4)]), adamw([(3, 4), (5,)], foreach=True)
+
+    remembered, called = events(), []
+    monkeypatch.setattr(
+        Outcomes, "__call__", lambda self, func, args, kwargs: called.append(1) or func(*args, **kwargs)
+    )
+    assert events() == remembered and len(called) > 100
+
+
+def test_a_tensor_that_is_given_another_memory_is_asked_for_each_time():
+    outcomes, tensors = Outcomes(), [torch.empty(2, device="meta") for _ in range(4)]
+    for one, other in (tensors[:2], tensors[2:]):
+        outcomes(torch.ops.aten.set_.source_Tensor, (one, other), {})
+        assert one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        view = outcomes(torch.ops.aten._unsafe_view.default, (other, [2, 1]), {})
+        assert view.untyped_storage()._cdata == other.untyped_storage()._cdata
+        assert outcomes(torch.ops.aten.mul_.Tensor, (one, 2.0), {}) is one
+
+
 def test_a_budget_takes_as_few_recomputed_layers_as_fit(folder):
     tried = {}
 
@@ -225,7 +250,7 @@ def test_a_budget_takes_as_few_recomputed_layers_as_fit(folder):
         within(cfg, 2**20, forecast)
     assert list(tried) == list(EVERY) and "plan --fit" in (raised.value.remedy or "")
     sizes = [tried[every].device_bytes for every in EVERY]
-    assert sizes[0] > sizes[-2] > sizes[-1] and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 1.1 * max(sizes[1:]) and min(sizes) == sizes[-1]
     for size in sizes:
         chosen, found, why = within(cfg, size, forecast)
         assert found.device_bytes == size and why.startswith("activation budget: ")

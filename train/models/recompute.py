@@ -27,3 +27,5 @@ def recompute_activations(model: Any, every: int) -> None:
         raise ConfigError(
             "activation_checkpointing", f"{type(model).__name__} cannot: {error}", remedy="leave it out"
         ) from error
+    # For reentrant checkpoints it makes the embeddings' output learn, and with it all below the lowest adapter.
+    model.disable_input_require_grads()

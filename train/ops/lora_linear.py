@@ -12,8 +12,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class _Adapted(torch.autograd.Function):
@@ -29,23 +29,30 @@ class _Adapted(torch.autograd.Function):
         up_OR: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
+        x_NI = x.flatten(0, -2)
         low_NR = x_NI @ down_RI.t()
-        out_NO = F.linear(x_NI, weight_OI, bias_O)
+        # What is returned is no view: others may write into it.
+        out = x.new_empty(*x.shape[:-1], len(weight_OI))
+        out_NO = out.view(len(x_NI), len(weight_OI))
+        if bias_O is None:
+            torch.mm(x_NI, weight_OI.t(), out=out_NO)
+        else:
+            torch.addmm(bias_O, x_NI, weight_OI.t(), out=out_NO)
         out_NO.addmm_(low_NR, up_OR.t(), alpha=scaling)
         ctx.save_for_backward(x_NI, low_NR, weight_OI, down_RI, up_OR)
         ctx.scaling = scaling
-        return out_NO.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_NI, low_NR, weight_OI, down_RI, up_OR = ctx.saved_tensors
-        grad_NO = grad.reshape(-1, grad.shape[-1])
+        grad_NO = grad.flatten(0, -2)
         low_grad_NR = grad_NO @ (up_OR * ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:  # nothing below the lowest adapter is gone through
             to_x = grad_NO @ weight_OI
-            to_x = to_x.addmm_(low_grad_NR, down_RI).view(*grad.shape[:-1], -1)
+            to_x = to_x.addmm_(low_grad_NR, down_RI).view(*grad.shape[:-1], down_RI.shape[1])
         to_down = low_grad_NR.t() @ x_NI if ctx.needs_input_grad[3] else None
         to_up = (grad_NO.t() @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         return to_x, None, None, to_down, to_up, None
@@ -79,10 +86,12 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or self.disable_adapters or self.merged or x.dim() < 2 or not _is_plain(self):
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     [name] = self.active_adapters
     base, down = self.base_layer, self.lora_A[name].weight
-    if args or kwargs or self.disable_adapters or self.merged or x.dtype != down.dtype:
-        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    if x.dtype != down.dtype:
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
     return _Adapted.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, base.weight, base.bias, down, self.lora_B[name].weight, self.scaling[name]
     )

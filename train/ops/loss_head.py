@@ -182,7 +182,10 @@ class LossHead:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if type(head) is not nn.Linear:
             return None, f"the output embedding is {'unknown' if head is None else f'a {type(head).__name__}'}"
-        made = cls(model, head, scoring, chunk_bytes)
+        try:
+            made = cls(model, head, scoring, chunk_bytes)
+        except ValueError as error:  # MPT's logit_scale may be a word
+            return None, f"its config scales logits in a way of its own ({error})"
         if not made._passes_through(model):
             del head.forward
             return None, f"{type(model).__name__} changes its logits in a way of its own"
@@ -205,9 +208,13 @@ class LossHead:
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._targets_N is None:
             return F.linear(hidden, self._head.weight, self._head.bias)
+        hidden_ND = hidden.flatten(0, -2)
+        if len(hidden_ND) != len(self._targets_N):
+            found = f"{len(hidden_ND)} positions reach the head, of which {len(self._targets_N)} have a target"
+            raise ValueError(f"{found}: the model does not keep to logits_to_keep")
         loss: torch.Tensor
         loss, self._squares = _Score.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, -2),
+            hidden_ND,
             self._head.weight,
             self._head.bias,
             self._targets_N,
@@ -235,8 +242,15 @@ class LossHead:
         Nothing is computed: the decoder is stood in for, and so is the head.
         """
         device, given = self._head.weight.device, torch.linspace(-9, 9, 7).view(1, 1, -1)
+        seen: list[int] = []
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden.shape[:-1].numel())
+            return given.clone()
+
         hidden = torch.zeros(1, 2, self._head.in_features, dtype=self._head.weight.dtype, device=device)
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
+        inputs["logits_to_keep"] = torch.tensor([[False, True]], device=device)
         # A model may lie in another, whose output then is that of the inner one.
         owner = next((each for each in model.modules() if self._head in each.children()), model)
         decoder = getattr(owner, "base_model", owner)
@@ -246,7 +260,7 @@ class LossHead:
             with (
                 torch.no_grad(),
                 _stand_in(decoder, lambda *args, **kwargs: _Hidden(hidden)),
-                _stand_in(self._head, lambda hidden: given.clone()),
+                _stand_in(self._head, head),
             ):
                 usual = type(model).forward(model, **inputs).logits
                 with self._as_they_are():
@@ -254,7 +268,7 @@ class LossHead:
         except Exception:  # noqa: BLE001  # code of any family; then its logits are made as it makes them
             return False
         expected = _bend(given, self.scoring)
-        told = isinstance(bare, torch.Tensor) and bare.shape == usual.shape == given.shape
+        told = isinstance(bare, torch.Tensor) and bare.shape == usual.shape == given.shape and seen == [1, 1]
         return told and torch.equal(bare, given) and torch.allclose(usual, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -54,6 +54,11 @@ def _attention(needs: Needs, draw: torch.Generator) -> Iterator[Trial]:
         yield attention_trial(f"a sliding window of {WINDOW}", MANY, small, WINDOW, draw)
     own = (needs.heads, needs.kv_heads, needs.head_dim)
     yield attention_trial(f"{needs.heads} heads over {needs.kv_heads}, two rows", ROWS, own, None, draw)
+    # A softmax does not see what all keys have in common, but scores in a narrow format lose their low bits to it.
+    common = attention_trial("keys with much in common", ROWS, small, None, draw)
+    offset = 30 * _normal(draw, needs.head_dim)
+    shifted = {**common.inputs, "key": common.inputs["key"] + offset}
+    yield Trial(common.name, common.call, shifted, common.differentiated)
     beyond = attention_trial("a sample of 2100 tokens", LONG, (1, 1, needs.head_dim), needs.sliding_window, draw)
     yield Trial(beyond.name, beyond.call, beyond.inputs, ())
 

