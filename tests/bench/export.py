@@ -49,7 +49,7 @@ MIB = 2**20
 def main(ratio_gb: float = 0.4, big_gb: float = 0.0, folder: str | None = None) -> None:
     """Prints peak memory and time of both ways, and of streaming alone for a large model."""
     with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".bench-") as scratch:
-        run, size = _run(Path(scratch) / "ratio", ratio_gb)
+        run, size = random_run(Path(scratch) / "ratio", ratio_gb)
         found: dict[str, list[tuple[float, float]]] = {"streamed": [], "merge_and_unload": []}
         for _ in range(ROUNDS):
             for way in found:
@@ -57,7 +57,7 @@ def main(ratio_gb: float = 0.4, big_gb: float = 0.0, folder: str | None = None) 
         _report(size, found)
         shutil.rmtree(Path(scratch) / "ratio")
         if big_gb:
-            run, size = _run(Path(scratch) / "big", big_gb)
+            run, size = random_run(Path(scratch) / "big", big_gb)
             seconds, peak = _measured("streamed", run)
             print(
                 f"export: {size / 1e9:.1f} GB streamed: {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s), peak "
@@ -96,7 +96,7 @@ def _merged(run: Path) -> None:
     merged.save_pretrained(run / "out", max_shard_size=int(SHARD_GIB * 2**30))
 
 
-def _run(folder: Path, gigabytes: float) -> tuple[Path, int]:
+def random_run(folder: Path, gigabytes: float) -> tuple[Path, int]:
     """A run of a model of that size, with its adapter in peft's format too, and the bytes of the model's weights."""
     run = RunFolder(folder)
     (run.path / "model").mkdir(parents=True)
