@@ -94,9 +94,9 @@ def compare(bench: Bench, case: Case) -> Figures:
     }
     ratios = {key: round(table[PEFT][key] / table[CROSSTUNE][key], 2) for key in table[PEFT] if key != "others_cores"}
     for name, figures in table.items():
-        print(f"  export, {case.name}, {case.bytes / 1e9:.2f} GB of {dtype}, {name}: {figures}", flush=True)
+        print(f"  export, {case.name}, base of {case.bytes / 1e9:.2f} GB, in {dtype}, {name}: {figures}", flush=True)
     print(f"  export, {case.name}: peft / crosstune {ratios}, {alike}", flush=True)
-    about = {"what": case.name, "gb": round(case.bytes / 1e9, 2), "dtype": dtype, "alike": alike}
+    about = {"what": case.name, "base_gb": round(case.bytes / 1e9, 2), "dtype": dtype, "alike": alike}
     return about | {"table": table, "peft_over_crosstune": ratios}
 
 
