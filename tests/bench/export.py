@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.compose import compose, save_resolved
+from configs.compose import build, compose, save_resolved
 from configs.schema.device import DeviceConfig
 from configs.schema.optim import AdamWConfig
 from configs.schema.outputs import ExportConfig
@@ -35,9 +35,9 @@ from train.engine.plain import PlainEngine
 from train.export.layout import skeleton
 from train.export.run import export
 from train.export.tensors import Planned, write_model
-from train.export.trained import Trained
-from train.export.updates import put_adapter_on
+from train.models.families import family_of
 from train.run_folder import RunFolder, RunRecord, sha256_of
+from train.tuning.base import Tuning
 
 ROUNDS = 3
 SHARD_GIB = 0.5
@@ -49,7 +49,7 @@ MIB = 2**20
 def main(ratio_gb: float = 0.4, big_gb: float = 0.0, folder: str | None = None) -> None:
     """Prints peak memory and time of both ways, and of streaming alone for a large model."""
     with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".bench-") as scratch:
-        run, size = _run(Path(scratch) / "ratio", ratio_gb)
+        run, size = random_run(Path(scratch) / "ratio", ratio_gb)
         found: dict[str, list[tuple[float, float]]] = {"streamed": [], "merge_and_unload": []}
         for _ in range(ROUNDS):
             for way in found:
@@ -57,7 +57,7 @@ def main(ratio_gb: float = 0.4, big_gb: float = 0.0, folder: str | None = None) 
         _report(size, found)
         shutil.rmtree(Path(scratch) / "ratio")
         if big_gb:
-            run, size = _run(Path(scratch) / "big", big_gb)
+            run, size = random_run(Path(scratch) / "big", big_gb)
             seconds, peak = _measured("streamed", run)
             print(
                 f"export: {size / 1e9:.1f} GB streamed: {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s), peak "
@@ -96,7 +96,7 @@ def _merged(run: Path) -> None:
     merged.save_pretrained(run / "out", max_shard_size=int(SHARD_GIB * 2**30))
 
 
-def _run(folder: Path, gigabytes: float) -> tuple[Path, int]:
+def random_run(folder: Path, gigabytes: float) -> tuple[Path, int]:
     """A run of a model of that size, with its adapter in peft's format too, and the bytes of the model's weights."""
     run = RunFolder(folder)
     (run.path / "model").mkdir(parents=True)
@@ -107,7 +107,7 @@ def _run(folder: Path, gigabytes: float) -> tuple[Path, int]:
     hashes = {p.name: sha256_of(p) for p in (run.path / "model").iterdir()}
     record = RunRecord(str(run.path / "model"), hashes, str(folder), "", "bf16", "PlainEngine", 1, "lora", "0", 1)
     run.write_record(record)
-    module = _random_adapter(cfg, run, record)
+    module = _random_adapter(cfg, run.path / "model")
     device = CpuDevice(DeviceConfig())
     world = World()
     engine = PlainEngine(
@@ -144,10 +144,11 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
     return rows.repeat(-(-shape[0] // rows.shape[0]), *(1 for _ in shape[1:]))[: shape[0]]
 
 
-def _random_adapter(cfg: Any, run: RunFolder, record: RunRecord) -> nn.Module:
+def _random_adapter(cfg: Any, base: Path) -> nn.Module:
     """A module with nothing but the adapter's parameters, by their names."""
-    trained = Trained(run, record, cfg, run.path, None)  # type: ignore[arg-type]
-    adapted = put_adapter_on(skeleton(run.path / "model"), trained)
+    model = skeleton(base)
+    with torch.device("meta"):
+        adapted = build(cfg.tuning, Tuning).apply(model, family_of(model.config, trust_remote_code=False))
     root = nn.Module()
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:

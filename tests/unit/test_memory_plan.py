@@ -250,10 +250,10 @@ def test_a_budget_takes_as_few_recomputed_layers_as_fit(folder):
         within(cfg, 2**20, forecast)
     assert list(tried) == list(EVERY) and "plan --fit" in (raised.value.remedy or "")
     sizes = [tried[every].device_bytes for every in EVERY]
-    assert sizes[0] > 1.1 * max(sizes[1:]) and min(sizes) == sizes[-1]
+    assert sizes[0] > sizes[-2] > sizes[-1]
     for size in sizes:
         chosen, found, why = within(cfg, size, forecast)
-        assert found.device_bytes == size and why.startswith("activation budget: ")
+        assert found.device_bytes <= size and why.startswith("activation budget: ")
         assert chosen.recompute_every == next(each for each, other in zip(EVERY, sizes, strict=True) if other <= size)
         assert chosen == recomputing(cfg, chosen.recompute_every)
 

@@ -250,7 +250,7 @@ class LossHead:
 
         hidden = torch.zeros(1, 2, self._head.in_features, dtype=self._head.weight.dtype, device=device)
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
-        inputs["logits_to_keep"] = torch.tensor([[False, True]], device=device)
+        inputs["logits_to_keep"] = torch.ones(1, dtype=torch.long, device=device)
         # A model may lie in another, whose output then is that of the inner one.
         owner = next((each for each in model.modules() if self._head in each.children()), model)
         decoder = getattr(owner, "base_model", owner)

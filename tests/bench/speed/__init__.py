@@ -3,8 +3,9 @@
     python -m tests.bench speed [--only 1,2,...] [--quick] [--data FILE] [--model FOLDER] [--rounds N] [--warmup N]
                                 [--steps N]
 
-1 LoRA and full fine-tuning, 2 long prompts and long rows, 3 two ranks, 4 start, 5 evaluation, 6 ablations. What is
-counted, and figures: docs/performance.md. All goes to build/bench/speed.json, parts of former runs stay in it.
+1 LoRA and full fine-tuning, 2 long prompts and long rows, 3 two ranks, 4 start, 5 preparation, export and evaluation,
+6 ablations. What is counted, and figures: docs/performance.md. All goes to build/bench/speed.json, parts of former runs
+stay in it.
 """
 
 from __future__ import annotations

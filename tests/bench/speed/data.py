@@ -56,7 +56,7 @@ def model_of(bench: Bench) -> Path:
     if bench.model:
         return bench.model.resolve()
     if not SMOLLM2.is_dir():
-        _crosstune(bench, ["prep", "model=smollm2_135m", f"cache_dir={CACHE}", *_words(_records(bench), 512)])
+        _crosstune(bench, ["prep", "model=smollm2_135m", f"cache_dir={CACHE}", *_words(records(bench), 512)])
     return SMOLLM2
 
 
@@ -67,7 +67,7 @@ def data_set(bench: Bench, name: str) -> DataSet:
     make, max_length, samples = {"short": (_short, 512, 8), "prompts": (_prompts, 512, 8), "long": (_long, 2048, 2)}[
         name
     ]
-    rows = make(json.loads(_records(bench).read_text(encoding="utf-8")))
+    rows = make(json.loads(records(bench).read_text(encoding="utf-8")))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     tag = hashlib.sha256(f"{text}{max_length}{model}".encode()).hexdigest()[:8]
     file, prepared = folder / f"{name}-{tag}.jsonl", folder / f"{name}-{tag}"
@@ -109,7 +109,7 @@ def sample_of(split: PreparedSplit, index: int) -> dict[str, Any]:
     return {"ids": sample.input_ids.tolist(), "spans": sample.spans.tolist()}
 
 
-def _records(bench: Bench) -> Path:
+def records(bench: Bench) -> Path:
     """Alpaca rows: those asked for, or made-up ones with lengths like those of instructions that people write."""
     if bench.data:
         return bench.data.resolve()
