@@ -173,4 +173,4 @@ if __name__ == "__main__":
         taken = time.perf_counter() - began
         print(json.dumps([taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
     else:
-        main(*(float(a) for a in sys.argv[1:3]), *sys.argv[3:4])  # type: ignore[misc]
+        main(*(float(a) for a in sys.argv[1:3]), *sys.argv[3:4])  # type: ignore[arg-type]
