@@ -23,6 +23,7 @@ from train.devices.accelerator import UNLOADABLE
 from train.devices.ascend import AscendDevice
 from train.devices.auto import ORDER, AutoDevice, _say_once
 from train.devices.base import Device
+from train.devices.cpu import CpuDevice
 from train.devices.cuda import CudaDevice
 from train.devices.rocm import RocmDevice
 from train.devices.table import MluDevice, MpsDevice, MusaDevice, SdaaDevice
@@ -173,6 +174,14 @@ def test_evaluation_of_bf16_weights_where_bf16_does_not_work(monkeypatch: pytest
     assert compute_dtype(torch.bfloat16, MluDevice(DeviceConfig())) == torch.bfloat16
     fake.bf16 = False
     assert compute_dtype(torch.bfloat16, MluDevice(DeviceConfig())) == torch.float32
+    with pytest.raises(DeviceError, match=r"eval\.precision: bf16 does not work on device mlu"):
+        compute_dtype(torch.bfloat16, MluDevice(DeviceConfig()), Precision.bf16)
+
+
+def test_evaluation_on_a_cpu_is_in_fp32_unless_asked_otherwise():
+    cpu = CpuDevice(DeviceConfig())
+    assert compute_dtype(torch.bfloat16, cpu) == compute_dtype(torch.bfloat16, cpu, Precision.fp32) == torch.float32
+    assert compute_dtype(torch.float32, cpu, Precision.bf16) == torch.bfloat16
 
 
 def test_a_build_for_the_other_maker_says_which_device_it_has(monkeypatch: pytest.MonkeyPatch):

@@ -7,36 +7,56 @@ from typing import Any
 
 import torch
 
-from configs.errors import CheckpointError
-from train.devices.base import Device
+from configs.errors import CheckpointError, DeviceError
+from configs.schema.model import Precision
+from train.devices.base import DTYPES, Device
 from train.export.trained import Trained
 from train.export.updates import adapter_of
 from train.models.load import load_model
 
 
-def compute_dtype(working: torch.dtype, device: Device) -> torch.dtype:
+def compute_dtype(working: torch.dtype, device: Device, asked: Precision = Precision.auto) -> torch.dtype:
     """What evaluation computes in: the working weights' format, but fp32 on CPUs and where that format does not work.
 
     The weights keep the rounding they had in training either way.
+
+    Args:
+        working: format of the working weights.
+        device: where it computes.
+        asked: by `eval.precision`.
+
+    Raises:
+        DeviceError: it was asked for by name and does not work there.
     """
+    if asked is not Precision.auto:
+        if (fault := device.precision_fault(asked)) is not None:
+            raise DeviceError("eval.precision", fault.found, allowed=fault.allowed, remedy="eval.precision=auto")
+        return DTYPES[asked]
     return torch.float32 if device.torch_type == "cpu" or not device.supports(working) else working
 
 
-def base_model(trained: Trained, device: Device) -> Any:
-    """The base as it was trained on, in evaluation mode, on the device.
+def base_model(trained: Trained, device: Device, asked: Precision = Precision.auto) -> Any:
+    """The base as it was trained on, in evaluation mode, on the device; `asked`: see `compute_dtype`.
 
     Raises:
+        DeviceError: the precision that was asked for does not work there.
         ModelError: it does not open.
     """
     working = trained.working_dtype
     trust = trained.cfg.model.trust_remote_code
     model = load_model(trained.base_dir, dtype=working, trust_remote_code=trust)
-    return model.to(device.torch_device, compute_dtype(working, device))
+    return model.to(device.torch_device, compute_dtype(working, device, asked))
 
 
-def plain_model(folder: Path, working: torch.dtype, device: Device, trust_remote_code: bool = False) -> Any:
+def plain_model(
+    folder: Path,
+    working: torch.dtype,
+    device: Device,
+    trust_remote_code: bool = False,
+    asked: Precision = Precision.auto,
+) -> Any:
     """A model folder as anyone opens it with plain transformers."""
-    dtype = compute_dtype(working, device)
+    dtype = compute_dtype(working, device, asked)
     return load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device.torch_device)
 
 

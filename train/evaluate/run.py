@@ -77,7 +77,7 @@ def evaluate_run(
         ruler = _ruler(trained, samples, cfg, device, on_note)
         ruler.images = images_of(data, trained.base_dir, trained.cfg.model.trust_remote_code)
         answers: dict[str, list[Answer]] = {}
-        model = base_model(trained, device)
+        model = base_model(trained, device, cfg.precision)
         if cfg.base:
             answers["base"] = _measure(ruler, model, "base")
         model = put_training_on(model, trained)
@@ -88,7 +88,8 @@ def evaluate_run(
             own = ruler.measure(model, subset, keep_logits=True)
             del model
             gc.collect()  # peft's wrapper and the model refer to each other
-            model = plain_model(merged, trained.working_dtype, device, trained.cfg.model.trust_remote_code)
+            trusted = trained.cfg.model.trust_remote_code
+            model = plain_model(merged, trained.working_dtype, device, trusted, cfg.precision)
             check = compare_answers(own, ruler.measure(model, subset, keep_logits=True))
             say_check(check, on_note)
         answers["tuned"] = _measure(ruler, model, "tuned")
@@ -128,7 +129,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     ruler = Ruler(cfg, samples, tokenizer, device.torch_device, on_note)
     ruler.images = images_of(data, model_dir, trust_remote_code)
-    model = plain_model(model_dir, device.fast_dtypes()[0], device, trust_remote_code)
+    model = plain_model(model_dir, device.fast_dtypes()[0], device, trust_remote_code, cfg.precision)
     answers = {"model": _measure(ruler, model, "model")}
     summary: Summary = {"model": figures(answers["model"])}
     summary |= _facts(cfg, samples, device, time.monotonic() - started)

@@ -6,6 +6,7 @@ before the run has chosen one.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -31,9 +32,13 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # transformers 5.23 reads the file three times, and makes the table of names anew for each module: half of the time.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(library, name, functools.cache(getattr(library, name)))
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
     # Without dequantize=True the model calls itself quantised and save_pretrained refuses it.
     model = AutoModelForCausalLM.from_pretrained(
