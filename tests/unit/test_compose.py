@@ -281,7 +281,7 @@ def test_an_edited_or_torn_resolved_yaml_is_explained(tmp_path):
         load_resolved(path)
     assert [e.where for e in caught.value.errors][1:] == ["max_steps"]
     for torn, message in (
-        (text[: text.index("max_steps:")] + " - [", "not readable"),
+        (text[: text.index("max_steps:")] + "- [", "not readable"),
         ("", "command"),
         ("command: fly\n", "fly"),
     ):
