@@ -47,7 +47,8 @@ def failing(home: Path, tmp: Path, monkeypatch, where: type, name: str, error: E
             raise error
         return method(self, *args, **kwargs)
 
-    monkeypatch.setattr("train.run.Foresight.foretell", lambda *arguments, **images: None)  # it traces a pass of its own first
+    # It traces a pass of its own first.
+    monkeypatch.setattr("train.run.Foresight.foretell", lambda *arguments, **images: None)
     second_fails.__code__ = second_fails.__code__.replace(co_name=name)  # the frames are read by name
     monkeypatch.setattr(where, name, second_fails)
     with pytest.raises((OutOfMemoryError, DeviceError)) as raised:
