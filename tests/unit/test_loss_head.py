@@ -145,6 +145,39 @@ def test_what_a_model_does_to_its_logits_is_done_to_each_chunk(config, values):
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
 
 
+def test_what_the_z_part_reports_holds_no_graph():
+    model, (inputs, targets) = build("llama").train(), inputs_of()
+    head, _ = LossHead.of(model, Scoring(), 2**20)
+    assert head is not None
+    loss, squares = head.loss(model, inputs, targets)
+    assert loss.requires_grad and not squares.requires_grad
+
+
+class CutsOff(transformers.LlamaForCausalLM):
+    """Words that only fill the vocabulary up have no logits, as in Inkling."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits[..., :250]
+        return out
+
+
+class Rounds(transformers.LlamaForCausalLM):
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits.bfloat16()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(CutsOff, torch.float32), (CutsOff, torch.bfloat16), (Rounds, torch.float32)]
+)
+def test_models_that_drop_words_or_round_their_logits_keep_them(kind, dtype):
+    model = kind(transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL)).to(dtype)
+    head, why = LossHead.of(model, Scoring(), 2**20)
+    assert head is None and "a way of its own" in why
+
+
 class OwnWay(transformers.LlamaForCausalLM):
     """Its logits of one word are lowered by the model itself."""
 
