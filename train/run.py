@@ -20,7 +20,7 @@ from train.checkpoint.storage import resolve_storage
 from train.data.images import ImageInputs
 from train.data.plan import BatchPlan, RowKind
 from train.data.prepared import PreparedData, PreparedSplit
-from train.data.sampler import RowLayout, StepSampler
+from train.data.sampler import RowLayout, StepSampler, fill_step
 from train.devices.base import Device
 from train.engine.base import Engine, World, init_world
 from train.engine.needs import needs_of
@@ -49,8 +49,6 @@ from train.tuning.base import Tuning, count_parameters
 
 logger = logging.getLogger(__name__)
 
-ROW_LENGTHS = 16
-"""Of packed rows, where a device is better off with few of them."""
 Note = Callable[[str], None]
 
 
@@ -165,9 +163,15 @@ def make_sampler(
     plan = BatchPlan(split.lengths, seed=cfg.seed, batch_tokens=cfg.batch_tokens, mix=mix)
     dtype = resolve_precision(cfg.model.precision, device, on_note=lambda text: None)
     # Mixers of some families take a row sample by sample, and would take what fills it up for one.
-    step = 1 if family.packed_mixers else device.row_step(dtype)
-    # At most ROW_LENGTHS lengths of rows, of which a longer row wastes a small part.
-    step *= max(1, cfg.micro_batch_tokens // (ROW_LENGTHS * step)) if step > 1 else 1
+    step = fill_step(
+        1 if family.packed_mixers else device.row_step(dtype),
+        int(split.lengths.max()),
+        batch_tokens=cfg.batch_tokens,
+        world_size=world.size,
+        micro_batch_tokens=cfg.micro_batch_tokens,
+    )
+    if family.turns_by_length is not None:  # what fills a row up may be no longer than what the samples may
+        step = min(step, family.turns_by_length[1])
     rows = RowLayout(world.rank, world.size, cfg.micro_batch_tokens, kind, device.torch_device, images, step)
     return StepSampler(split, plan, rows)
 
@@ -230,6 +234,8 @@ def row_kind(cfg: TrainConfig, family: Family, note: Note, world_size: int) -> R
     Raises:
         ConfigError: packing was asked for by name where it is not proven exact, or cannot be had.
     """
+    if (turns := family.turns_by_length) is not None and cfg.max_length > turns[1]:
+        return _apart_by_length(cfg, *turns, note)
     if cfg.packing is Packing.off:
         return RowKind.padded
     spread = isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3 and world_size > 1
@@ -249,6 +255,25 @@ def row_kind(cfg: TrainConfig, family: Family, note: Note, world_size: int) -> R
             allowed="auto (one sample a row, exact by construction), off (padded rows)",
         )
     note(f"packing: family '{family.model_type}' {why}, so each row holds one sample")
+    return RowKind.single
+
+
+def _apart_by_length(cfg: TrainConfig, rope: str, bound: int, note: Note) -> RowKind:
+    """Rows where positions of all samples of a pass would turn by how long the longest of them is."""
+    found = f"{cfg.max_length}, but positions beyond {bound} of this model's rotary embedding ('{rope}')"
+    shorter = f"max_length={bound}, up to which it turns all alike"
+    if "dynamic" in rope:
+        raise ConfigError(
+            "max_length", f"{found} turn by the longest sample seen so far, so by the order of the data", remedy=shorter
+        )
+    if cfg.packing is not Packing.auto:
+        raise ConfigError(
+            "max_length",
+            f"{found} turn by the longest sample of the pass: no two samples may share one, as packing="
+            f"{cfg.packing.value} has it",
+            remedy=f"packing=auto (one sample a row), or {shorter}",
+        )
+    note(f"packing: max_length={found} turn by the longest sample of the pass, so each row holds one sample")
     return RowKind.single
 
 

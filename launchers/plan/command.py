@@ -60,6 +60,8 @@ class Plan:
             world=world,
             data=self.data,
             base_bytes=lambda: process_bytes(cfg, dtype),
+            row_step=self.device.row_step(dtype) if self.on_cpu else 1,
+            fused=self.device.fused_optimizer,
         )
 
     def settle(self) -> PlanConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -146,6 +147,44 @@ def test_a_sample_that_is_misplaced_is_found():
 
     with pytest.raises(ConfigError, match="differ from those alone"):
         check(model, "llama", forward=forward)
+
+
+def test_a_misplaced_sample_is_no_broken_tie():
+    """The top-k of sparse attention excuses differences, but none of the first tokens, which have fewer keys."""
+    model = packable("deepseek_v32")
+
+    def forward(*, position_ids, **kwargs):
+        return model(position_ids=torch.arange(position_ids.shape[1])[None] ** 2, **kwargs)
+
+    with pytest.raises(ConfigError, match="differ from those alone"):
+        check(model, "deepseek_v32", forward=forward)
+
+
+def test_what_all_logits_have_in_common_hides_no_leak():
+    model = unwrapped("qwen3_5_text", dtype=torch.bfloat16)
+
+    def forward(**kwargs):
+        out = model(**kwargs)
+        out.logits = out.logits + 30
+        return out
+
+    with pytest.raises(ConfigError, match="changing one sample of a row"):
+        check(model, "qwen3_5_text", torch.bfloat16, forward=forward)
+
+
+def test_samples_that_a_mixer_takes_together_are_looked_at(monkeypatch):
+    """Those of like lengths get each other's tokens; alone or beside others none does."""
+    plan = packed_mixers._plan.__wrapped__
+
+    def mixed_up(lengths, device, together):
+        found = plan(lengths, device, together)
+        groups = tuple(group.roll(1, 0) if len(group) > 1 else group for group in found.groups)
+        return replace(found, groups=groups)
+
+    model = packable("qwen3_5_text")
+    monkeypatch.setattr(packed_mixers, "_plan", mixed_up)
+    with pytest.raises(ConfigError, match="not kept apart"):
+        check(model, "qwen3_5_text")
 
 
 @pytest.mark.parametrize(

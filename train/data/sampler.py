@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,25 @@ from train.data.collate import Batch, collate
 from train.data.images import ImageInputs
 from train.data.plan import BatchPlan, MicroBatch, RowKind, cut, layout
 from train.data.prepared import PreparedSplit
+
+ROW_LENGTHS = 16
+"""About so many lengths of rows there are where each new one costs."""
+
+
+def fill_step(least: int, longest: int, *, batch_tokens: int, world_size: int, micro_batch_tokens: int) -> int:
+    """Tokens that packed rows are filled up to a multiple of, so that they have few lengths and waste little.
+
+    Args:
+        least: the device's `row_step`; 1 fills nothing up.
+        longest: tokens of the longest sample.
+        batch_tokens: of a global step.
+        world_size: ranks that share it.
+        micro_batch_tokens: most tokens of a row.
+    """
+    if least == 1:
+        return 1
+    dealt = max(longest, math.ceil(batch_tokens / world_size))
+    return least * max(1, math.ceil(min(micro_batch_tokens, dealt) / (ROW_LENGTHS * least)))
 
 
 @dataclass(frozen=True)

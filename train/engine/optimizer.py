@@ -54,8 +54,16 @@ def build_optimizer(
 
 
 def has_fused(optim: OptimConfig) -> bool:
-    """Whether torch has a fused step of the optimizer, on every device where it has any."""
-    return issubclass(_optimizer_class(optim._target_), (torch.optim.Adam, torch.optim.SGD))
+    """Whether torch has a fused step of the optimizer, on every device where it has any.
+
+    Not of a class derived from one of torch's, which may take other arguments and step in another way.
+    """
+    return is_torchs(optim) and issubclass(_optimizer_class(optim._target_), (torch.optim.Adam, torch.optim.SGD))
+
+
+def is_torchs(optim: OptimConfig) -> bool:
+    """Whether the optimizer is one of torch itself, whose step needs no other rank."""
+    return _optimizer_class(optim._target_).__module__.startswith("torch.optim.")
 
 
 def _optimizer_class(target: str) -> type[Any]:

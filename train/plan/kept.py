@@ -69,6 +69,8 @@ class Foresight:
             world=self.world.size,
             data=Data(float(self.split.supervised.sum() / lengths.sum()), int(lengths.max())),
             base_bytes=lambda: process_bytes(cfg, dtype),
+            row_step=self.device.row_step(dtype),
+            fused=self.device.fused_optimizer,
         ).forecast()
 
     def settle(self, cfg: TrainConfig, note: Callable[[str], None]) -> TrainConfig:
@@ -90,6 +92,9 @@ class Foresight:
                 note(why)
             except ConfigError as error:
                 fault = error
+            except Exception as error:  # noqa: BLE001  # code of any model and optimizer; the other ranks wait
+                found = f"memory cannot be predicted ({type(error).__name__}: {first_line(error)})"
+                fault = ConfigError("activation_budget", found, remedy="activation_checkpointing=true")
         told = {"every": every, "fault": fault and {"found": fault.found, "remedy": fault.remedy}}
         told = json.loads(self.world.broadcast_bytes(json.dumps(told).encode()))
         if fault is not None:

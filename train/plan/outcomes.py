@@ -62,7 +62,8 @@ def _described(value: Any) -> Any:
 def _outcome(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Made | str:
     """What there is to know of a call. Views are made by the call itself: they share memory, declared or not."""
     if func._schema.is_mutable:
-        alone = func.overloadpacket.__name__.endswith("_") and not isinstance(out, (tuple, list))
+        name = func.overloadpacket.__name__
+        alone = name.endswith("_") and name != "set_" and not isinstance(out, (tuple, list))
         return _WRITTEN if alone and out is args[0] else _UNKNOWN
     outs = out if isinstance(out, tuple) else (out,)
     if not all(isinstance(each, torch.Tensor) and each.is_meta for each in outs):

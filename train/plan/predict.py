@@ -20,8 +20,9 @@ from configs.schema.outputs import SaveMode
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
+from train.data.sampler import fill_step
 from train.engine.needs import needs_of
-from train.engine.optimizer import build_optimizer, has_fused
+from train.engine.optimizer import build_optimizer, has_fused, is_torchs
 from train.engine.zero_config import deepspeed_config
 from train.observe.flops import flops_per_token
 from train.plan.allocators import caching_peak, host_peak
@@ -89,6 +90,8 @@ class Predictor:
         world: processes.
         data: what is known of it.
         base_bytes: tells the resident set of a process before it loads the model; asked once the model is traced.
+        row_step: the device's.
+        fused: the device's `fused_optimizer`.
     """
 
     def __init__(
@@ -102,8 +105,11 @@ class Predictor:
         world: int,
         data: Data,
         base_bytes: Callable[[], int],
+        row_step: int = 1,
+        fused: bool = False,
     ) -> None:
         self.cfg, self.model, self.dtype, self.on_cpu = cfg, model, dtype, on_cpu
+        self.row_step, self.fused = row_step, fused and has_fused(cfg.optim)
         self.kind, self.world, self.data, self._base = kind, world, data, base_bytes
         self.module = model.module(dtype, packed=kind is RowKind.packed, recompute=cfg.recompute_every)
         self.needs = needs_of(self.module)
@@ -192,6 +198,15 @@ class Predictor:
         # A rank is dealt its share of the step, give or take a sample, and fills its micro-batches with that.
         dealt = max(self.longest, math.ceil(self.cfg.batch_tokens / self.world))
         tokens = min(self.cfg.micro_batch_tokens, dealt)
+        if self.kind is RowKind.packed and not self.model.family.packed_mixers:
+            step = fill_step(
+                self.row_step,
+                self.longest,
+                batch_tokens=self.cfg.batch_tokens,
+                world_size=self.world,
+                micro_batch_tokens=self.cfg.micro_batch_tokens,
+            )
+            tokens = min(self.cfg.micro_batch_tokens, math.ceil(tokens / step) * step)
         return fullest(self.kind, tokens, min(self.longest, tokens), self.data.supervised_share)
 
     @property
@@ -211,13 +226,27 @@ class Predictor:
         """First and later steps of the run's optimizer over tensors of these shapes."""
         key = (tuple(shapes), self.on_cpu)
         if key not in self.model.optimizers:
-            self.model.optimizers[key] = trace_optimizer(
-                lambda named: build_optimizer(self.cfg.optim, named),
-                shapes,
-                foreach=not self.on_cpu,
-                fused=self.on_cpu and has_fused(self.cfg.optim),
-            )
+            self.model.optimizers[key] = self._traced_optimizer(shapes)
         return self.model.optimizers[key]
+
+    def _traced_optimizer(self, shapes: Sequence[torch.Size]) -> tuple[list[Event], list[Event]]:
+        said = "it may talk to other ranks"
+        if self.world == 1 or is_torchs(self.cfg.optim):
+            try:
+                return trace_optimizer(
+                    lambda named: build_optimizer(self.cfg.optim, named),
+                    shapes,
+                    foreach=not self.on_cpu and not self.fused,
+                    fused=self.fused,
+                )
+            except ConfigError:
+                raise
+            except Exception as error:  # noqa: BLE001  # anybody's code, that may read numbers where there are none
+                said = first_line(error) or type(error).__name__
+        guess = f"optimizer: {self.cfg.optim._target_} is not traced ({said}); two numbers in fp32 a weight are counted"
+        if guess not in self.unknown:
+            self.unknown.append(guess)
+        return [(number, FP32 * shape.numel()) for number, shape in enumerate([*shapes, *shapes])], []
 
     def _setting(self) -> Setting:
         device, keep = Tape(), self.cfg.checkpoint

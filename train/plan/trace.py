@@ -254,7 +254,7 @@ def trace(module: nn.Module, loss_sum: Callable[..., torch.Tensor], shape: Shape
     finally:
         for hook in hooks:
             hook.remove()
-    return Pass(ledger.events, forward_ends, gradients, ledger.wide, ledger.graph)
+    return Pass(ledger.events.copy(), forward_ends, gradients, ledger.wide, ledger.graph)
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class Family:
     untrained_reason: str = ""
     layers: Layers | None = None
     """None: its layers run as transformers wrote them, on every device."""
+    turns_by_length: tuple[str, int] | None = None
+    """Of one model: the type of its rotary embedding if that turns all samples of a pass by the longest one's length,
+    once that is above so many tokens."""
 
     @property
     def listed(self) -> bool:
