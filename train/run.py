@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +81,9 @@ def train(
     device = build(cfg.device, Device)
     device.activate(int(os.environ.get("LOCAL_RANK", "0")))
     patience = collective_seconds(cfg.guard.hang_timeout_seconds)
-    with closing(init_world(device, patience)) as world, told(device, cfg, rank=world.rank, world_size=world.size):
+    with closing(init_world(device, patience)) as world, ExitStack() as stack:
+        rank = {"rank": world.rank, "world_size": world.size}
+        stack.enter_context(told(device, cfg, **rank))
         note: Note = logger.info if world.rank == 0 else logger.debug
         run, objective = RunFolder(run_dir), build(cfg.objective, Objective)
         data = PreparedData.open(prepared).require(objective.needs, f"objective {objective.name}")
@@ -96,7 +98,8 @@ def train(
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         digests = BaseDigests(model_dir) if world.rank == 0 and not resume else None
         foresight = Foresight(model_dir, device, world, kind, sampler.split)
-        cfg = foresight.settle(cfg, note)
+        asked, cfg = cfg, foresight.settle(cfg, note)
+        stack.enter_context(told(device, cfg, **rank))  # what helps depends on what was settled
         if world.rank == 0:
             foresight.foretell(cfg, run, images=images is not None)
         with closing(make_engine(cfg, model_dir, family, kind, device, world, note, objective)) as engine:
@@ -106,7 +109,7 @@ def train(
             storage = resolve_storage(cfg.checkpoint.storage, run.checkpoints, world, note)
             start = go_on if resume else begin
             origin = Origin(model_dir, prepared, total_steps, digests)
-            state, run_id = start(cfg, run, engine, storage, origin, note)
+            state, run_id = start(asked, run, engine, storage, origin, note)
             heartbeat = Heartbeat()
             checkpointer = Checkpointer(
                 engine,

@@ -144,7 +144,7 @@ class TrainConfig(PrepConfig):
             raise ConfigError(
                 "activation_checkpointing_every",
                 f"{self.activation_checkpointing_every}, but activation_checkpointing=false",
-                remedy="activation_checkpointing=true",
+                remedy="activation_checkpointing=true, or activation_checkpointing_every=1",
             )
         if self.max_length > self.micro_batch_tokens:
             raise ConfigError(

@@ -145,6 +145,12 @@ def test_what_a_model_does_to_its_logits_is_done_to_each_chunk(config, values):
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
 
 
+def test_a_model_in_bf16_may_give_logits_in_fp32_and_in_bf16():
+    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL)
+    for kind in (transformers.LlamaForCausalLM, Rounds):
+        assert LossHead.of(kind(config).bfloat16(), Scoring(), 2**20)[0] is not None
+
+
 def test_what_the_z_part_reports_holds_no_graph():
     model, (inputs, targets) = build("llama").train(), inputs_of()
     head, _ = LossHead.of(model, Scoring(), 2**20)
@@ -169,10 +175,18 @@ class Rounds(transformers.LlamaForCausalLM):
         return out
 
 
+class Clamps(transformers.LlamaForCausalLM):
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits.clamp(-30, 30)
+        return out
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(CutsOff, torch.float32), (CutsOff, torch.bfloat16), (Rounds, torch.float32)]
+    ("kind", "dtype"),
+    [(CutsOff, torch.float32), (CutsOff, torch.bfloat16), (Rounds, torch.float32), (Clamps, torch.float32)],
 )
-def test_models_that_drop_words_or_round_their_logits_keep_them(kind, dtype):
+def test_models_that_drop_words_or_change_their_logits_keep_them(kind, dtype):
     model = kind(transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SMALL)).to(dtype)
     head, why = LossHead.of(model, Scoring(), 2**20)
     assert head is None and "a way of its own" in why

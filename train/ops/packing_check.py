@@ -149,9 +149,8 @@ class Row:
         config = _base(module).config
         x, y = lengths_for(config)
         z = y + LIKE if grouped else 0
-        *samples, self.y = _tokens(config, (x, z, x, z, y), device)
-        samples = [[sample for sample in pair if len(sample)] for pair in (samples[:2], samples[2:])]
-        self.x, self.other = samples
+        *others, self.y = _tokens(config, (x, z, x, z, y), device)
+        self.x, self.other = ([each for each in pair if len(each)] for pair in (others[:2], others[2:]))
         rest = torch.linspace(FIRST, y - 1, SEEN - FIRST, device=device).long()
         self.seen = torch.zeros_like(self.y, dtype=torch.bool)
         self.seen[:FIRST] = self.seen[rest] = True
