@@ -17,6 +17,7 @@ from tests.tiny import samples_of, save_tiny_model, write_prepared
 from train.devices.cpu import CpuDevice
 from train.engine.plain import PlainEngine
 from train.faults import told
+from train.plan.budget import recomputing
 from train.run import train
 
 HOST = "err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes."
@@ -61,6 +62,13 @@ def test_memory_of_the_optimizer_is_not_blamed_on_the_batch(home, tmp_path, monk
     shown = failing(home, tmp_path, monkeypatch, PlainEngine, "step", error, "tuning=full")
     assert "out of memory in the optimizer step of step 2: 20.0 MiB more were asked for" in shown
     assert "sharding=zero2_offload, then tuning=lora" in shown and "micro_batch_tokens=80 (" not in shown
+
+
+def test_memory_that_runs_out_within_a_budget_is_told_of_what_the_budget_came_to(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.run.Foresight.settle", lambda self, cfg, note: recomputing(cfg, 1))
+    words = ("activation_budget=1GiB",)
+    shown = failing(home, tmp_path, monkeypatch, PlainEngine, "backward", RuntimeError(HOST), *words)
+    assert "activation_checkpointing=true" not in shown.split("remedy:")[1]
 
 
 def test_memory_of_a_pass_is_first_sought_in_the_batch(home, tmp_path, monkeypatch):

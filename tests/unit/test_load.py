@@ -8,15 +8,17 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.errors import DeviceError, ModelError
 from configs.schema.device import DeviceConfig
 from configs.schema.model import ModelConfig, Precision
 from tests.tiny import save_tiny_model, tiny_model
-from tests.tiny_families import CONFIGS, save
+from tests.tiny_families import CONFIGS, build, save
 from train.devices.cpu import CpuDevice
 from train.models.families import family_of
 from train.models.load import ensure_model, load_config, load_model, resolve_precision
+from train.models.recompute import recompute_activations
 
 note = logging.getLogger(__name__).info
 
@@ -118,3 +120,13 @@ def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "hidden_size": "wide"}))
     with pytest.raises(ModelError, match="hidden_size"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "qwen3_5", "llama"])
+def test_of_the_language_models_layers_one_in_so_many_recomputes(name):
+    """A vision tower's blocks, which come first in the model, are not counted."""
+    model = build(name)
+    recompute_activations(model, 3)
+    layers = [each for each in model.get_decoder().modules() if isinstance(each, GradientCheckpointingLayer)]
+    assert [each.gradient_checkpointing for each in layers] == [n % 3 == 0 for n in range(len(layers))]
+    assert len(layers) == model.config.get_text_config().num_hidden_layers

@@ -275,6 +275,26 @@ def test_logits_are_never_whole_forward_or_backward(frozen):
     assert widest.most == 5
 
 
+def test_the_gradient_of_the_weight_is_there_once_in_backward():
+    """It may be the largest tensor of a step."""
+    words, width = 4000, 32
+    weight, hidden = torch.randn(words, width, requires_grad=True), torch.randn(6, width, requires_grad=True)
+    loss, _ = _Score.apply(hidden, weight, None, torch.arange(6), Scoring(), 2**20, True)
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(each.untyped_storage().data_ptr() for each in tree_leaves(out) if each.shape == weight.shape)
+            return out
+
+    with Made():
+        (loss * 2).backward()
+    assert len(set(made)) <= 1
+    expected = torch.autograd.grad(2 * F.cross_entropy(hidden @ weight.T, torch.arange(6), reduction="sum"), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+
+
 def test_a_copy_of_a_model_has_a_head_of_its_own():
     model = build("llama")
     head, _ = LossHead.of(model, Scoring(), 1)

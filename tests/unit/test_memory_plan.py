@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
@@ -36,7 +37,7 @@ from train.plan.gathering import Gathered, Part
 from train.plan.model import Model
 from train.plan.outcomes import Outcomes
 from train.plan.predict import BASE, Data, Predictor
-from train.plan.process import Files
+from train.plan.process import Files, process_bytes
 from train.plan.tape import Tape
 from train.plan.trace import FREED, Pass, fullest, trace_optimizer
 from train.plan.zero_engines import script_of
@@ -276,6 +277,35 @@ def test_what_cannot_be_traced_is_said_and_estimated(folder):
     forecast = one.forecast()
     assert forecast.parts[part.ACTIVATIONS] > 0
     assert len(forecast.unknown) == 1 and "estimated as 34 bytes" in forecast.unknown[0]
+
+
+class Asks(torch.optim.SGD):
+    def step(self, closure=None):
+        float(self.param_groups[0]["params"][0].detach().sum())
+
+
+class Talks(torch.optim.SGD):
+    def step(self, closure=None):
+        pytest.fail("rank 0 alone would wait for the others for ever")
+
+
+@pytest.mark.parametrize(("kind", "world"), [(Asks, 1), (Talks, 2)])
+def test_an_optimizer_that_cannot_be_traced_is_estimated(folder, kind, world):
+    one = predictor(folder, "tuning=full", "model.precision=fp32", "optim=sgd", world=world)
+    one.cfg = replace(one.cfg, optim=replace(one.cfg.optim, _target_=f"{__name__}.{kind.__name__}"))
+    forecast = one.forecast()
+    assert forecast.parts[part.STATE] == 2 * 4 * one.trained_numel
+    assert len(forecast.unknown) == 1 and "two numbers in fp32 a weight" in forecast.unknown[0]
+    if kind is Talks:
+        assert process_bytes(one.cfg, torch.float32) > 0
+
+
+def test_rows_that_are_filled_up_are_traced_so(folder):
+    one = predictor(folder, "batch_tokens=1000", "max_length=128")
+    assert one.shape.tokens == 1000
+    one = predictor(folder, "batch_tokens=1000", "max_length=128")
+    one.row_step = 64
+    assert one.shape.tokens == 1024
 
 
 def test_disk_and_communication(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.schema.optim import AdamWConfig, OptimConfig, SGDConfig
-from train.engine.optimizer import build_optimizer
+from train.engine.optimizer import build_optimizer, is_torchs
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(lr=0.01, weight_decay=0.1), SGDConfig(lr=0.01)])
@@ -31,6 +31,20 @@ def test_a_fused_step_is_the_same_step(config):
 def test_an_optimizer_without_a_fused_step_takes_its_own():
     adagrad = OptimConfig(_target_="torch.optim.Adagrad")
     assert not build_optimizer(adagrad, [("w", torch.ones(2, requires_grad=True))], fused=True).param_groups[0]["fused"]
+
+
+class Derived(torch.optim.AdamW):
+    """As others publish them: of torch's class, but without all of its arguments."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
+def test_an_optimizer_derived_from_torchs_gets_no_word_that_nobody_wrote():
+    derived = OptimConfig(_target_=f"{__name__}.Derived")
+    made = build_optimizer(derived, [("w", torch.ones(2, requires_grad=True))], fused=True)
+    assert isinstance(made, Derived) and made.param_groups[0]["fused"] is None
+    assert is_torchs(AdamWConfig()) and not is_torchs(derived)
 
 
 def test_weight_decay_acts_on_matrices_only():

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from configs.compose import compose
+from configs.errors import ConfigError
 from configs.schema.device import DeviceConfig
 from configs.schema.objective import CausalLMConfig
 from tests.tiny import TINY_CONFIGS, samples_of, tiny_model, write_prepared
 from train.data.collate import collate
 from train.data.plan import RowKind
 from train.data.prepared import PreparedData
-from train.data.sampler import RowLayout
+from train.data.sampler import ROW_LENGTHS, RowLayout, fill_step
 from train.devices.cpu import CpuDevice
 from train.engine.base import World
 from train.models.families import FAMILIES, family_of
 from train.objectives.causal_lm import CausalLM
 from train.ops.packed_attention import PACKED_ATTENTION, Pack, packed_attention, register
-from train.run import make_sampler
+from train.run import make_sampler, row_kind
 
 register()
 CPU = torch.device("cpu")
@@ -188,3 +189,72 @@ def test_in_bf16_rows_of_a_cpu_have_few_lengths(tmp_path):
     assert all(width % 64 == 0 for width in widths["bf16"]) and len(widths["bf16"]) < len(widths["fp32"])
     wrapped = make_sampler(cfg, data, RowKind.packed, FAMILIES["qwen3_next"], device, World(), print)
     assert wrapped.rows.step == 1, "its mixers would take what fills a row up for a sample"
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+OF_EACH_KIND = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": LONGROPE}
+
+
+@pytest.mark.parametrize(
+    ("rope", "most", "turns"),
+    [
+        (LONGROPE, 512, ("longrope", 64)),
+        (DYNAMIC, 96, ("dynamic", 96)),
+        (LONGROPE | {"rope_type": "yarn"}, 512, None),
+        ({"rope_type": "default", "rope_theta": 1e4}, 512, None),
+        (OF_EACH_KIND, 512, ("longrope", 64)),
+    ],
+)
+def test_positions_that_turn_by_the_longest_sample_are_known(rope, most, turns):
+    config = SimpleNamespace(model_type="llama", max_position_embeddings=most, rope_parameters=rope)
+    config.get_text_config = lambda: config
+    assert family_of(config).turns_by_length == turns
+
+
+def test_samples_whose_positions_turn_by_the_longest_of_a_pass_share_none():
+    """What packing would do to them is real: behind a long sample a short one has other logits."""
+    model = tiny_model("llama", rope_parameters=LONGROPE, max_position_embeddings=512)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    long, short = (each.input_ids for each in samples_of((90, 30), vocab_size=97))
+
+    def logits(*rows):
+        lengths = tuple(len(row) for row in rows)
+        ids = torch.from_numpy(np.concatenate(rows)).long()[None]
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        with torch.no_grad():
+            return model(input_ids=ids, position_ids=places, pack=Pack((lengths,)), use_cache=False).logits[0, -30:]
+
+    assert (logits(long, short) - logits(short)).abs().max() > 1e-2
+    assert torch.allclose(logits(long[:60], short), logits(short), atol=1e-4)
+
+    family, notes = family_of(model.config), []
+    words = ["model.path=x", "dataset.path=x"]
+    assert row_kind(compose("train", [*words, "max_length=64"]), family, notes.append, 1) is RowKind.packed
+    assert not notes
+    assert row_kind(compose("train", [*words, "max_length=65"]), family, notes.append, 1) is RowKind.single
+    assert "65, but positions beyond 64" in notes[0] and "one sample" in notes[0]
+    for packing in ("on", "off"):
+        with pytest.raises(ConfigError, match="no two samples may share one"):
+            row_kind(compose("train", [*words, "max_length=65", f"packing={packing}"]), family, notes.append, 1)
+    model.config.rope_parameters = DYNAMIC
+    with pytest.raises(ConfigError, match="by the order of the data"):
+        row_kind(compose("train", [*words, "max_length=513"]), family_of(model.config), notes.append, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks"), [(1024, 16384, 2), (4096, 65536, 4), (1536, 2047, 1), (99999, 2048, 1)]
+)
+def test_rows_have_few_lengths_and_waste_little(batch, micro, ranks):
+    step = fill_step(64, 300, batch_tokens=batch, world_size=ranks, micro_batch_tokens=micro)
+    widest = min(micro, max(300, -(-batch // ranks)))
+    assert step % 64 == 0 and len(range(0, widest, step)) <= ROW_LENGTHS
+    assert step == 64 or step <= widest // 8
+    assert fill_step(1, 300, batch_tokens=batch, world_size=ranks, micro_batch_tokens=micro) == 1

@@ -43,6 +43,17 @@ def test_dropout_goes_on_and_auto_keeps_the_precision_of_the_beginning(tmp_path,
     assert figures(run) == whole
 
 
+def test_a_budget_is_recorded_as_it_was_asked_for_so_that_a_resume_may_have_another(tmp_path):
+    run = tiny_run(tmp_path, "activation_budget=10GiB", "checkpoint.every=1")
+    cfg = load_resolved(run.resolved)
+    assert (cfg.activation_budget, cfg.activation_checkpointing) == ("10GiB", False)
+    whole = figures(run)
+    shutil.rmtree(run.checkpoints / "step-00000003")
+    cfg = replace(cfg, activation_budget=None, activation_checkpointing=True)
+    train(cfg, model_dir=tmp_path / "model", prepared=tmp_path / "data", run_dir=run.path, resume=True)
+    assert figures(run) == whole
+
+
 def test_a_validation_sample_that_fits_no_pass_is_refused(tmp_path):
     run = tiny_run(tmp_path)
     cfg = replace(load_resolved(run.resolved), eval_every=1, max_length=64, micro_batch_tokens=64)
