@@ -108,7 +108,7 @@ class TrainConfig(PrepConfig):
     packing: Packing = Packing.auto
     check_packing: bool = True
     """Before the first step packed rows are tried on the real model; a leak from one sample into another stops the run.
-    Costs three passes over at most some 440 tokens, more with blocks above 128."""
+    Costs three passes over at most some 590 tokens, more with blocks above 128."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_checkpointing_every: int = 1
