@@ -98,7 +98,7 @@ def train(
         total_steps = cfg.max_steps or sampler.plan.steps_for(cfg.epochs)
         digests = BaseDigests(model_dir) if world.rank == 0 and not resume else None
         foresight = Foresight(model_dir, device, world, kind, sampler.split)
-        asked, cfg = cfg, foresight.settle(cfg, note)
+        asked, cfg = cfg, foresight.settle(cfg, note, images=images is not None)
         stack.enter_context(told(device, cfg, **rank))  # what helps depends on what was settled
         if world.rank == 0:
             foresight.foretell(cfg, run, images=images is not None)

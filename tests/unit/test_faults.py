@@ -65,7 +65,7 @@ def test_memory_of_the_optimizer_is_not_blamed_on_the_batch(home, tmp_path, monk
 
 
 def test_memory_that_runs_out_within_a_budget_is_told_of_what_the_budget_came_to(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.Foresight.settle", lambda self, cfg, note: recomputing(cfg, 1))
+    monkeypatch.setattr("train.run.Foresight.settle", lambda self, cfg, note, images: recomputing(cfg, 1))
     words = ("activation_budget=1GiB",)
     shown = failing(home, tmp_path, monkeypatch, PlainEngine, "backward", RuntimeError(HOST), *words)
     assert "activation_checkpointing=true" not in shown.split("remedy:")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_model
 from train.observe.flops import flops_per_token, mean_length, model_flops_utilisation
@@ -30,6 +31,19 @@ def test_lora_by_hand():
     adapters = 3 * (2 * 32 + 2 * 32 + 2 * 48 + 2 * 32)
     expected = 4 * (3 * (ATTENTION + MLP) + HEAD / 4) + 6 * adapters + 12 * 3 * 32 * LENGTH
     assert flops_per_token(adapted(tiny_model()), length=LENGTH, supervised_share=0.25) == expected
+
+
+def test_attention_of_layers_with_heads_of_their_own():
+    """Gemma 4's last layer has wider ones; its config refuses to name one width."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8, "global_head_dim": 16}
+    words = {"vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "pad_token_id": 2}
+    config = AutoConfig.for_model(
+        "gemma4_text", num_key_value_heads=2, num_kv_shared_layers=0, **sizes, **kinds, **words
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    per_position = flops_per_token(model, length=101) - flops_per_token(model, length=100)
+    assert per_position == 12 * (4 * 8 + 4 * 16)
 
 
 def test_torch_counts_the_same():

@@ -22,14 +22,12 @@ def recompute_activations(model: Any, every: int) -> None:
     if not every:
         return
     try:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every
-        )
-    except (ValueError, TypeError) as error:  # a model's own, older version knows of no n
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             "activation_checkpointing", f"{type(model).__name__} cannot: {error}", remedy="leave it out"
         ) from error
-    # It counts a vision tower's blocks first.
+    # Transformers' own choice of one in n counts a vision tower's blocks first.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers = [each for each in (decoder or model).modules() if isinstance(each, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):

@@ -42,9 +42,16 @@ def flops_per_token(model: nn.Module, *, length: float, supervised_share: float 
         cost = 6 if parameter.requires_grad else 4
         total += cost * shape.numel() * (supervised_share if parameter is head else 1.0)
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width: int = config.num_hidden_layers * config.num_attention_heads * head_dim
+    if getattr(config, "per_layer_attributes", None):  # layers of several kinds
+        width = sum(map(_attention_width, config.per_layer_config))
+    else:
+        width = config.num_hidden_layers * _attention_width(config)
     return total + 12.0 * width * length
+
+
+def _attention_width(config: Any) -> int:
+    heads: int = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def mean_length(lengths: Sequence[int]) -> float:

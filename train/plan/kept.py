@@ -73,7 +73,7 @@ class Foresight:
             fused=self.device.fused_optimizer,
         ).forecast()
 
-    def settle(self, cfg: TrainConfig, note: Callable[[str], None]) -> TrainConfig:
+    def settle(self, cfg: TrainConfig, note: Callable[[str], None], *, images: bool = False) -> TrainConfig:
         """The config with its `activation_budget` turned into what it comes to; the same on all ranks.
 
         Raises:
@@ -90,6 +90,8 @@ class Foresight:
                 chosen, _, why = within(cfg, budget, self.forecast)
                 every = chosen.recompute_every
                 note(why)
+                if images:
+                    note(f"activation budget: {IMAGES_UNKNOWN}")
             except ConfigError as error:
                 fault = error
             except Exception as error:  # noqa: BLE001  # code of any model and optimizer; the other ranks wait
