@@ -51,7 +51,8 @@ def flops_per_token(model: nn.Module, *, length: float, supervised_share: float 
 
 def _attention_width(config: Any) -> int:
     heads: int = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head_dim
 
 
 def mean_length(lengths: Sequence[int]) -> float:
