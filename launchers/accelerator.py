@@ -9,7 +9,7 @@ from configs.compose import build
 from configs.errors import ConfigError, DeviceError, raise_all
 from configs.schema.device import DeviceConfig
 from configs.schema.model import Precision
-from configs.schema.roots import TrainConfig
+from configs.schema.roots import RunConfig, TrainConfig
 from configs.schema.sharding import ZeroConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def check_processes(cfg: TrainConfig, began_in: str | None = None) -> None:
     device = available_device(cfg.device)
     precision = Precision(began_in) if began_in else cfg.model.precision
     faults = list(device.faults(processes_here(cfg.nproc), precision))
+    if isinstance(cfg, RunConfig) and (fault := device.precision_fault(cfg.eval.precision, "eval.precision")):
+        faults.append(fault)
     if isinstance(cfg.sharding, ZeroConfig) and device.deepspeed_accelerator is None:
         found = f"ZeRO stage {cfg.sharding.stage}, but DeepSpeed has no class for device={device.name}"
         faults.append(DeviceError("sharding", found, allowed="plain", remedy="sharding=plain"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from configs.compose import build, load_resolved, save_resolved
+from configs.errors import ModelError
 from configs.schema.model import Precision
 from configs.schema.outputs import Storage
 from configs.schema.roots import TrainConfig
@@ -31,9 +32,10 @@ class BaseDigests:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+        found = [path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in folder.glob(pattern)]
+        self._files = sorted(path for path in found if path.is_file())
         self._found: dict[str, str] = {}
-        self._fault: OSError | None = None
+        self._fault: BaseException | None = None
         # A daemon: a run that fails meanwhile ends at once.
         self._thread = threading.Thread(target=self._compute, name="digests", daemon=True)
         self._thread.start()
@@ -42,16 +44,19 @@ class BaseDigests:
         try:
             for path in self._files:
                 self._found[path.name] = sha256_of(path)
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001  # raised where they are waited for
             self._fault = error
 
     def wait(self) -> dict[str, str]:
         """All of them.
 
         Raises:
-            OSError: a file cannot be read.
+            ModelError: a file cannot be read.
         """
         self._thread.join()
+        if isinstance(self._fault, OSError):
+            fault = self._fault
+            raise ModelError(str(fault.filename), f"cannot be read: {fault.strerror}") from fault
         if self._fault is not None:
             raise self._fault
         return self._found

@@ -120,6 +120,9 @@ def test_a_run_that_began_in_bf16_does_not_go_on_where_that_does_not_work(
     check_processes(cfg)
     with pytest.raises(DeviceError, match="bf16 does not work on device mlu here"):
         check_processes(cfg, began_in="bf16")
+    whole = compose("run", ["model.path=m", "dataset.path=d", "device=mlu", "eval.precision=bf16"])
+    with pytest.raises(DeviceError, match="eval.precision: bf16 does not work on device mlu here"):
+        check_processes(whole)  # before it trains
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from transformers import GenerationConfig
 
 from configs.errors import DataError
 from configs.schema.device import DeviceConfig
+from configs.schema.model import Precision
 from configs.schema.outputs import EvalConfig, ExportConfig
 from tests.tiny import samples_of, save_tiny_model, tiny_model, write_prepared
+from tests.tiny_families import save
 from tests.unit.tiny_run import tiny_run
 from train.devices.cpu import CpuDevice
 from train.evaluate.generate import has_plain_cache, measure_batch, measure_batch_plainly
-from train.evaluate.run import compare_answers, evaluate_model, evaluate_run, say_check
+from train.evaluate.models import base_model, plain_model
+from train.evaluate.run import compare_answers, evaluate_model, evaluate_run, say_check, table_lines
 from train.evaluate.samples import Sample, batches, read_samples
 from train.evaluate.scores import Answer, exact_match, perplexity, worst_classes
 from train.export.run import export
@@ -143,6 +148,9 @@ def test_a_run_is_measured_and_its_export_compared(tmp_path: Path, device: CpuDe
     summary = evaluate_run(run, cfg, device, on_note=notes.append, seconds_before=1000)
 
     assert json.loads(run.summary.read_text()) == summary
+    assert summary["precision"] == "fp32" and any("8 test samples, fp32" in note for note in notes)
+    del summary["precision"]  # as an older version left it
+    assert "8 test samples " in table_lines(summary)[0]
     assert summary["test_size"] == 8 and summary["seconds"] > 1000 and summary["peak_gib"] > 0
     assert summary["tuned"]["perplexity"] == pytest.approx(unmerged["tuned"]["perplexity"], rel=1e-4)
     assert summary["base"]["perplexity"] != pytest.approx(summary["tuned"]["perplexity"], rel=1e-3)
@@ -172,6 +180,26 @@ def test_an_export_of_another_checkpoint_is_not_taken_for_this_one(tmp_path: Pat
     last = evaluate_run(run, cfg, device, on_note=lambda _: None)
     assert last["step"] == 3 and "export_check" not in last
     assert "Not measured yet" in (merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "minimax_m2"])
+@pytest.mark.parametrize("working", [torch.bfloat16, torch.float32])
+def test_the_base_in_bf16_is_the_model_that_anyone_opens_in_bf16(
+    tmp_path: Path, device: CpuDevice, name: str, working: torch.dtype
+) -> None:
+    """A cast would round angles of positions and what the family keeps in fp32 besides."""
+    folder = save(name, tmp_path / "model")
+    trained: Any = SimpleNamespace(working_dtype=working, base_dir=folder)
+    trained.cfg = SimpleNamespace(model=SimpleNamespace(trust_remote_code=False))
+    base = base_model(trained, device, Precision.bf16)
+    plain = plain_model(folder, torch.bfloat16, device, asked=Precision.bf16)
+    for ours, theirs in ((base.named_parameters, plain.named_parameters), (base.named_buffers, plain.named_buffers)):
+        assert [(key, each.dtype) for key, each in ours()] == [(key, each.dtype) for key, each in theirs()]
+    assert {each.dtype for each in base.buffers()} >= {torch.float32}
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, plain(ids).logits)
+    assert {each.dtype for each in base_model(trained, device).parameters()} == {torch.float32}
 
 
 def test_changed_data_is_refused(tmp_path: Path, device: CpuDevice) -> None:

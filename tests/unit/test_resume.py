@@ -6,16 +6,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from configs.compose import load_resolved
-from configs.errors import DataError
+from configs.errors import DataError, ModelError
 from tests.tiny import samples_of, write_prepared
 from tests.unit.tiny_run import tiny_run
 from train.data.prepared import PreparedData
 from train.devices.cpu import CpuDevice
+from train.origin import BaseDigests
 from train.run import train, validation_split
 from train.run_folder import RunFolder
 
@@ -41,6 +43,20 @@ def test_dropout_goes_on_and_auto_keeps_the_precision_of_the_beginning(tmp_path,
     monkeypatch.setattr(CpuDevice, "fast_dtypes", lambda self: (torch.float32,))
     resume(tmp_path, run)
     assert figures(run) == whole
+
+
+def test_what_is_no_file_among_the_bases_has_no_digest_and_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    assert list(BaseDigests(tmp_path).wait()) == ["config.json"]
+    for error, raised in (
+        (PermissionError(13, "Permission denied", "there"), ModelError),
+        (MemoryError(), MemoryError),
+    ):
+        monkeypatch.setattr("train.origin.sha256_of", Mock(side_effect=error))
+        with pytest.raises(raised, match="there: cannot be read" if raised is ModelError else None):
+            BaseDigests(tmp_path).wait()
 
 
 def test_a_budget_is_recorded_as_it_was_asked_for_so_that_a_resume_may_have_another(tmp_path):

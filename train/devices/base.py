@@ -146,15 +146,15 @@ class Device(ABC):
         if fault is not None:
             yield fault
 
-    def precision_fault(self, precision: Precision) -> DeviceError | None:
-        """What is wrong with a precision that was asked for by name; None where it works."""
+    def precision_fault(self, precision: Precision, key: str = "model.precision") -> DeviceError | None:
+        """What is wrong with a precision that was asked for by name, under `key`; None where it works."""
         if precision is Precision.auto or self.supports(DTYPES[precision]):
             return None
         return DeviceError(
-            "model.precision",
+            key,
             f"{precision.value} does not work on device {self.name} here",
             allowed=", ".join(each.value for each, dtype in DTYPES.items() if self.supports(dtype)) + ", auto",
-            remedy="model.precision=auto",
+            remedy=f"{key}=auto",
         )
 
     # Use.

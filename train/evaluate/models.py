@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import CheckpointError, DeviceError
+from configs.errors import CheckpointError
 from configs.schema.model import Precision
 from train.devices.base import DTYPES, Device
 from train.export.trained import Trained
@@ -29,8 +29,8 @@ def compute_dtype(working: torch.dtype, device: Device, asked: Precision = Preci
         DeviceError: it was asked for by name and does not work there.
     """
     if asked is not Precision.auto:
-        if (fault := device.precision_fault(asked)) is not None:
-            raise DeviceError("eval.precision", fault.found, allowed=fault.allowed, remedy="eval.precision=auto")
+        if (fault := device.precision_fault(asked, "eval.precision")) is not None:
+            raise fault
         return DTYPES[asked]
     return torch.float32 if device.torch_type == "cpu" or not device.supports(working) else working
 
@@ -42,10 +42,12 @@ def base_model(trained: Trained, device: Device, asked: Precision = Precision.au
         DeviceError: the precision that was asked for does not work there.
         ModelError: it does not open.
     """
-    working = trained.working_dtype
-    trust = trained.cfg.model.trust_remote_code
-    model = load_model(trained.base_dir, dtype=working, trust_remote_code=trust)
-    return model.to(device.torch_device, compute_dtype(working, device, asked))
+    dtype = compute_dtype(trained.working_dtype, device, asked)
+    # Loading, unlike a cast, leaves in fp32 what the family keeps so, and angles of positions. What a run rounded to
+    # bf16 stays rounded where it computes in fp32.
+    loaded = torch.bfloat16 if torch.bfloat16 in (dtype, trained.working_dtype) else dtype
+    model = load_model(trained.base_dir, dtype=loaded, trust_remote_code=trained.cfg.model.trust_remote_code)
+    return model.to(device.torch_device) if loaded == dtype else model.to(device.torch_device, dtype)
 
 
 def plain_model(

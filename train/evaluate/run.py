@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,12 +23,12 @@ from train.data.images import ImageInputs
 from train.data.prepared import PreparedData
 from train.devices.base import Device
 from train.evaluate.measure import Ruler
-from train.evaluate.models import base_model, plain_model, put_training_on
+from train.evaluate.models import base_model, compute_dtype, plain_model, put_training_on
 from train.evaluate.samples import Sample, read_samples
 from train.evaluate.scores import Answer, figures
 from train.export.run import MERGED, is_export_of, refresh_cards
 from train.export.trained import Trained
-from train.models.load import load_config
+from train.models.load import dtype_name, load_config
 from train.observe.metrics import read_metrics
 from train.observe.progress import counter
 from train.run_folder import RunFolder, sha256_of
@@ -94,7 +95,8 @@ def evaluate_run(
             say_check(check, on_note)
         answers["tuned"] = _measure(ruler, model, "tuned")
         summary: Summary = {name: figures(given) for name, given in answers.items()}
-        summary |= _facts(cfg, samples, device, seconds_before + time.monotonic() - started)
+        dtype = compute_dtype(trained.working_dtype, device, cfg.precision)
+        summary |= _facts(cfg, samples, device, dtype, seconds_before + time.monotonic() - started)
         summary |= {"step": trained.reader.state.step, "checkpoint": trained.checkpoint.name}
         summary["manifest_sha256"] = sha256_of(data / "manifest.json")
         summary["peak_gib"] = max([summary["peak_gib"], *(r.get("peak_gib", 0.0) for r in read_metrics(run.metrics))])
@@ -129,10 +131,12 @@ def evaluate_model(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     ruler = Ruler(cfg, samples, tokenizer, device.torch_device, on_note)
     ruler.images = images_of(data, model_dir, trust_remote_code)
-    model = plain_model(model_dir, device.fast_dtypes()[0], device, trust_remote_code, cfg.precision)
+    fastest = device.fast_dtypes()[0]
+    model = plain_model(model_dir, fastest, device, trust_remote_code, cfg.precision)
     answers = {"model": _measure(ruler, model, "model")}
     summary: Summary = {"model": figures(answers["model"])}
-    summary |= _facts(cfg, samples, device, time.monotonic() - started)
+    dtype = compute_dtype(fastest, device, cfg.precision)
+    summary |= _facts(cfg, samples, device, dtype, time.monotonic() - started)
     write_figures(RunFolder(out), answers, summary)
     for line in table_lines(summary):
         on_note(line)
@@ -168,8 +172,9 @@ def _measure(ruler: Ruler, model: Any, name: str) -> list[Answer]:
     return answers
 
 
-def _facts(cfg: EvalConfig, samples: Sequence[Sample], device: Device, seconds: float) -> Summary:
+def _facts(cfg: EvalConfig, samples: Sequence[Sample], device: Device, dtype: torch.dtype, seconds: float) -> Summary:
     return {
+        "precision": dtype_name(dtype),
         "test_size": len(samples),
         "split": cfg.split,
         "tokens": sum(len(s.input_ids) for s in samples),
@@ -221,7 +226,9 @@ def write_figures(folder: RunFolder, answers: dict[str, list[Answer]], summary: 
 def table_lines(summary: Summary) -> list[str]:
     """The figures as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"{summary['test_size']} {summary['split']} samples")
+    # Figures of an older version do not say what they were computed in.
+    precision = f", {summary['precision']}" if "precision" in summary else ""
+    table.add_column(f"{summary['test_size']} {summary['split']} samples{precision}")
     table.add_column("exact match", justify="right")
     table.add_column("perplexity", justify="right")
     for name in ("base", "tuned", "model"):
