@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from tests.bench.speed import data, ours
-from tests.bench.speed.machine import Bench, Failed, Figures, calm
+from tests.bench.speed.machine import Bench, Failed, Figures, calm, disturbed
 from tests.bench.speed.training import window
 
 
@@ -26,25 +26,29 @@ class Entry:
     in_quick: bool = False
 
 
-WHOLE_LOGITS = "from train.objectives.causal_lm import LossHead; LossHead.of = lambda *_: (None, 'it is taken out')"
-MALLOC = "import train.devices.cpu as cpu; cpu.MALLOC = ()"
-CPU = "from train.devices.cpu import CpuDevice; CpuDevice"
+def _swap(where: str, name: str, value: str) -> str:
+    return f"from tests.bench.speed.swap import swap; swap({where!r}, {name!r}, {value})"
+
+
+WHOLE_LOGITS = _swap("train.objectives.causal_lm:LossHead", "of", "lambda *_: (None, 'it is taken out')")
+MALLOC = _swap("train.devices.cpu", "MALLOC", "()")
+CPU = "train.devices.cpu:CpuDevice"
 ENTRIES = (
     Entry("packing off", ("packing=off",), in_quick=True),
     Entry("fp32 in place of bf16", ("model.precision=fp32",)),
     Entry("activation checkpointing on", ("activation_checkpointing=true",)),
     Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS),
-    Entry("adapters beside their layers", patch="import train.run; train.run.fuse_adapters = lambda module: None"),
+    Entry("adapters beside their layers", patch=_swap("train.run", "fuse_adapters", "lambda module: None")),
     Entry("attention by SDPA in any length", ("device.attention_kernel=reference",)),
     Entry("norms, rotary by plain operators", tuple(f"device.{op}_kernel=reference" for op in ("rms_norm", "rotary"))),
-    Entry("rows of any length", patch=f"{CPU}.row_step = lambda self, dtype: 1"),
+    Entry("rows of any length", patch=_swap(CPU, "row_step", "lambda self, dtype: 1")),
     Entry("malloc as it comes", patch=MALLOC),
-    Entry("optimizer not fused", patch=f"{CPU}.fused_optimizer = False"),
+    Entry("optimizer not fused", patch=_swap(CPU, "fused_optimizer", "False")),
     Entry("no watch over hangs", ("guard.hang_timeout_seconds=0",)),
     Entry("full: packing off", ("packing=off",), tuning="full"),
     Entry("full: logits at once", patch=WHOLE_LOGITS, tuning="full"),
     Entry("full: malloc as it comes", patch=MALLOC, tuning="full"),
-    Entry("full: optimizer not fused", patch=f"{CPU}.fused_optimizer = False", tuning="full"),
+    Entry("full: optimizer not fused", patch=_swap(CPU, "fused_optimizer", "False"), tuning="full"),
     Entry("full: activation checkpointing on", ("activation_checkpointing=true",), tuning="full"),
     Entry("long prompts: packing off", ("packing=off",), data="prompts"),
 )
@@ -86,10 +90,12 @@ def _row(entry: Entry, runs: dict[str, list[Figures]]) -> Figures:
         "default_tokens_per_second": round(speed["default"], 1),
         "speed_of_default": round(speed[entry.name] / speed["default"], 2),
         "memory_of_default": round(memory[entry.name] / memory["default"], 2),
+        "others_cores": [one["others_cores"] for one in runs[entry.name] + runs["default"]],
     }
     print(
         f"  {entry.name}: {row['speed_of_default']:.2f} of the default's speed, "
-        f"{row['memory_of_default']:.2f} of its memory ({memory[entry.name]:.2f} GiB)",
+        f"{row['memory_of_default']:.2f} of its memory ({memory[entry.name]:.2f} GiB)"
+        f"{disturbed(runs[entry.name]) or disturbed(runs['default'])}",
         flush=True,
     )
     return row

@@ -15,8 +15,9 @@ from pathlib import Path
 from configs.schema.device import DeviceConfig
 from tests.bench.speed import data
 from tests.bench.speed.export import exporting
-from tests.bench.speed.machine import BUILD, Bench, Figures, run, script
+from tests.bench.speed.machine import BUILD, Bench, Failed, Figures, calm, disturbed, script
 from tests.bench.speed.preparation import preparation
+from tests.bench.speed.tree import measured
 from train.data.prepared import PreparedData
 from train.devices.cpu import CpuDevice
 from train.evaluate.models import compute_dtype
@@ -24,6 +25,9 @@ from train.models.load import dtype_name
 
 BATCH = 8
 """Samples of a padded batch of the library's."""
+OURS = "crosstune eval"
+SAME, ROUNDED = 1e-3, 2e-2
+"""Relative differences of the perplexity, in the same format and in another."""
 
 
 def part_5(bench: Bench) -> None:
@@ -49,26 +53,33 @@ def compare(bench: Bench, max_new_tokens: int, limit: int) -> Figures:
     spec = {"model": str(model), "samples": samples, "batch": BATCH, "max_new_tokens": max_new_tokens}
     runs: dict[str, list[Figures]] = defaultdict(list)
     for _ in range(bench.rounds):
-        runs["crosstune eval"].append(_ours(bench, model, found.folder, max_new_tokens, limit))
+        runs[OURS].append(_ours(bench, model, found.folder, max_new_tokens, limit))
         for name, weights in theirs.items():
             given = script(bench, "library_eval", spec | {"weights": weights})
-            seconds = sum(given[f"{name}_seconds"] for name in ("load", "perplexity", "generate"))
-            runs[name].append(given | {"seconds": seconds})
+            inner = sum(given[f"{name}_seconds"] for name in ("load", "perplexity", "generate"))
+            runs[name].append(given | {"inner_seconds": inner})
     table = {
         name: {
-            "seconds": round(statistics.median(one["seconds"] for one in each), 1),
+            "seconds": round(statistics.median(one["seconds"] for one in calm(each)), 1),
+            "without_imports": round(statistics.median(one["inner_seconds"] for one in calm(each)), 1),
             "perplexity": round(each[0]["perplexity"], 4),
             "generated_tokens": each[0]["generated_tokens"],
             "peak_rss_gib": round(max(one["peak_rss_gib"] for one in each), 2),
+            "others_cores": [one["others_cores"] for one in each],
         }
         for name, each in runs.items()
     }
-    ours = table["crosstune eval"]["seconds"]
-    ratios = {name: round(table[name]["seconds"] / ours, 2) for name in theirs}
+    ours = table[OURS]
+    for name, weights in theirs.items():
+        off = table[name]["perplexity"] / ours["perplexity"] - 1
+        if abs(off) > (SAME if weights == theirs["transformers"] else ROUNDED):
+            raise Failed(f"{name} finds a perplexity that is off by {off:.1%}: they do not measure the same")
+    keys = ("seconds", "without_imports")
+    ratios = {name: {key: round(table[name][key] / ours[key], 2) for key in keys} for name in theirs}
     what = f"perplexity and {max_new_tokens} new tokens" if max_new_tokens else "perplexity"
     for name, each in table.items():
-        print(f"  {what} of {limit} samples, {name}: {each}", flush=True)
-    print(f"  {what}: seconds over crosstune's {ratios}", flush=True)
+        print(f"  {what} of {limit} samples, {name}: {each}{disturbed(runs[name])}", flush=True)
+    print(f"  {what}: over crosstune's {ratios}", flush=True)
     return {"what": what, "samples": limit, "table": table, "over_crosstune": ratios}
 
 
@@ -78,7 +89,8 @@ def _ours(bench: Bench, model: Path, prepared: Path, max_new_tokens: int, limit:
     shutil.rmtree(out, ignore_errors=True)
     asked = ["eval", f"model.path={model}", f"data={prepared}", "device=cpu", f"out={out}", f"eval.limit={limit}"]
     answers = [f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens else ["eval.generate=false"]
-    run([sys.executable, "-P", "-m", "launchers.cli", *asked, *answers], bench.environment(bench.threads, ours=True))
+    words = [sys.executable, "-P", "-m", "launchers.cli", *asked, *answers]
+    whole = measured(words, bench.environment(bench.threads, ours=True))
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     from transformers import AutoTokenizer
 
@@ -87,7 +99,9 @@ def _ours(bench: Bench, model: Path, prepared: Path, max_new_tokens: int, limit:
     given = [json.loads(line)["answer"] for line in lines]
     tokens = sum(len(tokenizer(text)["input_ids"]) for text in given if text)
     return {
-        "seconds": summary["seconds"],
+        "seconds": whole["seconds"],
+        "others_cores": whole["others_cores"],
+        "inner_seconds": summary["seconds"],
         "perplexity": summary["model"]["perplexity"],
         "generated_tokens": tokens,
         "peak_rss_gib": summary["peak_gib"],

@@ -55,7 +55,7 @@ class Bench:
 
 
 def script(bench: Bench, name: str, given: Figures, python: str = sys.executable) -> Figures:
-    """Runs a contestant's script; its figures, with ``started_at``.
+    """Runs a contestant's script; its figures, with ``started_at`` and the ``seconds`` of all of it.
 
     Raises:
         Failed: it ended with another code than 0, or took too long.
@@ -65,7 +65,8 @@ def script(bench: Bench, name: str, given: Figures, python: str = sys.executable
     started_at = time.time()
     words, others = [python, str(SCRIPTS / f"{name}.py"), str(path)], Others()
     said = run(words, bench.environment(given.get("threads", bench.threads), ours=False))
-    return dict(json.loads(said.strip().splitlines()[-1])) | {"started_at": started_at, "others_cores": others.cores()}
+    of_all = {"started_at": started_at, "seconds": time.time() - started_at, "others_cores": others.cores()}
+    return dict(json.loads(said.strip().splitlines()[-1])) | of_all
 
 
 def run(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -> str:
@@ -108,6 +109,12 @@ def _children_seconds() -> float:
 def calm(runs: list[Figures]) -> list[Figures]:
     """The runs that other programs left alone, if there are any; else all of them."""
     return [each for each in runs if each["others_cores"] <= CALM_CORES] or runs
+
+
+def disturbed(runs: list[Figures]) -> str:
+    """What a line of a table says of runs of which none was left alone."""
+    least = min(each["others_cores"] for each in runs)
+    return f"  disturbed: others took {least} cores" if least > CALM_CORES else ""
 
 
 def gemm_peak(bench: Bench) -> Figures:

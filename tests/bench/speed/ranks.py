@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 
 from tests.bench.speed import data, ours
-from tests.bench.speed.machine import Bench, Failed, Figures, calm
+from tests.bench.speed.machine import Bench, Failed, Figures, calm, disturbed
 from tests.bench.speed.training import window
 
 CASES = {
@@ -42,10 +42,12 @@ def scaling(bench: Bench, tuning: str) -> Figures:
         speed = statistics.median(one["tokens_per_second"] for one in calm(each))
         peak = max(one["peak_rss_gib"] for one in each)
         table[name] = {"tokens_per_second": round(speed, 1), "peak_rss_gib_of_rank_0": round(peak, 2)}
+        table[name]["others_cores"] = [one["others_cores"] for one in each]
     for name, figures in table.items():
         if name.startswith("2") and BASE in table:
             figures["efficiency"] = round(figures["tokens_per_second"] / (2 * table[BASE]["tokens_per_second"]), 3)
         shown = f", efficiency {figures['efficiency']:.0%}" if "efficiency" in figures else ""
+        shown += disturbed(runs[name])
         gib = figures["peak_rss_gib_of_rank_0"]
         print(f"  {tuning}, {name}: {figures['tokens_per_second']:.0f} tokens/s, {gib} GiB{shown}", flush=True)
     return {"tuning": tuning, "steps": about, "cases": table}

@@ -39,6 +39,14 @@ CONTESTANTS = (
     Contestant("TRL", "trl_sft", weights="bf16", tunings=("lora",)),
     Contestant("TRL padding_free", "trl_sft", mode="padding_free", tunings=("full",), in_quick=True),
     Contestant("TRL padding_free", "trl_sft", weights="bf16", mode="padding_free", tunings=("lora",), in_quick=True),
+    Contestant(
+        "TRL padding_free, in two halves",
+        "trl_sft",
+        weights="bf16",
+        mode="padding_free, halves",
+        tunings=("lora",),
+        once=True,
+    ),
     Contestant("TRL packing bfd", "trl_sft", weights="bf16", mode="bfd", tunings=("lora",), once=True),
     Contestant("TRL packing wrapped", "trl_sft", weights="bf16", mode="wrapped", tunings=("lora",), once=True),
 )

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 
 from tests.bench.speed import data, ours, rivals
-from tests.bench.speed.machine import ROOT, Bench, Failed, run, script
+from tests.bench.speed.machine import ROOT, Bench, Failed, Figures, calm, disturbed, run, script
 from tests.bench.speed.rivals import Contestant
 from tests.bench.speed.training import spec_of
 
@@ -24,8 +24,7 @@ def part_4(bench: Bench) -> None:
     steps, python = found.steps(1), rivals.trl_python()
     if not bench.quick:
         ours.train(bench, model, found, "lora", 1)  # so that all is in the caches
-    waits: dict[str, list[float]] = defaultdict(list)
-    first: dict[str, list[float]] = defaultdict(list)
+    runs: dict[str, list[Figures]] = defaultdict(list)
     for _ in range(bench.rounds):
         given = {"crosstune": ours.train(bench, model, found, "lora", 1)}
         if not bench.quick:
@@ -40,19 +39,22 @@ def part_4(bench: Bench) -> None:
             except Failed as fault:
                 print(f"  {contestant.name}: {fault}", flush=True)
         for name, figures in given.items():
-            waits[name].append(figures["first_step_at"] - figures["started_at"])
-            first[name].append(figures["step_seconds"][0])
+            runs[name].append(figures)
     table = {
         name: {
-            "seconds_to_first_step": round(statistics.median(each), 2),
-            "of_which_the_step": round(statistics.median(first[name]), 2),
+            "seconds_to_first_step": round(
+                statistics.median(one["first_step_at"] - one["started_at"] for one in calm(each)), 2
+            ),
+            "of_which_the_step": round(statistics.median(one["step_seconds"][0] for one in calm(each)), 2),
+            "others_cores": [one["others_cores"] for one in each],
         }
-        for name, each in waits.items()
+        for name, each in runs.items()
     }
     helps = [_help_seconds(bench) for _ in range(5)]
     bench.report["4"] = {"to_first_step": table, "help_seconds": round(statistics.median(helps), 3)}
     for name, each in table.items():
-        print(f"  {name}: {each['seconds_to_first_step']} s, of which the step {each['of_which_the_step']} s")
+        took = f"{each['seconds_to_first_step']} s, of which the step {each['of_which_the_step']} s"
+        print(f"  {name}: {took}{disturbed(runs[name])}", flush=True)
     print(f"  crosstune --help: {bench.report['4']['help_seconds']} s", flush=True)
 
 

@@ -2,7 +2,8 @@
 
     python trl_sft.py SPEC.json
 
-``mode`` of the spec: ``padded``; ``padding_free`` (a batch's samples end to end, positions that begin anew); ``bfd``
+``mode`` of the spec: ``padded``; ``padding_free`` (a batch's samples end to end, positions that begin anew;
+with ``, halves``: in two passes of half the samples each, whose gradients add up); ``bfd``
 (packed by best-fit decreasing, which implies padding_free); ``wrapped`` (rows cut from one stream of tokens). Dataset
 preparation, collator, loss and loop are TRL's; only the order of the batches is given, so that all train on the same
 samples. Whether a mode lets a sample see another in its row is tried on the real model after the timing.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import common
@@ -61,14 +63,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(given, folder, clock)
         trainer.order = order(given, trainer.train_dataset)
-        trainer.args.max_steps = len(trainer.order)
+        trainer.args.max_steps = len(trainer.order) // passes(given["mode"])
         trainer.train()
     peak = common.peak_rss_gib()  # before the leak is looked for
+    each = passes(given["mode"])
+    steps = [sum(trainer.order[at : at + each], []) for at in range(0, len(trainer.order), each)]
     begins = [clock.began, *clock.ends[:-1]]
     rows = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     common.answer(
         step_seconds=[end - begin for begin, end in zip(begins, clock.ends, strict=True)],
-        step_tokens=[sum(rows[i] for i in batch) for batch in trainer.order],
+        step_tokens=[sum(rows[i] for i in batch) for batch in steps],
         losses=clock.losses,
         first_step_at=clock.first_step_at,
         peak_rss_gib=peak,
@@ -97,7 +101,8 @@ def build(given: dict[str, Any], folder: str, clock: Clock) -> Ordered:
         gradient_checkpointing=False,
         packing=mode in PACKED,
         packing_strategy=mode if mode in PACKED else "bfd",
-        padding_free=mode == "padding_free",
+        padding_free=mode.startswith("padding_free"),
+        gradient_accumulation_steps=passes(mode),
         max_length=length,
         logging_steps=1,
         save_strategy="no",
@@ -125,9 +130,15 @@ def order(given: dict[str, Any], dataset: Any) -> list[list[int]]:
         return [[row] for row in rows[: given["warmup"]] + rows]
     batches, at = [], 0
     for step in given["steps"]:
-        batches.append(list(range(at, at + len(step))))
+        cuts = [at + len(step) * part // passes(given["mode"]) for part in range(passes(given["mode"]) + 1)]
+        batches += [list(range(*pair)) for pair in pairwise(cuts)]
         at += len(step)
     return batches
+
+
+def passes(mode: str) -> int:
+    """Batches whose gradients make a step."""
+    return 2 if mode.endswith("halves") else 1
 
 
 @torch.no_grad()
