@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.contracts.fake_runtime import pretend
 from train.devices import ascend
 from train.devices.accelerator import text_version
 from train.devices.ascend import AscendDevice, cann_version
-from train.devices.cpu import CpuDevice
+from train.devices.cpu import CpuDevice, _peak_resident_bytes
 from train.devices.cuda import CudaDevice
 from train.devices.peaks import published_peak_flops
 from train.devices.rocm import RocmDevice
@@ -195,3 +196,12 @@ def test_a_peak_of_ones_own_wins_for_bf16_alone():
     device = CpuDevice(DeviceConfig(peak_tflops=2.5))
     assert device.peak_flops(torch.bfloat16) == 2.5e12
     assert device.peak_flops(torch.float32) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process was forked from counts on Linux only")
+def test_a_processs_peak_is_not_that_of_its_parent():
+    """getrusage would say of a small worker what its large parent held."""
+    held = torch.ones(600 * 2**20, dtype=torch.uint8)
+    code = "from train.devices.cpu import _peak_resident_bytes as peak; print(peak())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < held.nbytes < _peak_resident_bytes()

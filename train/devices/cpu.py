@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -107,9 +109,15 @@ def _keep_freed_memory() -> None:
 
 
 def _peak_resident_bytes() -> int:
-    """Largest resident set; Linux counts in KiB, macOS in bytes."""
+    """Largest resident set. Linux's getrusage counts what the process was forked from, even after exec."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        of_own = re.search(
+            r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"), re.M
+        )
+        if of_own is not None:
+            return int(of_own[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,13 +23,13 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
 
     Returns:
         ``seconds`` from start to end; ``cpu_seconds`` of it and of all processes that it waited for; ``largest_gib``,
-        the largest resident set of one process, exact; ``tree_gib``, the most that all had at a time, pages that they
-        share counted once, as far as it was looked; ``others_cores``.
+        the largest resident set of the command's own process; ``tree_gib``, the most that all had at a time, pages that
+        they share counted once; both as far as it was looked; ``others_cores``.
 
     Raises:
         Failed: it ended with another code than 0, or took too long.
     """
-    log, peak, done = BUILD / "speed.log", [0], threading.Event()
+    log, peak, own, done = BUILD / "speed.log", [0], [0], threading.Event()
     others, started = Others(), time.perf_counter()
     with log.open("w") as said:
         process = subprocess.Popen(
@@ -39,6 +39,7 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
     def watch() -> None:
         while not done.wait(EVERY_SECONDS):
             peak.append(_bytes_of_tree(process.pid))
+            own.append(_own_peak(process.pid) or own[-1])
             if time.perf_counter() - started > LIMIT_SECONDS:
                 os.killpg(process.pid, signal.SIGKILL)
                 return
@@ -55,7 +56,7 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
         raise Failed(f"exit code {process.returncode}: {lines[-1]}")
-    largest = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    largest = own[-1] or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
@@ -63,6 +64,15 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
         "tree_gib": max(largest, *peak) / 2**30,
         "others_cores": others.cores(),
     }
+
+
+def _own_peak(pid: int) -> int:
+    """Largest resident set so far, where Linux tells it: getrusage's counts the process that this one came from."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _bytes_of_tree(pid: int) -> int:

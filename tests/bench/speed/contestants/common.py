@@ -45,7 +45,13 @@ def padded(samples: list[Sample], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def peak_rss_gib() -> float:
-    """Largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    """Largest resident set of this process so far, as crosstune measures its own.
+
+    Linux's getrusage counts what the process was forked from, even after exec; it is in KiB, macOS's in bytes.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak) / 2**30 if sys.platform == "darwin" else float(peak) / 2**20
 
