@@ -275,6 +275,40 @@ def test_logits_are_never_whole_forward_or_backward(frozen):
     assert widest.most == 5
 
 
+@pytest.mark.parametrize("scoring", [Scoring(), Scoring(0.1, 0.01, 2.0, 3.0)])
+def test_a_host_scores_a_few_positions_at_a_time(monkeypatch, scoring):
+    """100 positions in bf16 are brought to 128 for the product; in fp32 no more than five are there at once."""
+    words, width, threads = 400, 32, torch.get_num_threads()
+    monkeypatch.setattr("train.ops.loss_head.CACHED_BYTES", 5 * 4 * words)
+    draw = torch.Generator().manual_seed(0)
+    bias = torch.randn(words, generator=draw).bfloat16().requires_grad_()
+    weight = torch.randn(words, width, generator=draw).bfloat16().requires_grad_()
+    hidden = torch.randn(100, width, generator=draw).bfloat16().requires_grad_()
+    targets = torch.randint(0, words, (100,), generator=draw)
+    most = 0
+
+    class Fp32(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            for each in tree_leaves(out):
+                if isinstance(each, torch.Tensor) and each.dtype == torch.float32 and each.shape[1:] == (words,):
+                    most = max(most, len(each))
+            return out
+
+    with Fp32():
+        loss, squares = _Score.apply(hidden, weight, bias, targets, scoring, 2**20, True)
+    assert most == 5 * threads
+    found = torch.autograd.grad(loss, (hidden, weight, bias))
+    with torch.no_grad():
+        assert _Score.apply(hidden, weight, bias, targets, scoring, 2**20, False)[0] == loss
+    expected, of_formula = score(F.linear(hidden, weight, bias), targets, scoring)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not scoring.z_weight or squares.item() == pytest.approx(of_formula.item(), rel=1e-5)
+    for mine, gradient in zip(found, torch.autograd.grad(expected, (hidden, weight, bias)), strict=True):
+        torch.testing.assert_close(mine, gradient, rtol=2e-2, atol=2e-2 * float(gradient.abs().max()))
+
+
 def test_the_gradient_of_the_weight_is_there_once_in_backward():
     """It may be the largest tensor of a step."""
     words, width = 4000, 32

@@ -22,10 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 CHUNK_BYTES = 64 * 2**20
-"""Of a chunk's logits in fp32: hundreds of positions, enough for a full-speed product, beside 100,000 words."""
+"""Of a chunk's logits, in fp32 where they are scored at once: hundreds of positions beside 100,000 words, enough for a
+full-speed product."""
 
 ROWS = 64
 """On a host in bf16, positions of a chunk are brought to a multiple of it, so that products have few shapes."""
+
+CACHED_BYTES = 2**20
+"""Of the logits in fp32 that a core of a host scores at once: what it passes over several times stays in its cache."""
 
 NEUTRAL: Mapping[str, float | None] = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """What configs say of logits -> the value that leaves them as they are."""
@@ -77,21 +81,25 @@ class _Score(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden_ND) if to_hidden else None
         weight_grad = bias_grad = None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden_ND.device)
-        step = max(1, chunk_bytes // (4 * len(weight_VD)))
+        on_host, words = hidden_ND.device.type == "cpu", len(weight_VD)
+        # Scored at once, logits are there in fp32 as well; a host scores a few at a time.
+        step = max(1, chunk_bytes // (words * (hidden_ND.element_size() if on_host else 4)))
+        rows = max(1, CACHED_BYTES // (4 * words)) * torch.get_num_threads() if on_host else step
         # A host's library makes code for each new shape of a product in bf16, in milliseconds, and keeps it.
-        few = ROWS if hidden_ND.device.type == "cpu" and hidden_ND.dtype == torch.bfloat16 and step >= ROWS else 1
+        few = ROWS if on_host and hidden_ND.dtype == torch.bfloat16 and step >= ROWS else 1
         step -= step % few
-        if few > 1 and not to_weight:  # whose sums over the chunks would cost more than the memory is worth
-            step = min(step, 2 * few)
         for start in range(0, len(hidden_ND), step):
             hidden, targets = hidden_ND[start : start + step], targets_N[start : start + step]
             count, more = len(hidden), -len(hidden) % few
             hidden = F.pad(hidden, (0, 0, 0, more)) if more else hidden
-            part, grad = _score_chunk(F.linear(hidden, weight_VD, bias_V)[:count], targets, scoring, learning)
-            sums += part
-            if grad is None:
+            raw = F.linear(hidden, weight_VD, bias_V)
+            for at in range(0, count, rows):
+                some = slice(at, min(at + rows, count))
+                sums += _score_rows(raw[some], targets[some], scoring, learning)
+            if not learning:
                 continue
-            grad = F.pad(grad, (0, 0, 0, more)) if more else grad
+            grad = raw  # it has taken their place
+            grad[count:] = 0
             if hidden_grad is not None:
                 hidden_grad[start : start + count] = (grad @ weight_VD)[:count]
             if to_weight:
@@ -99,7 +107,7 @@ class _Score(torch.autograd.Function):
             if to_bias:
                 of_chunk = grad.sum(0, dtype=torch.float32)
                 bias_grad = of_chunk if bias_grad is None else bias_grad.add_(of_chunk)
-            del grad
+            del raw, grad
         ctx.dtype = weight_VD.dtype
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         loss, squares = (each.clone() for each in sums.unbind())
@@ -121,10 +129,8 @@ def _add(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) ->
     return total.addmm_(left, right) if left.dtype == torch.float32 else total.add_(left @ right)
 
 
-def _score_chunk(
-    raw_nV: torch.Tensor, targets_n: torch.Tensor, scoring: Scoring, learning: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``[2]`` sums as `score` gives them, and the gradient of the first with respect to the logits, in their dtype."""
+def _score_rows(raw_nV: torch.Tensor, targets_n: torch.Tensor, scoring: Scoring, learning: bool) -> torch.Tensor:
+    """``[2]`` sums as `score` gives them; the gradient of the first with respect to the logits takes their place."""
     logits_nV, eps, index = raw_nV.float(), scoring.label_smoothing, targets_n[:, None]
     if scoring.factor != 1:
         logits_nV = logits_nV * scoring.factor
@@ -141,7 +147,7 @@ def _score_chunk(
     squares = log_sum.square().sum()
     sums = torch.stack([loss + scoring.z_weight * squares, squares])
     if not learning:
-        return sums, None
+        return sums
     grad = log_p.exp_()
     if scoring.z_weight:
         grad *= 1 + 2 * scoring.z_weight * log_sum
@@ -152,7 +158,8 @@ def _score_chunk(
         grad *= bent.square_().neg_().add_(1)
     if scoring.factor != 1:
         grad *= scoring.factor
-    return sums, grad.to(raw_nV.dtype)
+    raw_nV.copy_(grad)
+    return sums
 
 
 class LossHead:
