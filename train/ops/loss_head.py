@@ -88,6 +88,8 @@ class _Score(torch.autograd.Function):
         # A host's library makes code for each new shape of a product in bf16, in milliseconds, and keeps it.
         few = ROWS if on_host and hidden_ND.dtype == torch.bfloat16 and step >= ROWS else 1
         step -= step % few
+        if few > 1 and not to_weight:  # whose sums over the chunks cost more than shapes do
+            step = min(step, 4 * few)
         for start in range(0, len(hidden_ND), step):
             hidden, targets = hidden_ND[start : start + step], targets_N[start : start + step]
             count, more = len(hidden), -len(hidden) % few
