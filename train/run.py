@@ -209,7 +209,7 @@ def make_engine(
     always_compress(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
-    objective.choose(module, note)
+    objective.choose(module, note, on_host=device.torch_type == "cpu")
     if not (isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3):
         fuse_adapters(module)
     recompute_activations(model, cfg.recompute_every)

@@ -191,7 +191,7 @@ def _made(cfg: PlanConfig) -> Plan:
     if not on_cpu and cfg.model.precision is Precision.auto:
         notes.append("model.precision=auto is taken for bf16; model.precision=fp32 plans for a device without it")
     folder = _model_folder(cfg, notes)
-    model = Model(cfg, folder, device.kernels) if on_cpu else Model(cfg, folder)
+    model = Model(cfg, folder, device if on_cpu else None)
     build(cfg.objective, Objective).check(model.config, notes.append)
     made = Plan(cfg, device, on_cpu, model, _data(cfg, notes), notes)
     if (each := made.on_a_machine) > cfg.nproc:

@@ -36,7 +36,7 @@ def take_steps(out: Path, name: str, engine_name: str, stage: str, recompute: bo
     world = start()
     module = build(name, index_n_heads=32).train().requires_grad_(True)
     objective = CausalLM(CausalLMConfig(indexer_stage=IndexerStage(stage)))
-    objective.choose(module, lambda text: None)
+    objective.choose(module, lambda text: None, on_host=True)
     if recompute:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = ENGINES[engine_name]

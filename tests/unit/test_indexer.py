@@ -47,7 +47,7 @@ def tiny(name, **changes):
 def objective(stage, module, **weights) -> CausalLM:
     """As a run has it."""
     made = CausalLM(CausalLMConfig(indexer_stage=stage, **weights))
-    made.choose(module, lambda text: None)
+    made.choose(module, lambda text: None, on_host=True)
     made.attach(module)
     return made
 

@@ -19,6 +19,7 @@ from torch import nn
 from configs.compose import compose
 from configs.errors import ConfigError, DataError, ModelError
 from configs.schema.dataset import FilesDatasetConfig
+from configs.schema.device import DeviceConfig
 from configs.schema.plan import PlanOptions, room
 from launchers.command_line import parse
 from launchers.doctor.page import Page
@@ -27,6 +28,7 @@ from launchers.plan.fit import _reason
 from launchers.plan.page import _fits
 from tests.tiny import save_tiny_model
 from train.data.plan import RowKind
+from train.devices.cpu import CpuDevice
 from train.models.load import load_config
 from train.ops.loss_head import CHUNK_BYTES
 from train.plan import tape as part
@@ -139,10 +141,10 @@ def folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), hidden_size=64, num_hidden_layers=4)
 
 
-def predictor(folder, *words, world=1, on_cpu=True, model=None):
+def predictor(folder, *words, world=1, on_cpu=True, model=None, host=None):
     cfg = compose("train", [f"model.path={folder}", "dataset.path=x", "device=cpu", "micro_batch_tokens=1024", *words])
     dtype = torch.float32 if "model.precision=fp32" in words else torch.bfloat16
-    made = model or Model(cfg, folder)
+    made = model or Model(cfg, folder, host)
     return Predictor(
         cfg, made, dtype=dtype, on_cpu=on_cpu, kind=RowKind.packed, world=world, data=Data(), base_bytes=lambda: 0
     )
@@ -172,6 +174,18 @@ def test_logits_are_those_of_a_chunk(folder, monkeypatch):
         held = itertools.accumulate(size for number, size in wide_events(found))
         most.append(max(held))
     assert most[0] == most[1] < 5 * 2**16
+
+
+def test_a_host_scores_few_logits_of_a_chunk_at_once(folder, monkeypatch):
+    monkeypatch.setattr("train.objectives.causal_lm.CHUNK_BYTES", 2**16)
+    monkeypatch.setattr("train.ops.loss_head.CACHED_BYTES", 2**11)
+    words = ("tuning=full", "model.precision=fp32")
+    most = []
+    for host in (None, CpuDevice(DeviceConfig())):
+        one = predictor(folder, *words, host=host)
+        found = one.model.traced(torch.float32, one.shape, recompute=False)
+        most.append(max(itertools.accumulate(size for number, size in wide_events(found))))
+    assert most[0] > 2 * 2**16 and 2**15 < most[1] < 1.5 * 2**16
 
 
 def wide_events(found):

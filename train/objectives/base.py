@@ -81,8 +81,13 @@ class Objective(ABC):
             ConfigError: it does not.
         """
 
-    def choose(self, module: nn.Module, note: Note) -> None:  # noqa: B027
+    def choose(self, module: nn.Module, note: Note, *, on_host: bool) -> None:  # noqa: B027
         """After the tuning method: freezes what this objective gives no gradient, so that no weight decay moves it.
+
+        Args:
+            module: what trains, wherever it lies as yet.
+            note: for the log.
+            on_host: whether it will compute on a CPU.
 
         Raises:
             ConfigError: nothing that trains would get a gradient from a term, or none from any.

@@ -53,10 +53,10 @@ class CausalLM(Objective):
                 f"experts train without a balancing loss ({coefficient * _top_k(text):g} would be its like)"
             )
 
-    def choose(self, module: nn.Module, note: Note) -> None:
+    def choose(self, module: nn.Module, note: Note, *, on_host: bool) -> None:
         """Indexers train where they have a loss, and in their warm-up nothing else does; the head gets its loss."""
         choose_indexer(self.cfg.stage, module, note)
-        self._head, why = LossHead.of(_model_of(module), self._scoring, CHUNK_BYTES)
+        self._head, why = LossHead.of(_model_of(module), self._scoring, CHUNK_BYTES, on_host=on_host)
         if self._head is None:
             note(f"head: logits of all supervised tokens of a micro-batch are made at once, since {why}")
 

@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from torch import nn
 
 CHUNK_BYTES = 64 * 2**20
-"""Of a chunk's logits, in fp32 where they are scored at once: hundreds of positions beside 100,000 words, enough for a
+"""Of a chunk's logits, and of those scored at once in fp32: hundreds of positions beside 100,000 words, enough for a
 full-speed product."""
 
 ROWS = 64
 """On a host in bf16, positions of a chunk are brought to a multiple of it, so that products have few shapes."""
 
 CACHED_BYTES = 2**20
-"""Of the logits in fp32 that a core of a host scores at once: what it passes over several times stays in its cache."""
+"""Of the logits in fp32 that a thread of a host scores at once: small enough for its core's cache to hold much of what
+it passes over again, large enough for calls not to count. On two cores 4 to 16 positions were as fast."""
 
 NEUTRAL: Mapping[str, float | None] = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """What configs say of logits -> the value that leaves them as they are."""
@@ -75,20 +76,22 @@ class _Score(torch.autograd.Function):
         targets_N: torch.Tensor,
         scoring: Scoring,
         chunk_bytes: int,
+        on_host: bool,
         learning: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         to_hidden, to_weight, to_bias = (learning and each for each in ctx.needs_input_grad[:3])
         hidden_grad = torch.empty_like(hidden_ND) if to_hidden else None
         weight_grad = bias_grad = None
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden_ND.device)
-        on_host, words = hidden_ND.device.type == "cpu", len(weight_VD)
-        # Scored at once, logits are there in fp32 as well; a host scores a few at a time.
-        step = max(1, chunk_bytes // (words * (hidden_ND.element_size() if on_host else 4)))
-        rows = max(1, CACHED_BYTES // (4 * words)) * torch.get_num_threads() if on_host else step
+        words, parts = len(weight_VD), [torch.zeros(2, dtype=torch.float32, device=hidden_ND.device)]
+        # A host scores a few of a chunk's positions at a time, so that only they are there in fp32.
+        step = rows = max(1, chunk_bytes // (4 * words))
+        if on_host:
+            step = max(1, chunk_bytes // (hidden_ND.element_size() * words))
+            rows = min(rows, max(1, CACHED_BYTES // (4 * words)) * torch.get_num_threads())
         # A host's library makes code for each new shape of a product in bf16, in milliseconds, and keeps it.
         few = ROWS if on_host and hidden_ND.dtype == torch.bfloat16 and step >= ROWS else 1
         step -= step % few
-        if few > 1 and not to_weight:  # whose sums over the chunks cost more than shapes do
+        if few > 1 and not to_weight:  # a weight's gradient is summed over chunks, which would cost more than shapes do
             step = min(step, 4 * few)
         for start in range(0, len(hidden_ND), step):
             hidden, targets = hidden_ND[start : start + step], targets_N[start : start + step]
@@ -97,11 +100,11 @@ class _Score(torch.autograd.Function):
             raw = F.linear(hidden, weight_VD, bias_V)
             for at in range(0, count, rows):
                 some = slice(at, min(at + rows, count))
-                sums += _score_rows(raw[some], targets[some], scoring, learning)
-            if not learning:
-                continue
-            grad = raw  # it has taken their place
-            grad[count:] = 0
+                parts.append(_score_rows(raw[some], targets[some], scoring, learning))
+            grad = raw  # it has taken their place, or nobody wants one
+            del raw
+            if more:
+                grad[count:] = 0
             if hidden_grad is not None:
                 hidden_grad[start : start + count] = (grad @ weight_VD)[:count]
             if to_weight:
@@ -109,10 +112,10 @@ class _Score(torch.autograd.Function):
             if to_bias:
                 of_chunk = grad.sum(0, dtype=torch.float32)
                 bias_grad = of_chunk if bias_grad is None else bias_grad.add_(of_chunk)
-            del raw, grad
+            del grad
         ctx.dtype = weight_VD.dtype
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-        loss, squares = (each.clone() for each in sums.unbind())
+        loss, squares = (each.clone() for each in torch.stack(parts).sum(0).unbind())
         ctx.mark_non_differentiable(squares)
         return loss, squares
 
@@ -121,7 +124,7 @@ class _Score(torch.autograd.Function):
         # In place: a second copy of the weight's gradient may be the most that a step ever holds.
         hidden, weight, bias = (None if each is None else each.mul_(grad) for each in ctx.saved_tensors)
         weight, bias = (None if each is None else each.to(ctx.dtype) for each in (weight, bias))
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None
 
 
 def _add(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -172,9 +175,10 @@ class LossHead:
         head: its output embedding, a plain linear module; its forward is replaced.
         scoring: of the objective; what the model itself does to logits is taken over from its config.
         chunk_bytes: see `CHUNK_BYTES`.
+        on_host: whether a CPU computes, or is stood in for.
     """
 
-    def __init__(self, model: Any, head: nn.Linear, scoring: Scoring, chunk_bytes: int) -> None:
+    def __init__(self, model: Any, head: nn.Linear, scoring: Scoring, chunk_bytes: int, on_host: bool) -> None:
         config = model.config.get_text_config()
         self._changed = [
             (place, key, value)
@@ -183,19 +187,19 @@ class LossHead:
             if isinstance(getattr(place, key, None), (int, float))
         ]
         self.scoring = _with_the_models_own(scoring, config)
-        self._head, self._chunk_bytes = head, chunk_bytes
+        self._head, self._chunk_bytes, self._on_host = head, chunk_bytes, on_host
         self._targets_N: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
         head.forward = self._forward  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, model: Any, scoring: Scoring, chunk_bytes: int) -> tuple[LossHead | None, str]:
+    def of(cls, model: Any, scoring: Scoring, chunk_bytes: int, *, on_host: bool) -> tuple[LossHead | None, str]:
         """One for the model, or None and why it cannot have one. Before an engine cuts or hooks the weights."""
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if type(head) is not nn.Linear:
             return None, f"the output embedding is {'unknown' if head is None else f'a {type(head).__name__}'}"
         try:
-            made = cls(model, head, scoring, chunk_bytes)
+            made = cls(model, head, scoring, chunk_bytes, on_host)
         except ValueError as error:  # MPT's logit_scale may be a word
             return None, f"its config scales logits in a way of its own ({error})"
         if not made._passes_through(model):
@@ -232,6 +236,7 @@ class LossHead:
             self._targets_N,
             self.scoring,
             self._chunk_bytes,
+            self._on_host,
             torch.is_grad_enabled(),
         )
         return loss.view(1, 1, 1)

@@ -62,7 +62,7 @@ class Foresight:
         lengths = self.split.lengths
         return Predictor(
             cfg,
-            Model(cfg, self.model_dir, self.device.kernels) if on_cpu else Model(cfg, self.model_dir),
+            Model(cfg, self.model_dir, self.device if on_cpu else None),
             dtype=dtype,
             on_cpu=on_cpu,
             kind=self.kind,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from configs.schema.device import KernelChoice
 from configs.schema.roots import TrainConfig
 from configs.schema.sharding import ZeroConfig
 from train.data.plan import RowKind
+from train.devices.base import Device
 from train.models.classes import from_config, keeping_small_parts_in_fp32, model_class
 from train.models.families import Family, family_of
 from train.models.load import load_config
 from train.models.recompute import recompute_activations
 from train.models.short_rows import always_compress
 from train.objectives.base import Objective
-from train.ops.kernel import Kernel, Needs
+from train.ops.kernel import Needs
 from train.ops.lora_linear import fuse_adapters
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.ops.replace import another_formula, layers_of, replace
@@ -39,20 +39,15 @@ class Model:
     Args:
         cfg: of the run.
         model_dir: folder with config.json.
-        kernels_of: the device's versions of ops in a dtype, as far as they run without values: a host's.
+        host: the device, where it is a CPU: its versions of ops run without values, too.
 
     Raises:
         ModelError: transformers cannot build it.
         ConfigError: the tuning method does not fit it.
     """
 
-    def __init__(
-        self,
-        cfg: TrainConfig,
-        model_dir: Path,
-        kernels_of: Callable[[torch.dtype], Mapping[str, Kernel]] = lambda dtype: {},
-    ) -> None:
-        self.cfg, self.model_dir, self._kernels_of = cfg, model_dir, kernels_of
+    def __init__(self, cfg: TrainConfig, model_dir: Path, host: Device | None = None) -> None:
+        self.cfg, self.model_dir, self._host = cfg, model_dir, host
         trusted = cfg.model.trust_remote_code
         self.config = load_config(model_dir, trust_remote_code=trusted)
         self.family: Family = family_of(self.config, trust_remote_code=trusted)
@@ -91,7 +86,7 @@ class Model:
         module = build(self.cfg.tuning, Tuning).apply(model, self.family)
         always_compress(model)
         objective = self._objectives[module] = build(self.cfg.objective, Objective)
-        objective.choose(module, quiet)
+        objective.choose(module, quiet, on_host=self._host is not None)
         if not (isinstance(self.cfg.sharding, ZeroConfig) and self.cfg.sharding.stage == 3):
             fuse_adapters(module)
         self._put_kernels(model, dtype)
@@ -100,9 +95,9 @@ class Model:
 
     def _put_kernels(self, model: Any, dtype: torch.dtype) -> None:
         """What a run takes of them; attention is a fused one in the trace already."""
-        if self.family.layers is None:
+        if self.family.layers is None or self._host is None:
             return
-        for op, kernel in self._kernels_of(dtype).items():
+        for op, kernel in self._host.kernels(dtype).items():
             wanted = op != "attention" and self.cfg.device.kernel_choice(op) is not KernelChoice.reference
             found = layers_of(op, model, self.family.layers) if wanted else []
             if found and not kernel.unmet(Needs.of(model)) and not another_formula(op, found, dtype, CPU):
