@@ -47,6 +47,7 @@ CONTESTANTS = (
         tunings=("lora",),
         once=True,
     ),
+    Contestant("TRL padding_free, in two halves", "trl_sft", mode="padding_free, halves", tunings=("full",), once=True),
     Contestant("TRL packing bfd", "trl_sft", weights="bf16", mode="bfd", tunings=("lora",), once=True),
     Contestant("TRL packing wrapped", "trl_sft", weights="bf16", mode="wrapped", tunings=("lora",), once=True),
 )

@@ -2,8 +2,7 @@
 
     python hf_loop.py SPEC.json
 
-Weights are fp32 under autocast, or bf16 without one where the spec says so (LoRA only: adapters stay fp32 then, which
-autocast multiplies in bf16).
+Weights are fp32, or bf16 where the spec says so (LoRA only: adapters stay fp32, which autocast multiplies in bf16).
 """
 
 from __future__ import annotations
