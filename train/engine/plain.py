@@ -65,7 +65,7 @@ class PlainEngine(Engine):
         total = nn.utils.get_total_norm(gradients)
         norm = float(total)
         if math.isfinite(norm):
-            if self.optim.max_grad_norm:
+            if 0 < self.optim.max_grad_norm < norm:  # torch would multiply by 1 as well
                 nn.utils.clip_grads_with_norm_(self._masters.values(), self.optim.max_grad_norm, total)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr

@@ -25,15 +25,43 @@ BUCKET_NUMEL = 16 * 2**20
 
 
 class _Bucket:
-    """A run of parameters whose gradients share one tensor."""
+    """A run of parameters, each with its master, whose gradients share one tensor."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, members: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        parameters = [parameter for parameter, _ in members]
         self.count = self.waiting = len(parameters)
         """Parameters, and those whose gradient of the last micro-batch is still to come."""
+        self._copied = [parameter is not master for parameter, master in members]
+        self.old = [False] * self.count
+        """Whose view holds what is forgotten: the next gradient takes its place, which saves a pass over it."""
         numels = [parameter.numel() for parameter in parameters]
         self.flat = torch.zeros(sum(numels), dtype=torch.float32, device=parameters[0].device)
         pieces = torch.split(self.flat, numels)
         self.views = [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
+
+    def take(self, index: int, gradient: torch.Tensor) -> None:
+        """Adds to what the view holds."""
+        if self.old[index]:
+            self.views[index].copy_(gradient)
+            self.old[index] = False
+        else:
+            self.views[index].add_(gradient)
+
+    def forget(self) -> None:
+        """All of it; autograd itself adds to what is not copied, which thus has to be zero at once."""
+        self.old = list(self._copied)
+        if not any(self.old):
+            self.flat.zero_()
+            return
+        for old, view in zip(self.old, self.views, strict=True):
+            if not old:
+                view.zero_()
+
+    def fill(self) -> None:
+        """What got no gradient since is zero."""
+        for index in [index for index, old in enumerate(self.old) if old]:
+            self.views[index].zero_()
+            self.old[index] = False
 
 
 class GradientReducer:
@@ -52,20 +80,20 @@ class GradientReducer:
         self._armed = False
         self._hooks = []
         for members in _chunks(list(zip(working, masters, strict=True))[::-1]):
-            bucket = _Bucket([parameter for parameter, _ in members])
+            bucket = _Bucket(members)
             self._buckets.append(bucket)
-            for (parameter, master), view in zip(members, bucket.views, strict=True):
-                master.grad = view
+            for index, (parameter, master) in enumerate(members):
+                master.grad = bucket.views[index]
                 if parameter is not master or world.size > 1:
-                    self._hooks.append(self._watch(parameter, view, bucket))
+                    self._hooks.append(self._watch(parameter, index, bucket))
 
-    def _watch(self, parameter: torch.Tensor, view: torch.Tensor, bucket: _Bucket) -> torch.utils.hooks.RemovableHandle:
+    def _watch(self, parameter: torch.Tensor, index: int, bucket: _Bucket) -> torch.utils.hooks.RemovableHandle:
         """Moves each new gradient of `parameter` into its view; fp32 ones are added there by autograd itself."""
 
         def on_gradient(parameter: torch.Tensor) -> None:
-            if parameter.grad is not view:
+            if parameter.grad is not bucket.views[index]:
                 assert parameter.grad is not None
-                view.add_(parameter.grad)
+                bucket.take(index, parameter.grad)
                 parameter.grad = None
             if self._armed:
                 assert bucket.waiting > 0, "a second gradient in one backward pass: reentrant activation checkpointing"
@@ -81,6 +109,9 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.waiting = bucket.count
         loss.backward()  # type: ignore[no-untyped-call]
+        if last:
+            for bucket in self._buckets:
+                bucket.fill()
         if self._armed:
             self.sum_up()
             self._armed = False
@@ -104,9 +135,9 @@ class GradientReducer:
             self._sent.append(dist.all_reduce(bucket.flat, async_op=True))
 
     def zero(self) -> None:
-        """Forgets the step's gradients; the buckets stay."""
+        """Forgets the step's gradients; the buckets stay. What `masters` show means nothing until the next step's do."""
         for bucket in self._buckets:
-            bucket.flat.zero_()
+            bucket.forget()
 
     def close(self) -> None:
         """Takes the hooks off the parameters."""
