@@ -8,13 +8,14 @@ import torch
 from train.engine.base import World
 from train.engine.reduce import GradientReducer
 
-FORMATS = {"bf16": [torch.bfloat16] * 3, "fp32": [torch.float32] * 3, "both": [torch.bfloat16, torch.float32, torch.bfloat16]}
+BF16, FP32 = torch.bfloat16, torch.float32
+FORMATS = {"bf16": [BF16, BF16, BF16], "fp32": [FP32, FP32, FP32], "both": [BF16, FP32, BF16]}
 
 
 @pytest.mark.parametrize("formats", FORMATS)
 def test_a_step_has_the_gradients_of_its_own_micro_batches_and_zero_where_there_are_none(formats):
     working = [torch.ones(4, dtype=dtype, requires_grad=True) for dtype in FORMATS[formats]]
-    masters = [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in working]
+    masters = [w if w.dtype == FP32 else w.detach().float().requires_grad_() for w in working]
     reducer = GradientReducer(working, masters, World())
     # For each step its micro-batches: factors by which a loss uses the weights. They are exact in bf16.
     steps = [[[1, 2, 3]], [[4, 0, 0], [8, 0, 16]], [[0, 0, 0], [0, 32, 0]], [[64, 0, 0], [0, 0, 0]], [[0, 0, 0]]]
