@@ -135,7 +135,7 @@ class GradientReducer:
             self._sent.append(dist.all_reduce(bucket.flat, async_op=True))
 
     def zero(self) -> None:
-        """Forgets the step's gradients; the buckets stay. What masters show means nothing until the next ones are done."""
+        """Forgets the step's gradients; the buckets stay. Masters show what is none until the next ones are done."""
         for bucket in self._buckets:
             bucket.forget()
 
