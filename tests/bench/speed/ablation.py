@@ -30,14 +30,14 @@ def _swap(where: str, name: str, value: str) -> str:
     return f"from tests.bench.speed.swap import swap; swap({where!r}, {name!r}, {value})"
 
 
-WHOLE_LOGITS = _swap("train.objectives.causal_lm:LossHead", "of", "lambda *_: (None, 'it is taken out')")
+WHOLE_LOGITS = _swap("train.objectives.causal_lm:LossHead", "of", "lambda *_, **__: (None, 'it is taken out')")
 MALLOC = _swap("train.devices.cpu", "MALLOC", "()")
 CPU = "train.devices.cpu:CpuDevice"
 ENTRIES = (
     Entry("packing off", ("packing=off",), in_quick=True),
     Entry("fp32 in place of bf16", ("model.precision=fp32",)),
     Entry("activation checkpointing on", ("activation_checkpointing=true",)),
-    Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS),
+    Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS, in_quick=True),
     Entry("adapters beside their layers", patch=_swap("train.run", "fuse_adapters", "lambda module: None")),
     Entry("attention by SDPA in any length", ("device.attention_kernel=reference",)),
     Entry("norms, rotary by plain operators", tuple(f"device.{op}_kernel=reference" for op in ("rms_norm", "rotary"))),
@@ -57,7 +57,7 @@ ENTRIES = (
 def part_6(bench: Bench) -> None:
     """A row an entry: its speed and memory over the default's of the same rounds."""
     model, steps = data.model_of(bench), bench.warmup + bench.timed
-    rows = []
+    rows = bench.report.setdefault("6", [])
     chosen = [entry for entry in ENTRIES if entry.in_quick or not bench.quick]
     for kind in dict.fromkeys((entry.tuning, entry.data) for entry in chosen):
         tuning, found = kind[0], data.data_set(bench, kind[1])
@@ -71,31 +71,28 @@ def part_6(bench: Bench) -> None:
                     runs[entry.name].append(window(figures, bench.warmup, about))
                 except Failed as fault:
                     print(f"  {entry.name}: {fault}", flush=True)
-        rows += [_row(entry, runs) for entry in entries if runs[entry.name] and runs["default"]]
-    bench.report["6"] = rows
+        if runs["default"]:
+            rows += [_row(entry, runs[entry.name], runs["default"]) for entry in entries if runs[entry.name]]
 
 
-def _row(entry: Entry, runs: dict[str, list[Figures]]) -> Figures:
-    speed = {
-        name: statistics.median(one["tokens_per_second"] for one in calm(each)) for name, each in runs.items() if each
-    }
-    memory = {name: max(one["peak_rss_gib"] for one in each) for name, each in runs.items()}
+def _row(entry: Entry, its: list[Figures], default: list[Figures]) -> Figures:
+    speed, usual = (statistics.median(one["tokens_per_second"] for one in calm(each)) for each in (its, default))
+    memory, before = (max(one["peak_rss_gib"] for one in each) for each in (its, default))
     row = {
         "name": entry.name,
         "overrides": list(entry.overrides),
         "patch": entry.patch,
         "tuning": entry.tuning,
         "data": entry.data,
-        "tokens_per_second": round(speed[entry.name], 1),
-        "default_tokens_per_second": round(speed["default"], 1),
-        "speed_of_default": round(speed[entry.name] / speed["default"], 2),
-        "memory_of_default": round(memory[entry.name] / memory["default"], 2),
-        "others_cores": [one["others_cores"] for one in runs[entry.name] + runs["default"]],
+        "tokens_per_second": round(speed, 1),
+        "default_tokens_per_second": round(usual, 1),
+        "speed_of_default": round(speed / usual, 2),
+        "memory_of_default": round(memory / before, 2),
+        "others_cores": [one["others_cores"] for one in its + default],
     }
     print(
         f"  {entry.name}: {row['speed_of_default']:.2f} of the default's speed, "
-        f"{row['memory_of_default']:.2f} of its memory ({memory[entry.name]:.2f} GiB)"
-        f"{disturbed(runs[entry.name]) or disturbed(runs['default'])}",
+        f"{row['memory_of_default']:.2f} of its memory ({memory:.2f} GiB){disturbed(its) or disturbed(default)}",
         flush=True,
     )
     return row
