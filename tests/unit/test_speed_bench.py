@@ -34,7 +34,7 @@ def test_a_patch_of_what_is_not_there_fails(monkeypatch):
     found = []
     monkeypatch.setattr("tests.bench.speed.swap.setattr", lambda *given: found.append(given), raising=False)
     for entry in ENTRIES:
-        exec(entry.patch, {}, SimpleNamespace().__dict__)
+        exec(entry.patch, {})
     assert len(found) == sum(bool(entry.patch) for entry in ENTRIES) > 5
     for place, name, value in found:
         before = getattr(place, name)

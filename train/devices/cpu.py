@@ -108,16 +108,24 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def largest_resident_set(pid: int) -> int | None:
+    """Bytes that a process held at the most so far, where Linux tells it; None elsewhere, and once it has ended.
+
+    getrusage, on Linux, counts what the process was forked from, even after exec.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
+    return int(found[1]) * 1024 if found else None
+
+
 def _peak_resident_bytes() -> int:
-    """Largest resident set. Linux's getrusage counts what the process was forked from, even after exec."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        of_own = re.search(
-            r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"), re.M
-        )
-        if of_own is not None:
-            return int(of_own[1]) * 1024
+    if (own := largest_resident_set(os.getpid())) is not None:
+        return own
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.bench.speed.machine import BUILD, LIMIT_SECONDS, Failed, Figures, Others
+from train.devices.cpu import largest_resident_set
 
 EVERY_SECONDS = 0.2
 """Between two looks at the memory. One look takes some milliseconds of a core."""
@@ -39,7 +40,7 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
     def watch() -> None:
         while not done.wait(EVERY_SECONDS):
             peak.append(_bytes_of_tree(process.pid))
-            own.append(_own_peak(process.pid) or own[-1])
+            own.append(largest_resident_set(process.pid) or own[-1])
             if time.perf_counter() - started > LIMIT_SECONDS:
                 os.killpg(process.pid, signal.SIGKILL)
                 return
@@ -64,15 +65,6 @@ def measured(words: list[str], environment: dict[str, str], cwd: Path = BUILD) -
         "tree_gib": max(largest, *peak) / 2**30,
         "others_cores": others.cores(),
     }
-
-
-def _own_peak(pid: int) -> int:
-    """Largest resident set so far, where Linux tells it: getrusage's counts the process that this one came from."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _bytes_of_tree(pid: int) -> int:
