@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_short_and_long_samples_have_the_values_gradients_and_masks_of_the_reference(needs, short, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "SHORT", short)
+    monkeypatch.setattr(cpu_kernels, "BY_PRODUCTS", short)
     kernel = cpu_kernels.KERNELS["attention"]
     assert kernel.unmet(needs) is None
     assert disagreement("attention", kernel, needs, torch.bfloat16, CPU) is None

@@ -11,7 +11,8 @@ Measured in docs/performance.md. In fp32 the reference is as fast, and runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -25,8 +26,10 @@ from train.ops.rms_norm import rms_norm as reference
 
 STEP = 32
 """Lengths of samples are rounded up to a multiple of it."""
-SHORT = 384
-"""Up to so many tokens the weights of a sample's attention are written down (2 bytes a head and pair of tokens)."""
+BY_PRODUCTS = 640
+"""Up to so many tokens gradients come by plain products; SDPA's own pass, which skips hidden blocks, is faster beyond."""
+SCORES = 2**22
+"""Of heads that are computed together; in fp32, and twice, 32 MiB. One head has them all, however long."""
 PIECE = 2**17
 """Elements of a piece of a norm: in fp32 half a MiB, of which a few fit into a core's own cache."""
 
@@ -43,57 +46,124 @@ def attention(
 ) -> torch.Tensor:
     """`train.ops.packed_attention.Attend`: short samples by plain products, long ones by SDPA, in rounded lengths."""
     assert dropout == 0, "see `_attention_unmet`"
+    if max(map(max, lengths)) <= BY_PRODUCTS:
+        return _attend(query_BHTD, key_BKTD, value_BKTD, lengths, scaling, sliding_window)
     rows = []
     for row, sizes in enumerate(lengths):
-        split = (torch.split(x[row], list(sizes), dim=1) for x in (query_BHTD, key_BKTD, value_BKTD))
+        split = (torch.split(x[row : row + 1], list(sizes), dim=2) for x in (query_BHTD, key_BKTD, value_BKTD))
         outs = [_sample(q, k, v, scaling, sliding_window) for q, k, v in zip(*split, strict=True)]
         rows.append(torch.cat(outs, dim=1))
-    return torch.stack(rows).transpose(1, 2).contiguous()
+    return torch.cat(rows)
 
 
 def _sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
-    """One sample: ``[h x t x d]`` and twice ``[k x t x d]``."""
-    tokens = q.shape[1]
-    more = -tokens % STEP
-    q, k, v = (F.pad(x, (0, 0, 0, more)) if more else x for x in (q, k, v))
-    if tokens <= SHORT:
-        out: torch.Tensor = _ShortAttention.apply(q, k, v, scaling, window)  # type: ignore[no-untyped-call]
-    else:
-        row = ((tokens + more,),)
-        whole = attend_to_each_sample(
-            q[None], k[None], v[None], row, scaling=scaling, dropout=0.0, sliding_window=window
-        )
-        out = whole[0].transpose(0, 1)
-    return out[:, :tokens]
+    """One sample, with a row of its own; the row of `attention`."""
+    tokens = q.shape[2]
+    if tokens <= BY_PRODUCTS:
+        return _attend(q, k, v, ((tokens,),), scaling, window)
+    q, k, v = (_rounded(x) for x in (q, k, v))
+    row = ((q.shape[2],),)
+    return attend_to_each_sample(q, k, v, row, scaling=scaling, dropout=0.0, sliding_window=window)[:, :tokens]
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Softmax attention by four products, of the heads that share a key together."""
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """``[... x t x d]`` with zeros behind, up to a multiple of `STEP`."""
+    more = -x.shape[-2] % STEP
+    return F.pad(x, (0, 0, 0, more)) if more else x
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float, window: int | None
+) -> torch.Tensor:
+    out: torch.Tensor = _Attention.apply(query, key, value, lengths, scaling, window)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Of all samples in one piece: what it takes is all that it keeps. SDPA forward, plain products for gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_HTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scaling: float, window: int | None
+        ctx: Any,
+        query_BHTD: torch.Tensor,
+        key_BKTD: torch.Tensor,
+        value_BKTD: torch.Tensor,
+        lengths: Lengths,
+        scaling: float,
+        window: int | None,
     ) -> torch.Tensor:
-        shared, tokens, _ = k_KTD.shape
-        q = q_HTD.reshape(shared, -1, q_HTD.shape[-1])
-        scores = _wide_product(q, k_KTD.transpose(1, 2))
-        scores.view(shared, -1, tokens, tokens).mul_(scaling).add_(_mask(tokens, window))
-        weights = torch.softmax(scores, -1).to(q.dtype)
-        ctx.save_for_backward(q, k_KTD, v_KTD, weights)
-        ctx.scaling = scaling
-        return torch.bmm(weights, v_KTD).view_as(q_HTD)
+        batch, heads, tokens, _ = query_BHTD.shape
+        out_BHTD = query_BHTD.new_empty(batch, tokens, heads, value_BKTD.shape[-1]).transpose(1, 2)
+        for its in _places(lengths):
+            q, k, v = (_rounded(x[its]) for x in (query_BHTD, key_BKTD, value_BKTD))
+            out = out_BHTD[its]
+            out.copy_(_values(q, k, v, scaling, window)[:, : out.shape[1]])
+        ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD)
+        ctx.asked = (lengths, scaling, window)
+        return out_BHTD.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        grad = grad_HTD.reshape(q.shape)
-        v_grad = torch.bmm(weights.transpose(1, 2), grad)
-        of_weights = _wide_product(grad, v.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
-        of_scores = of_scores.mul_(ctx.scaling).to(q.dtype)
-        q_grad = torch.bmm(of_scores, k)
-        return q_grad.view_as(grad_HTD), torch.bmm(of_scores.transpose(1, 2), q), v_grad, None, None
+    def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        lengths, scaling, window = ctx.asked
+        grads = [torch.empty_like(x) for x in inputs]
+        for its in _places(lengths):
+            q, k, v, grad = (_rounded(x[its]) for x in (*inputs, grad_BTHD.transpose(1, 2)))
+            for whole, found in zip(grads, _gradients(q, k, v, grad, scaling, window), strict=True):
+                part = whole[its]
+                part.copy_(found[:, : part.shape[1]])
+        return (*grads, None, None, None)
+
+
+def _places(lengths: Lengths) -> list[tuple[int, slice, slice]]:
+    """Of the samples, in ``[b x h x t x d]``."""
+    ends = [(row, end, size) for row, sizes in enumerate(lengths) for end, size in zip(accumulate(sizes), sizes)]
+    return [(row, slice(None), slice(end - size, end)) for row, end, size in ends]
+
+
+def _values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+    """What the queries of one sample, ``[h x t x d]``, find."""
+    if q.shape[-1] != v.shape[-1]:  # SDPA would multiply in fp32
+        q_KND = q.reshape(len(k), -1, q.shape[-1])
+        weights = [_weights(*each, scaling, window).to(q.dtype) for each in _together(q_KND, k)]
+        return torch.bmm(torch.cat(weights), v).view(*q.shape[:2], -1)
+    mask = None if window is None or window >= q.shape[1] else _mask(q.shape[1], window).to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=len(q) > len(k)
+    )[0]
+
+
+def _gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, scaling: float, window: int | None
+) -> list[torch.Tensor]:
+    """With respect to q, k and v of one sample; heads that share a key are one matrix."""
+    q_KND, grad_KND = (x.reshape(len(k), -1, x.shape[-1]) for x in (q, grad))
+    found = []
+    for q_, k_, v_, grad_ in _together(q_KND, k, v, grad_KND):
+        weights = _weights(q_, k_, scaling, window)
+        v_grad = torch.bmm(weights.to(q.dtype).transpose(1, 2), grad_)
+        of_weights = _wide_product(grad_, v_.transpose(1, 2))
+        torch._softmax_backward_data(of_weights, weights, -1, torch.float32, grad_input=of_weights)
+        of_scores = of_weights.mul_(scaling).to(q.dtype)
+        found.append((torch.bmm(of_scores, k_), torch.bmm(of_scores.transpose(1, 2), q_), v_grad))
+    q_grad, k_grad, v_grad = (torch.cat(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True))
+    return [q_grad.view(q.shape), k_grad, v_grad]
+
+
+def _together(q_KND: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Heads of keys with what goes with each, as many as `SCORES` allows."""
+    heads = max(1, SCORES // (q_KND.shape[1] * others[0].shape[1]))
+    return zip(*(torch.split(x, heads) for x in (q_KND, *others)), strict=True)
+
+
+def _weights(q_KND: torch.Tensor, k_KTD: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+    """``[k x n x t]`` in fp32: of the queries of all heads that share a key, one head after the other."""
+    shared, tokens, _ = k_KTD.shape
+    scores = _wide_product(q_KND, k_KTD.transpose(1, 2))
+    by_head = scores.view(shared, -1, tokens, tokens)
+    torch.add(_mask(tokens, window), by_head, alpha=scaling, out=by_head)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
