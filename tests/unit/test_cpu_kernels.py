@@ -19,7 +19,7 @@ from train.ops.rms_norm import rms_norm
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("short", [0, 2**20])
+@pytest.mark.parametrize(("by_products", "scores"), [(0, 2**22), (2**20, 2**22), (2**20, 1)])
 @pytest.mark.parametrize(
     "needs",
     [
@@ -29,8 +29,11 @@ CPU = torch.device("cpu")
         replace(NEEDS, sliding_window=512, dropout=0.0),
     ],
 )
-def test_short_and_long_samples_have_the_values_gradients_and_masks_of_the_reference(needs, short, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "BY_PRODUCTS", short)
+def test_short_and_long_samples_have_the_values_gradients_and_masks_of_the_reference(
+    needs, by_products, scores, monkeypatch
+):
+    monkeypatch.setattr(cpu_kernels, "BY_PRODUCTS", by_products)
+    monkeypatch.setattr(cpu_kernels, "SCORES", scores)
     kernel = cpu_kernels.KERNELS["attention"]
     assert kernel.unmet(needs) is None
     assert disagreement("attention", kernel, needs, torch.bfloat16, CPU) is None
@@ -89,6 +92,34 @@ def test_large_scores_keep_what_tells_their_keys_apart():
     exact = attend_to_each_sample(q.double(), k.double(), v.double(), row, **asked)
     found = cpu_kernels.attention(q, k, v, row, **asked).double()
     assert (found - exact).norm() < 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("scores", [1, 2**22])
+def test_keys_may_be_longer_than_values(scores, monkeypatch):
+    """As in multi-head latent attention."""
+    monkeypatch.setattr(cpu_kernels, "SCORES", scores)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, h, 70, d, generator=draw).bfloat16() for h, d in ((4, 24), (2, 24), (2, 16))]
+    rows, asked = ((70,), (33, 37)), {"scaling": 0.2, "dropout": 0.0, "sliding_window": None}
+    found, expected = [], []
+    for version, wide, results in ((cpu_kernels.attention, False, found), (attend_to_each_sample, True, expected)):
+        mine = [(x.double() if wide else x).clone().requires_grad_() for x in inputs]
+        out = version(*mine, rows, **asked)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        results += [out, *torch.autograd.grad((out * weights).sum(), mine)]
+    for mine, exact in zip(found, expected, strict=True):
+        assert (mine.double() - exact).norm() < 2**-7 * exact.norm()
+
+
+def test_what_attention_takes_is_all_that_it_keeps():
+    lengths = ((100, 60, 31), (64, 127))
+    q = torch.randn(2, 191, 4, 16, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(2, 191, 2, 16, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(2))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = cpu_kernels.attention(q, k, v, lengths, scaling=0.25, dropout=0.0, sliding_window=None)
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (q, k, v)]
+    assert out.is_contiguous()
 
 
 def test_masks_are_made_where_they_are_used():

@@ -3,8 +3,11 @@
 There oneDNN makes new code for each new shape of a product, in 1 to 10 ms, and keeps it (up to a few MiB). torch's own
 SDPA in bf16 does so for each length of sample, and for each block in its backward pass; samples of some ten to some
 hundred tokens, of which instructions are made, then take longer than all the layer's other products. Here lengths are
-rounded up: what is behind a sample's end, a causal mask keeps out of it. Norms and rotary embeddings wait for memory:
-they pass over it in pieces that a core's cache holds, and keep less for the backward pass.
+rounded up: what is behind a sample's end, a causal mask keeps out of it. Its gradients come by products of whole
+matrices, from weights that are computed again, which takes less than SDPA's many small blocks.
+
+Norms and rotary embeddings wait for memory: they pass over it in pieces that a core's cache holds, and keep less for
+the backward pass.
 
 Measured in docs/performance.md. In fp32 the reference is as fast, and runs.
 """
@@ -27,9 +30,10 @@ from train.ops.rms_norm import rms_norm as reference
 STEP = 32
 """Lengths of samples are rounded up to a multiple of it."""
 BY_PRODUCTS = 640
-"""Up to so many tokens gradients come by plain products; SDPA's own pass, which skips hidden blocks, is faster beyond."""
+"""Up to so many tokens gradients come by plain products; beyond, SDPA's own backward pass is faster: it skips what
+the mask hides."""
 SCORES = 2**22
-"""Of heads that are computed together; in fp32, and twice, 32 MiB. One head has them all, however long."""
+"""Of heads whose gradients are computed together: 16 MiB in fp32, there twice. A head is never cut."""
 PIECE = 2**17
 """Elements of a piece of a norm: in fp32 half a MiB, of which a few fit into a core's own cache."""
 
@@ -44,7 +48,7 @@ def attention(
     dropout: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """`train.ops.packed_attention.Attend`: short samples by plain products, long ones by SDPA, in rounded lengths."""
+    """`train.ops.packed_attention.Attend`, in rounded lengths."""
     assert dropout == 0, "see `_attention_unmet`"
     if max(map(max, lengths)) <= BY_PRODUCTS:
         return _attend(query_BHTD, key_BKTD, value_BKTD, lengths, scaling, sliding_window)
@@ -93,14 +97,14 @@ class _Attention(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         batch, heads, tokens, _ = query_BHTD.shape
-        out_BHTD = query_BHTD.new_empty(batch, tokens, heads, value_BKTD.shape[-1]).transpose(1, 2)
+        out_BTHD = query_BHTD.new_empty(batch, tokens, heads, value_BKTD.shape[-1])
         for its in _places(lengths):
             q, k, v = (_rounded(x[its]) for x in (query_BHTD, key_BKTD, value_BKTD))
-            out = out_BHTD[its]
+            out = out_BTHD.transpose(1, 2)[its]
             out.copy_(_values(q, k, v, scaling, window)[:, : out.shape[1]])
         ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD)
         ctx.asked = (lengths, scaling, window)
-        return out_BHTD.transpose(1, 2)
+        return out_BTHD
 
     @staticmethod
     @once_differentiable
@@ -118,16 +122,20 @@ class _Attention(torch.autograd.Function):
 
 def _places(lengths: Lengths) -> list[tuple[int, slice, slice]]:
     """Of the samples, in ``[b x h x t x d]``."""
-    ends = [(row, end, size) for row, sizes in enumerate(lengths) for end, size in zip(accumulate(sizes), sizes)]
-    return [(row, slice(None), slice(end - size, end)) for row, end, size in ends]
+    return [
+        (row, slice(None), slice(end - size, end))
+        for row, sizes in enumerate(lengths)
+        for end, size in zip(accumulate(sizes), sizes, strict=True)
+    ]
 
 
 def _values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
     """What the queries of one sample, ``[h x t x d]``, find."""
     if q.shape[-1] != v.shape[-1]:  # SDPA would multiply in fp32
         q_KND = q.reshape(len(k), -1, q.shape[-1])
-        weights = [_weights(*each, scaling, window).to(q.dtype) for each in _together(q_KND, k)]
-        return torch.bmm(torch.cat(weights), v).view(*q.shape[:2], -1)
+        some = _together(q_KND, k, v)
+        found = [torch.bmm(_weights(q_, k_, scaling, window).to(q.dtype), v_) for q_, k_, v_ in some]
+        return torch.cat(found).view(*q.shape[:2], -1)
     mask = None if window is None or window >= q.shape[1] else _mask(q.shape[1], window).to(q.dtype)
     return F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=len(q) > len(k)
