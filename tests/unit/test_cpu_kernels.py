@@ -15,6 +15,7 @@ from train.devices.cpu import CpuDevice
 from train.ops.agreement import disagreement
 from train.ops.packed_attention import attend_to_each_sample
 from train.ops.rms_norm import rms_norm
+from train.ops.swiglu import swiglu
 
 CPU = torch.device("cpu")
 
@@ -47,8 +48,8 @@ def test_a_fault_in_it_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("piece", [1, 2**17])
-@pytest.mark.parametrize("op", ["rms_norm", "rotary"])
-def test_norms_and_turns_have_the_values_and_gradients_of_the_reference(op, piece, monkeypatch):
+@pytest.mark.parametrize("op", ["rms_norm", "rotary", "swiglu"])
+def test_the_others_have_the_values_and_gradients_of_the_reference(op, piece, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "PIECE", piece)
     kernel = cpu_kernels.KERNELS[op]
     assert kernel.unmet(NEEDS) is None
@@ -65,6 +66,19 @@ def test_a_norm_leaves_its_input_alone_and_keeps_no_wide_copy():
     assert torch.equal(x.detach(), before)
     assert sum(t.nbytes for t in kept) == x.nbytes + 300 * 4 + weight.nbytes
     assert weight.grad is None
+
+
+def test_a_gated_activation_keeps_what_it_takes_and_has_the_reference_to_the_bit():
+    gate, up, grad = (torch.randn(7, 96, dtype=torch.bfloat16) for _ in range(3))
+    found, kept = [], list[torch.Tensor]()
+    for version in (cpu_kernels.swiglu, swiglu):
+        mine = [x.clone().requires_grad_() for x in (gate, up)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = version(*mine)
+        found.append((out, *torch.autograd.grad(out, mine, grad)))
+        if version is cpu_kernels.swiglu:
+            assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in mine]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_norm_takes_what_the_reference_takes():

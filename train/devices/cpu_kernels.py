@@ -289,6 +289,27 @@ def _turned(x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sense: i
     return out
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`train.ops.swiglu.swiglu`, of which only what it takes is kept."""
+    out: torch.Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Activates again for the gradients. Nothing is done in place: torch takes twice as long for that in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+
 def _all_met(needs: Needs) -> None:
     """Any sizes are taken."""
 
@@ -298,6 +319,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "attention": Kernel(attention, _attention_unmet),
         "rms_norm": Kernel(rms_norm, _all_met),
         "rotary": Kernel(rotary, _all_met),
+        "swiglu": Kernel(swiglu, _all_met),
     }
 )
 """By the names of `train.ops.kernel.REFERENCES`."""

@@ -33,6 +33,7 @@ def _swap(where: str, name: str, value: str) -> str:
 WHOLE_LOGITS = _swap("train.objectives.causal_lm:LossHead", "of", "lambda *_, **__: (None, 'it is taken out')")
 MALLOC = _swap("train.devices.cpu", "MALLOC", "()")
 CPU = "train.devices.cpu:CpuDevice"
+PLAIN = ("rms_norm", "rotary", "swiglu")
 ENTRIES = (
     Entry("packing off", ("packing=off",), in_quick=True),
     Entry("fp32 in place of bf16", ("model.precision=fp32",)),
@@ -40,7 +41,7 @@ ENTRIES = (
     Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS, in_quick=True),
     Entry("adapters beside their layers", patch=_swap("train.run", "fuse_adapters", "lambda module: None")),
     Entry("attention by SDPA in any length", ("device.attention_kernel=reference",)),
-    Entry("norms, rotary by plain operators", tuple(f"device.{op}_kernel=reference" for op in ("rms_norm", "rotary"))),
+    Entry("norms, rotary, SwiGLU by plain operators", tuple(f"device.{op}_kernel=reference" for op in PLAIN)),
     Entry("rows of any length", patch=_swap(CPU, "row_step", "lambda self, dtype: 1")),
     Entry("malloc as it comes", patch=MALLOC),
     Entry("optimizer not fused", patch=_swap(CPU, "fused_optimizer", "False")),
