@@ -123,8 +123,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        multiplies_or_views = any(word in str(func) for word in ("mm", "view", "aten.t.", "detach", "alias"))
-        if isinstance(out, torch.Tensor) and not multiplies_or_views:
+        others = ("mm", "view", "aten.t.", "detach", "alias", "new_empty", "resize_")
+        if isinstance(out, torch.Tensor) and not any(word in str(func) for word in others):
             self.written += out.numel()
         return out
 

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from train.ops.kernel import Kernel, Needs
 from train.ops.packed_attention import Lengths, attend_to_each_sample
 from train.ops.rms_norm import rms_norm as reference
+from train.ops.transient import transient_empty
 
 STEP = 32
 """Lengths of samples are rounded up to a multiple of it."""
@@ -301,7 +302,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        active = transient_empty(gate, *gate.shape)
+        return torch.ops.aten.silu.out(gate, out=active) * up  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

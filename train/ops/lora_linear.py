@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from train.ops.transient import transient_empty
+
 
 class _Adapted(torch.autograd.Function):
     """``x W' + bias + scaling x A' B'``, of a frozen W."""
@@ -31,8 +33,7 @@ class _Adapted(torch.autograd.Function):
     ) -> torch.Tensor:
         x_NI = x.flatten(0, -2)
         low_NR = x_NI @ down_RI.t()
-        # What is returned is no view: others may write into it.
-        out = x.new_empty(*x.shape[:-1], len(weight_OI))
+        out = transient_empty(x, *x.shape[:-1], len(weight_OI))
         out_NO = out.view(len(x_NI), len(weight_OI))
         if bias_O is None:
             torch.mm(x_NI, weight_OI.t(), out=out_NO)
