@@ -209,9 +209,10 @@ def make_engine(
     always_compress(model)
     tuning = build(cfg.tuning, Tuning)
     module = tuning.apply(model, family, note)
-    objective.choose(module, note, on_host=device.torch_type == "cpu")
+    on_host = device.torch_type == "cpu"
+    objective.choose(module, note, on_host=on_host)
     if not (isinstance(cfg.sharding, ZeroConfig) and cfg.sharding.stage == 3):
-        fuse_adapters(module)
+        fuse_adapters(module, on_host=on_host)
     recompute_activations(model, cfg.recompute_every)
     trained, total = count_parameters(module)
     note(f"{tuning.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%})")

@@ -20,7 +20,7 @@ from train.ops.swiglu import swiglu
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("by_products", "scores"), [(0, 2**22), (2**20, 2**22), (2**20, 1)])
+@pytest.mark.parametrize(("by_products", "scores"), [(0, 2**22), (200, 2**22), (2**20, 1)])
 @pytest.mark.parametrize(
     "needs",
     [
@@ -40,11 +40,12 @@ def test_short_and_long_samples_have_the_values_gradients_and_masks_of_the_refer
     assert disagreement("attention", kernel, needs, torch.bfloat16, CPU) is None
 
 
-def test_a_fault_in_it_is_found(monkeypatch):
-    mask = cpu_kernels._mask
-    monkeypatch.setattr(cpu_kernels, "_mask", lambda tokens, window: mask(tokens + 1, window)[1:, :-1])
+@pytest.mark.parametrize("part", ["_values", "_gradients"])
+def test_a_fault_in_it_is_found(part, monkeypatch):
+    right = getattr(cpu_kernels, part)
+    monkeypatch.setattr(cpu_kernels, part, lambda q, k, *others: right(q, k.roll(1, 1), *others))
     found = disagreement("attention", cpu_kernels.KERNELS["attention"], NEEDS, torch.bfloat16, CPU)
-    assert found is not None
+    assert found is not None and ("gradient" in found) == (part == "_gradients")
 
 
 @pytest.mark.parametrize("piece", [1, 2**17])
@@ -139,7 +140,7 @@ def test_what_attention_takes_is_all_that_it_keeps():
 def test_masks_are_made_where_they_are_used():
     cpu_kernels._masks.clear()
     with torch.device("meta"):
-        assert cpu_kernels._mask(32, None).device == CPU
+        assert cpu_kernels._mask(32, None, CPU).device == CPU
     cpu_kernels._masks.clear()
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import tiny_model
 from train.ops.lora_linear import fuse_adapters
+from train.ops.roomy import SLACK
 
 
 def adapted(dtype=torch.float32, bias=False, **changes):
@@ -151,3 +152,11 @@ def test_below_the_lowest_adapter_there_is_no_backward_pass():
         layer.mlp.register_full_backward_hook(lambda *_, index=index: gone_through.append(index))
     module(input_ids=torch.arange(3, 12)[None]).logits.sum().backward()
     assert 1 in gone_through and 0 not in gone_through
+
+
+def test_on_a_host_the_next_layers_tensors_fit_where_an_output_was():
+    for on_host, slack in ((True, SLACK), (False, 0)):
+        module = adapted()
+        fuse_adapters(module, on_host=on_host)
+        out = module(torch.randn(5, 24))
+        assert out.untyped_storage().nbytes() == out.nbytes + slack

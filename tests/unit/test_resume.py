@@ -17,6 +17,7 @@ from tests.tiny import samples_of, write_prepared
 from tests.unit.tiny_run import tiny_run
 from train.data.prepared import PreparedData
 from train.devices.cpu import CpuDevice
+from train.ops.kernel import REFERENCES
 from train.origin import BaseDigests
 from train.run import train, validation_split
 from train.run_folder import RunFolder
@@ -36,7 +37,7 @@ def resume(tmp_path: Path, run: RunFolder) -> None:
 def test_dropout_goes_on_and_auto_keeps_the_precision_of_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(CpuDevice, "fast_dtypes", lambda self: (torch.bfloat16, torch.float32))
     # The CPU's own kernels are for machines with bf16, which this one ceases to be.
-    plain = [f"device.{op}_kernel=reference" for op in ("attention", "rms_norm", "rotary")]
+    plain = [f"device.{op}_kernel=reference" for op in REFERENCES]
     run = tiny_run(tmp_path, "model.precision=auto", *plain, "tuning.dropout=0.3", "checkpoint.every=1")
     assert run.read_record().precision == "bf16"
     whole = figures(run)

@@ -93,7 +93,7 @@ class CpuDevice(Device):
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MALLOC = ((M_MMAP_THRESHOLD, 2**25), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, -1))
-"""Calls of glibc's mallopt(3); -1: nothing is given back. Before 2.35 it refuses a threshold above the first one."""
+"""Calls of glibc's mallopt(3). Before 2.35 it refuses a M_MMAP_THRESHOLD above the first one. -1: the heap stays."""
 
 
 def _keep_freed_memory() -> None:

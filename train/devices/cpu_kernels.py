@@ -3,11 +3,11 @@
 There oneDNN makes new code for each new shape of a product, in 1 to 10 ms, and keeps it (up to a few MiB). torch's own
 SDPA in bf16 does so for each length of sample, and for each block in its backward pass; samples of some ten to some
 hundred tokens, of which instructions are made, then take longer than all the layer's other products. Here lengths are
-rounded up: what is behind a sample's end, a causal mask keeps out of it. Its gradients come by products of whole
-matrices, from weights that are computed again, which takes less than SDPA's many small blocks.
+rounded up: what is behind a sample's end, a causal mask keeps out of it. And attention's gradients come by products of
+whole matrices, from weights that are computed again, which takes less time than SDPA's many small blocks.
 
-Norms and rotary embeddings wait for memory: they pass over it in pieces that a core's cache holds, and keep less for
-the backward pass.
+Norms, rotary embeddings and SwiGLU wait for memory: norms pass over it in pieces that a core's cache holds, rotary
+embeddings need no rotated copy, and SwiGLU keeps for the backward pass only what it takes.
 
 Measured in docs/performance.md. In fp32 the reference is as fast, and runs.
 """
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from train.ops.kernel import Kernel, Needs
 from train.ops.packed_attention import Lengths, attend_to_each_sample
 from train.ops.rms_norm import rms_norm as reference
-from train.ops.transient import transient_empty
+from train.ops.roomy import roomy_empty
 
 STEP = 32
 """Lengths of samples are rounded up to a multiple of it."""
@@ -34,7 +34,8 @@ BY_PRODUCTS = 640
 """Up to so many tokens gradients come by plain products; beyond, SDPA's own backward pass is faster: it skips what
 the mask hides."""
 SCORES = 2**22
-"""Of heads whose gradients are computed together: 16 MiB in fp32, there twice. A head is never cut."""
+"""Of a sample, that are there together: 16 MiB in fp32, twice. Heads that share a key are not parted, whatever they
+need."""
 PIECE = 2**17
 """Elements of a piece of a norm: in fp32 half a MiB, of which a few fit into a core's own cache."""
 
@@ -62,7 +63,7 @@ def attention(
 
 
 def _sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
-    """One sample, with a row of its own; the row of `attention`."""
+    """One sample, ``[1 x h x t x d]``."""
     tokens = q.shape[2]
     if tokens <= BY_PRODUCTS:
         return _attend(q, k, v, ((tokens,),), scaling, window)
@@ -98,6 +99,7 @@ class _Attention(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         batch, heads, tokens, _ = query_BHTD.shape
+        assert [sum(sizes) for sizes in lengths] == [tokens] * batch, "all of each row is some sample's"
         out_BTHD = query_BHTD.new_empty(batch, tokens, heads, value_BKTD.shape[-1])
         for its in _places(lengths):
             q, k, v = (_rounded(x[its]) for x in (query_BHTD, key_BKTD, value_BKTD))
@@ -137,7 +139,7 @@ def _values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, w
         some = _together(q_KND, k, v)
         found = [torch.bmm(_weights(q_, k_, scaling, window).to(q.dtype), v_) for q_, k_, v_ in some]
         return torch.cat(found).view(*q.shape[:2], -1)
-    mask = None if window is None or window >= q.shape[1] else _mask(q.shape[1], window).to(q.dtype)
+    mask = None if window is None or window >= q.shape[1] else _mask(q.shape[1], window, q.device).to(q.dtype)
     return F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=len(q) > len(k)
     )[0]
@@ -148,16 +150,27 @@ def _gradients(
 ) -> list[torch.Tensor]:
     """With respect to q, k and v of one sample; heads that share a key are one matrix."""
     q_KND, grad_KND = (x.reshape(len(k), -1, x.shape[-1]) for x in (q, grad))
-    found = []
-    for q_, k_, v_, grad_ in _together(q_KND, k, v, grad_KND):
-        weights = _weights(q_, k_, scaling, window)
-        v_grad = torch.bmm(weights.to(q.dtype).transpose(1, 2), grad_)
-        of_weights = _wide_product(grad_, v_.transpose(1, 2))
-        torch._softmax_backward_data(of_weights, weights, -1, torch.float32, grad_input=of_weights)
-        of_scores = of_weights.mul_(scaling).to(q.dtype)
-        found.append((torch.bmm(of_scores, k_), torch.bmm(of_scores.transpose(1, 2), q_), v_grad))
-    q_grad, k_grad, v_grad = (torch.cat(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True))
+    some = _together(q_KND, k, v, grad_KND)
+    found = [_of_heads(q_, k_, v_, grad_, scaling, window) for q_, k_, v_, grad_ in some]
+    q_grad, k_grad, v_grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     return [q_grad.view(q.shape), k_grad, v_grad]
+
+
+def _of_heads(
+    q_KND: torch.Tensor,
+    k_KTD: torch.Tensor,
+    v_KTD: torch.Tensor,
+    grad_KND: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weights = _weights(q_KND, k_KTD, scaling, window)
+    v_grad = torch.bmm(weights.to(q_KND.dtype).transpose(1, 2), grad_KND)
+    of_weights = _wide_product(grad_KND, v_KTD.transpose(1, 2))
+    torch._softmax_backward_data(of_weights, weights, -1, torch.float32, grad_input=of_weights)
+    del weights
+    of_scores = of_weights.mul_(scaling).to(q_KND.dtype)
+    return torch.bmm(of_scores, k_KTD), torch.bmm(of_scores.transpose(1, 2), q_KND), v_grad
 
 
 def _together(q_KND: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -171,7 +184,7 @@ def _weights(q_KND: torch.Tensor, k_KTD: torch.Tensor, scaling: float, window: i
     shared, tokens, _ = k_KTD.shape
     scores = _wide_product(q_KND, k_KTD.transpose(1, 2))
     by_head = scores.view(shared, -1, tokens, tokens)
-    torch.add(_mask(tokens, window), by_head, alpha=scaling, out=by_head)
+    torch.add(_mask(tokens, window, scores.device), by_head, alpha=scaling, out=by_head)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -191,18 +204,22 @@ def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         matmul.fp32_precision = before
 
 
-_masks: dict[tuple[int, int | None], torch.Tensor] = {}
+_masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = {}
 
 
-def _mask(tokens: int, window: int | None) -> torch.Tensor:
-    """``[t x t]``: what is added to scores; a few MiB for all lengths that come here."""
-    if (tokens, window) not in _masks:
-        at = torch.arange(tokens, device="cpu")
+def _mask(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """``[t x t]``: what is added to scores; 12 MiB for all lengths that come here, and again for a window.
+
+    The device is the CPU, but for those who only ask what memory all this takes.
+    """
+    key = (tokens, None if window is None or window >= tokens else window, device)
+    if key not in _masks:
+        at = torch.arange(tokens, device=device)
         back = at[:, None] - at[None, :]
         seen = (back >= 0) if window is None else (back >= 0) & (back < window)
         with torch.inference_mode(False):
-            _masks[tokens, window] = torch.zeros(tokens, tokens, device="cpu").masked_fill_(~seen, float("-inf"))
-    return _masks[tokens, window]
+            _masks[key] = torch.zeros(tokens, tokens, device=device).masked_fill_(~seen, float("-inf"))
+    return _masks[key]
 
 
 def _attention_unmet(needs: Needs) -> str | None:
@@ -302,7 +319,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        active = transient_empty(gate, *gate.shape)
+        active = roomy_empty(gate, *gate.shape)
         return torch.ops.aten.silu.out(gate, out=active) * up  # type: ignore[no-any-return]
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from train.ops.transient import transient_empty
+from train.ops.roomy import roomy_empty
 
 
 class _Adapted(torch.autograd.Function):
@@ -30,10 +30,13 @@ class _Adapted(torch.autograd.Function):
         down_RI: torch.Tensor,
         up_OR: torch.Tensor,
         scaling: float,
+        on_host: bool,
     ) -> torch.Tensor:
         x_NI = x.flatten(0, -2)
         low_NR = x_NI @ down_RI.t()
-        out = transient_empty(x, *x.shape[:-1], len(weight_OI))
+        # What is returned is no view: others may write into it.
+        shape = (*x.shape[:-1], len(weight_OI))
+        out = roomy_empty(x, *shape) if on_host else x.new_empty(shape)
         out_NO = out.view(len(x_NI), len(weight_OI))
         if bias_O is None:
             torch.mm(x_NI, weight_OI.t(), out=out_NO)
@@ -56,11 +59,15 @@ class _Adapted(torch.autograd.Function):
             to_x = to_x.addmm_(low_grad_NR, down_RI).view(*grad.shape[:-1], down_RI.shape[1])
         to_down = low_grad_NR.t() @ x_NI if ctx.needs_input_grad[3] else None
         to_up = (grad_NO.t() @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
-        return to_x, None, None, to_down, to_up, None
+        return to_x, None, None, to_down, to_up, None, None
 
 
-def fuse_adapters(module: nn.Module) -> int:
+def fuse_adapters(module: nn.Module, *, on_host: bool = False) -> int:
     """Has each layer that peft adapted compute as one; only these objects are touched, and copies of them copied.
+
+    Args:
+        module: a model with adapters.
+        on_host: whether a CPU computes, or is stood in for.
 
     Returns:
         how many layers do.
@@ -69,7 +76,7 @@ def fuse_adapters(module: nn.Module) -> int:
 
     found = [layer for layer in module.modules() if type(layer) is Linear and _is_plain(layer)]
     for layer in found:
-        layer.forward = MethodType(_forward, layer)
+        layer.forward = MethodType(_forward_on_host if on_host else _forward, layer)
     return len(found)
 
 
@@ -86,7 +93,11 @@ def _is_plain(layer: Any) -> bool:
     return frozen and layer.lora_B[name].bias is None and len({part.dtype for part in parts}) == 1
 
 
-def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward_on_host(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _forward(self, x, *args, on_host=True, **kwargs)
+
+
+def _forward(self: Any, x: torch.Tensor, *args: Any, on_host: bool = False, **kwargs: Any) -> torch.Tensor:
     if args or kwargs or self.disable_adapters or self.merged or x.dim() < 2 or not _is_plain(self):
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     [name] = self.active_adapters
@@ -94,5 +105,5 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     if x.dtype != down.dtype:
         return type(self).forward(self, x)  # type: ignore[no-any-return]
     return _Adapted.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, base.weight, base.bias, down, self.lora_B[name].weight, self.scaling[name]
+        x, base.weight, base.bias, down, self.lora_B[name].weight, self.scaling[name], on_host
     )

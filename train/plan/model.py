@@ -25,6 +25,7 @@ from train.models.short_rows import always_compress
 from train.objectives.base import Objective
 from train.ops.kernel import Needs
 from train.ops.lora_linear import fuse_adapters
+from train.ops.packed_attention import register
 from train.ops.packed_mixers import attention_for_packing, wrap_mixers
 from train.ops.replace import another_formula, layers_of, replace
 from train.plan.trace import Event, Pass, Shape, trace
@@ -88,19 +89,24 @@ class Model:
         objective = self._objectives[module] = build(self.cfg.objective, Objective)
         objective.choose(module, quiet, on_host=self._host is not None)
         if not (isinstance(self.cfg.sharding, ZeroConfig) and self.cfg.sharding.stage == 3):
-            fuse_adapters(module)
-        self._put_kernels(model, dtype)
+            fuse_adapters(module, on_host=self._host is not None)
+        self._put_kernels(model, dtype, packed)
         recompute_activations(model, recompute)
         return module.train()
 
-    def _put_kernels(self, model: Any, dtype: torch.dtype) -> None:
-        """What a run takes of them; attention is a fused one in the trace already."""
+    def _put_kernels(self, model: Any, dtype: torch.dtype, packed: bool) -> None:
+        """What a run takes of the host's, as `KernelSelection` chooses; that they agree is left to the run."""
         if self.family.layers is None or self._host is None:
             return
         for op, kernel in self._host.kernels(dtype).items():
-            wanted = op != "attention" and self.cfg.device.kernel_choice(op) is not KernelChoice.reference
-            found = layers_of(op, model, self.family.layers) if wanted else []
-            if found and not kernel.unmet(Needs.of(model)) and not another_formula(op, found, dtype, CPU):
+            if self.cfg.device.kernel_choice(op) is KernelChoice.reference or kernel.unmet(Needs.of(model)):
+                continue
+            if op == "attention":
+                if packed:
+                    model.set_attn_implementation(register(self._host.name, kernel))
+                continue
+            found = layers_of(op, model, self.family.layers)
+            if found and not another_formula(op, found, dtype, CPU):
                 replace(op, found, kernel)
 
     @property

@@ -39,7 +39,7 @@ ENTRIES = (
     Entry("fp32 in place of bf16", ("model.precision=fp32",)),
     Entry("activation checkpointing on", ("activation_checkpointing=true",)),
     Entry("logits of all supervised tokens at once", patch=WHOLE_LOGITS, in_quick=True),
-    Entry("adapters beside their layers", patch=_swap("train.run", "fuse_adapters", "lambda module: None")),
+    Entry("adapters beside their layers", patch=_swap("train.run", "fuse_adapters", "lambda module, on_host: None")),
     Entry("attention by SDPA in any length", ("device.attention_kernel=reference",)),
     Entry("norms, rotary, SwiGLU by plain operators", tuple(f"device.{op}_kernel=reference" for op in PLAIN)),
     Entry("rows of any length", patch=_swap(CPU, "row_step", "lambda self, dtype: 1")),
