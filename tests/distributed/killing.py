@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -63,6 +64,13 @@ class Struck:
     def __str__(self) -> str:
         who = "all ranks" if self.kill.only is None else f"rank {self.kill.only}"
         return f"{self.setting}: {who} killed, aim {self.kill.aim.value}, after step {self.step}; torn: {self.torn}"
+
+
+def send(number: signal.Signals, ranks: Ranks) -> None:
+    """To all that are still there."""
+    for pid in ranks.pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def plan_kills(rng: random.Random, aims: Sequence[Aim], ranks: int) -> list[Kill]:
@@ -129,8 +137,7 @@ class Victim:
             for rank, process in enumerate(ranks.processes):
                 if kill.only in (None, rank):
                     process.kill()
-            for pid in ranks.pids:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, ranks)
             if kill.only is not None:
                 ranks.wait(FAREWELL)
         finally:
@@ -153,14 +160,14 @@ class Victim:
 
     def _stop_in_save(self, ranks: Ranks, kill: Kill) -> bool:
         """Stops all ranks while a folder is torn; what they do in a stop and a kill is what they do in a kill."""
+        wait = kill.part * min(0.02, self.pace[1])
         while self.until(ranks, lambda: bool(self._unfinished())):
-            time.sleep(kill.part * min(0.02, self.pace[1]))
-            for pid in ranks.pids:
-                os.kill(pid, signal.SIGSTOP)
+            time.sleep(wait)
+            send(signal.SIGSTOP, ranks)
             if self._unfinished():
                 return True
-            for pid in ranks.pids:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, ranks)
+            wait /= 2  # the save was over by then: saves are as fast as the disk
         return False
 
     def _unfinished(self) -> list[Path]:

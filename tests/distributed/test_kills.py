@@ -43,19 +43,20 @@ WHOLE = [
 
 
 def kill_and_compare(folder: Path, settings: Sequence[Setting], count: int) -> list[Struck]:
-    """Kills each setting's run three times, in turn until there are `count` kills; each must end the same."""
+    """Kills each setting's run three times, in turn until there are `count` kills and each was hit; each run must end
+    the same. (A run may end before it is hit.)"""
     rng = random.Random(SEED)
     home, struck = Home.make(folder), []
     for i, setting in enumerate(settings):
         reference = folder / f"{i}-{setting}-uninterrupted"
         victim = Victim(setting, home, folder / f"{i}-{setting}-killed", uninterrupted(setting, home, reference))
         for kill in plan_kills(rng, [Aim.start if i % 2 else Aim.anywhere, Aim.save, Aim.save], setting.ranks):
-            if len(struck) < count and (blow := victim.strike(kill)):
+            if blow := victim.strike(kill):
                 print(blow, flush=True)
                 struck.append(blow)
         victim.finish()
         must_be_the_same(reference, victim.run_dir)
-        if len(struck) == count:
+        if len(struck) >= count and {blow.setting for blow in struck} == set(map(str, settings)):
             break
     return struck
 
@@ -76,7 +77,7 @@ def test_fifty_kills(tmp_path):
     struck = kill_and_compare(tmp_path, [*WHOLE, *WHOLE], count=50)
     print(f"{len(struck)} kills, {inside_a_save(struck)} of them inside a save")
     assert {blow.setting for blow in struck} == set(map(str, WHOLE))
-    assert len(struck) == 50 and inside_a_save(struck) >= 25, "\n".join(map(str, struck))
+    assert len(struck) >= 50 and inside_a_save(struck) >= 25, "\n".join(map(str, struck))
 
 
 FOLDER_AT = {"open": 1, "os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}

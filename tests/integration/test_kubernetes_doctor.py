@@ -102,7 +102,7 @@ def test_pods_that_do_not_start_are_told_with_the_reason(stuck, nodes, says, rem
     event = {"type": "Warning", "reason": "FailedMount", "message": "claim team not found"}
 
     def complain(kubelet: Kubelet) -> None:
-        while not cluster.all("pods") and kubelet.is_alive():
+        while len(cluster.all("pods")) < 2 and kubelet.is_alive():
             time.sleep(0.05)
         for pod in cluster.all("pods"):
             about = {"name": pod["metadata"]["name"]}

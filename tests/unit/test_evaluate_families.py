@@ -17,7 +17,10 @@ from train.evaluate.generate import has_plain_cache, measure_batch, measure_batc
 from train.evaluate.samples import Sample
 
 QUICK = ("deepseek_v4", "minimax_m3_vl", "deepseek_v3", "qwen3_5")
-PLAIN = ("llama", "qwen2", "qwen3", "glm4_moe", "deepseek_v2", "deepseek_v3", "kimi_k25", "minimax_m2")
+PLAIN = (
+    *("llama", "qwen2", "qwen3", "glm4_moe", "deepseek_v2", "deepseek_v3", "kimi_k25", "minimax_m2"),
+    *("bailing_moe_v2", "bailingmm_moe_v2_lite"),
+)
 NEW = 6
 CHOOSING = ("glm_moe_dsa", "deepseek_v32", "deepseek_v4", "glm5_next")
 MANY_HEADS = {"index_n_heads": 32}
